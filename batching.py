@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
+
+from dialogues import Rendered, Row
 
 Step = list[list[int]]  # a step's micro-batches, each a list of indices into the data set
 
@@ -70,7 +73,63 @@ class StepBatchSampler:
             yield from step[self.rank :: self.world_size]
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches for prediction: longest first, so that memory runs out at once or never. Ties keep their order."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+def with_labels(
+    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]], items: Sequence[tuple[Rendered, int]]
+) -> dict[str, torch.Tensor]:
+    """A batch of (row, label) pairs: what `collate` makes of the rows, and `labels`."""
+    return collate([row for row, _ in items]) | {"labels": torch.tensor([label for _, label in items])}
+
+
+class RowBatches:
+    """A row a sequence, padded to the batch's longest. `packing.PackedBatches` is the other way.
+
+    Args:
+        rows_per_step: rows of an optimizer step, over all processes.
+        micro_batches: forward passes of an optimizer step, over all processes.
+        prediction_rows: rows of a forward pass in prediction.
+        segment_name: see `modeling.segment_name`.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        rows_per_step: int,
+        micro_batches: int,
+        prediction_rows: int,
+        segment_name: str | None,
+    ):
+        self.pad_token_id, self.segment_name = pad_token_id, segment_name
+        self.rows_per_step, self.micro_batches = rows_per_step, micro_batches
+        self.prediction_rows = prediction_rows
+
+    def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
+        """One right-padded batch: `input_ids`, `attention_mask` and, where the encoder is told them, the segments."""
+        shape = (len(rendered), max(map(len, rendered)))
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        if self.segment_name is not None:
+            batch[self.segment_name] = torch.zeros(shape, dtype=torch.long)
+        for index, row in enumerate(rendered):
+            batch["input_ids"][index, : len(row)] = torch.from_numpy(row.input_ids.astype(np.int64))
+            batch["attention_mask"][index, : len(row)] = 1
+            if self.segment_name is not None:
+                segments = torch.from_numpy(row.segment_ids.astype(np.int64))
+                batch[self.segment_name][index, : len(row)] = segments
+        return batch
+
+    def plan(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int
+    ) -> Callable[[int], list[Step]]:
+        """Epoch -> its steps; see `plan_rows`."""
+        lengths = [len(row) for row in rendered]
+        return lambda epoch: plan_rows(lengths, self.rows_per_step, self.micro_batches, seed, epoch)
+
+    def prediction_batches(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> list[list[int]]:
+        """Longest first, so that memory runs out at once or never; rows of one length keep their order."""
+        order = sorted(range(len(rendered)), key=lambda index: -len(rendered[index]))
+        return [
+            order[begin : begin + self.prediction_rows]
+            for begin in range(0, len(order), self.prediction_rows)
+        ]

@@ -170,6 +170,12 @@ def run(main: Callable[[], Any]) -> None:
         for line in error.lines():
             print(f"{script}: error: {line}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        # An error that is nobody's mistake but expected all the same (a push that failed) brings its exit status along.
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"{script}: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)

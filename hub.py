@@ -1,0 +1,425 @@
+"""Files to and from Hub repositories, whole: pushes that survive a bad network, pulls that take only what is safe.
+
+`huggingface_hub` does not retry the POST of a commit, and the folds of a run may finish at the same moment. A push here
+is a loop: look at the newest commit, compare what it holds with what should be there (git and SHA-256 hashes), commit
+what is missing on top of exactly that commit, look again. So a commit whose answer was lost is recognized, a commit
+that another process was faster than is repeated on the new parent, and a file is there when the Hub says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import httpx2  # the HTTP client of huggingface_hub 2.x, named here for its exceptions
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub import resolve_revision as resolve_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from command_line import InputError
+
+logger = logging.getLogger(__name__)
+
+# Nothing else is pushed or pulled: pickles (.bin, .pt, .pkl) run code when they are loaded.
+SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".model", ".jinja", ".png", ".html")
+TEXT_FILES = ("merges.txt", "vocab.txt")
+
+TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typing error
+TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub waits for ever by default
+
+Content = Path | bytes | Callable[[bytes | None], bytes]
+Result = TypeVar("Result")
+
+
+class PushError(Exception):
+    """A push that did not arrive, in one line. The user made no mistake: scripts exit with status `exit_code`."""
+
+    exit_code = 3
+
+    def __init__(self, problem: str):
+        super().__init__(" ".join(problem.split()))
+
+
+class _NotYet(Exception):
+    """The Hub contradicts itself (a repo that was made is not found): ask again."""
+
+
+def may_travel(name: str) -> bool:
+    """Whether a file of this name is ever pushed or pulled."""
+    return name.endswith(SUFFIXES) or PurePosixPath(name).name in TEXT_FILES
+
+
+# ------------------------------------------------------------------------------------------------------------ persistence
+
+
+class _Persistence:
+    """Repeats calls that fail for a reason that passes: exponential backoff with jitter, until a deadline.
+
+    The environment variables RARETURN_BACKOFF_SECONDS (first wait, 1) and RARETURN_PUSH_SECONDS (deadline, 900) are
+    for tests and for slow lines.
+    """
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.base = float(os.environ.get("RARETURN_BACKOFF_SECONDS", "1"))
+        self.deadline = time.monotonic() + min(seconds, float(os.environ.get("RARETURN_PUSH_SECONDS", "900")))
+
+    def call(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """`function(*arguments, **options)`, again after each error that may pass; others are raised."""
+        attempt = 0
+        while True:
+            get_session().timeout = TIMEOUT
+            try:
+                return function(*arguments, **options)
+            except Exception as error:
+                self.wait(error, attempt)
+            attempt += 1
+
+    def wait(self, error: Exception, attempt: int) -> None:
+        """Sleep before the next attempt; raise the error if it does not pass or the deadline comes first."""
+        asked = _seconds_asked(error)
+        if asked is None:
+            raise error
+        pause = max(asked, min(30 * self.base, self.base * 2**attempt) * random.uniform(0.5, 1.0))
+        if time.monotonic() + pause > self.deadline:
+            raise error
+        logger.warning("Hub: %s; trying again in %.1f s", explain(error), pause)
+        time.sleep(pause)
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    """The error and what it was raised from: an upload's HTTP error comes wrapped in a RuntimeError."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _seconds_asked(error: Exception) -> float | None:
+    """Seconds that the server asked to wait (0 if it did not say), or None for an error that will not pass."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            lost_upload = status in (400, 404, 422) and "lfs" in str(cause.server_message).lower()
+            if status not in TRANSIENT_STATUS and not lost_upload:
+                return None
+            asked = cause.response.headers.get("Retry-After", "")
+            return float(asked) if asked.isdigit() else 0.0
+        # A proxy's HTML page in place of JSON ends as a JSONDecodeError in the client's validation of READMEs.
+        if isinstance(cause, (httpx2.TransportError, json.JSONDecodeError, _NotYet)):
+            return None if isinstance(cause, httpx2.UnsupportedProtocol) else 0.0
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """An error of the Hub in a few words, without its URL (which may be signed)."""
+    for cause in _causes(error):
+        if isinstance(cause, HfHubHTTPError):
+            said = " ".join((cause.server_message or "").split())[:160]
+            return f"HTTP {cause.response.status_code}" + (f" ({said})" if said else "")
+        if isinstance(cause, httpx2.TransportError):
+            return f"{type(cause).__name__} ({cause})"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------------- pushing
+
+
+class _Local:
+    """A file or bytes to push, with the two hashes that the Hub knows files by (computed once)."""
+
+    def __init__(self, content: Path | bytes):
+        self.content = content
+        self.size = len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        return self._digest(hashlib.sha256())
+
+    @cached_property
+    def git_oid(self) -> str:
+        return self._digest(hashlib.sha1(b"blob %d\0" % self.size))
+
+    def _digest(self, digest: Any) -> str:
+        if isinstance(self.content, bytes):
+            digest.update(self.content)
+        else:
+            with open(self.content, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def operation(self, path: str) -> CommitOperationAdd:
+        return CommitOperationAdd(path, self.content)
+
+
+def push_files(
+    repo_id: str,
+    files: Mapping[str, Content],
+    *,
+    message: str,
+    kept_in: str | os.PathLike,
+    repo_type: str = "model",
+    private: bool = True,
+) -> str:
+    """Put files into a repo in one commit, and return the SHA of a commit that was seen to hold every byte of them.
+
+    Args:
+        files: path in the repo to a local file, to bytes, or to a function that is given the bytes at that path in the
+            parent commit (None: no such file) and returns the new ones.
+        message: of the commit.
+        kept_in: the folder that still holds everything if the push fails, for the error's line.
+        private: of a repo that is made here; an existing one keeps its visibility.
+
+    Raises:
+        PushError: no permission, no such organisation, a README that the Hub refuses, or no success in time.
+        InputError: a file that may not travel, or that has the Hub token in it.
+    """
+    for path, content in files.items():
+        if not may_travel(path):
+            raise InputError(f"{path} is not pushed: only {', '.join((*SUFFIXES, *TEXT_FILES))}")
+        _refuse_token(path, content)
+    try:
+        return _push(_Repo(repo_id, repo_type), files, message, private)
+    except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, OSError, _NotYet) as error:
+        status = {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
+        if 401 in status:
+            what = f"no valid token (hf auth login, or HF_TOKEN): {explain(error)}"
+        elif 403 in status:
+            what = f"the token may not write there: {explain(error)}"
+        else:
+            what = f"gave up: {explain(error)}"
+        raise PushError(
+            f"{repo_id}: push failed: {what}; everything stays on disk in {os.fspath(kept_in)}; "
+            "repeat with --push_only"
+        ) from error
+
+
+def _refuse_token(path: str, content: Content) -> None:
+    """A token given on a command line ends in run.json, and one in a config in the model's folder."""
+    token = get_token()
+    if token and not callable(content) and path.endswith((".json", ".md", ".html", ".jinja")):
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if token.encode() in data:
+            raise InputError(f"{path}: has the Hub token in it; not pushed")
+
+
+def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool) -> str:
+    persistence = _Persistence()
+    fixed = {path: _Local(content) for path, content in files.items() if not callable(content)}
+    attempt, committed = 0, None
+    while True:
+        # After a commit, that very commit is looked at: a later one may hold another process's version of a file.
+        parent = committed or persistence.call(repo.head, private)
+        wanted = dict(fixed)
+        for path, content in files.items():
+            if callable(content):
+                present = persistence.call(repo.read, path, parent)
+                new = content(present)
+                if new != present:
+                    wanted[path] = _Local(new)
+        held = persistence.call(repo.held, wanted, parent)
+        missing = [path for path in wanted if path not in held]
+        if not missing:
+            return parent
+        try:
+            if committed:
+                raise _NotYet(f"{missing[0]} did not arrive")
+            operations = [wanted[path].operation(path) for path in missing]
+            committed = repo.commit(operations, message, parent)
+        except Exception as error:
+            committed = None
+            persistence.wait(error, attempt)
+            attempt += 1
+
+
+class _Repo:
+    """The few questions that a push asks of a repo."""
+
+    def __init__(self, repo_id: str, repo_type: str):
+        self.api = HfApi()
+        self.where = {"repo_id": repo_id, "repo_type": repo_type}
+
+    def head(self, private: bool) -> str:
+        """The SHA of the newest commit; makes the repo where there is none."""
+        try:
+            info = self.api.repo_info(**self.where)
+        except RepositoryNotFoundError:
+            self.api.create_repo(**self.where, private=private, exist_ok=True)
+            try:
+                info = self.api.repo_info(**self.where)
+            except RepositoryNotFoundError:
+                raise _NotYet(f"{self.where['repo_id']} was made and is not found") from None
+        if private and info.private is False:
+            logger.warning("%s exists and is public: what is pushed there can be read by all", info.id)
+        return info.sha
+
+    def commit(self, operations: list[CommitOperationAdd], message: str, parent: str) -> str:
+        get_session().timeout = TIMEOUT
+        return self.api.create_commit(
+            **self.where, operations=operations, commit_message=message, parent_commit=parent
+        ).oid
+
+    def read(self, path: str, revision: str) -> bytes | None:
+        """A small file's bytes at a commit, or None."""
+        response = get_session().get(self._url(path, revision), headers=build_hf_headers())
+        try:
+            hf_raise_for_status(response)
+        except EntryNotFoundError:
+            return None
+        return response.content
+
+    def held(self, wanted: Mapping[str, _Local], revision: str) -> set[str]:
+        """The paths that a commit has as they should be: hash by hash, and for a large file its bytes too."""
+        infos = self.api.get_paths_info(**self.where, paths=list(wanted), revision=revision) if wanted else []
+        held = set()
+        for info in infos:
+            local = wanted.get(info.path)
+            if local is None or not isinstance(info, RepoFile) or info.size != local.size:
+                continue
+            if info.lfs is None:
+                same = info.blob_id == local.git_oid
+            else:
+                same = info.lfs.sha256 == local.sha256 and self._arrived(info.path, local.size, revision)
+            if same:
+                held.add(info.path)
+        return held
+
+    def _arrived(self, path: str, size: int, revision: str) -> bool:
+        """A commit names a large file by its hash; that says nothing of its bytes, so ask for the last one."""
+        headers = {**build_hf_headers(), "Range": f"bytes={size - 1}-{size - 1}"}
+        with get_session().stream("GET", self._url(path, revision), headers=headers) as response:
+            if response.status_code in TRANSIENT_STATUS:
+                response.read()
+                hf_raise_for_status(response)
+            return response.status_code in (200, 206)
+
+    def _url(self, path: str, revision: str) -> str:
+        return hf_hub_url(**self.where, filename=path, revision=revision)
+
+
+def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str]], *, private: bool) -> None:
+    """Put repos into the collection of this title, which is made if need be; a failure is a warning, not a loss.
+
+    Args:
+        items: (repo id, `model` or `dataset`) pairs; one that is there already stays as it is.
+    """
+    api, persistence = HfApi(), _Persistence()
+    try:
+        collection = persistence.call(
+            api.create_collection, title, namespace=namespace, private=private, exists_ok=True
+        )
+        for repo_id, repo_type in items:
+            persistence.call(api.add_collection_item, collection.slug, repo_id, repo_type, exists_ok=True)
+    except (HfHubHTTPError, httpx2.HTTPError, ValueError, KeyError, OSError) as error:
+        logger.warning("collection %r of %s: not updated: %s", title, namespace, explain(error))
+
+
+def default_namespace() -> str:
+    """The user that the token belongs to.
+
+    Raises:
+        InputError: no token, or one that the Hub does not know.
+    """
+    try:
+        return _Persistence(PULL_SECONDS).call(HfApi().whoami)["name"]
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise InputError(f"hub_namespace: not given, and the Hub names no user: {explain(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- pulling
+
+
+def resolve_revision(repo_id: str, *, repo_type: str = "model", revision: str | None = None) -> str | None:
+    """The commit SHA behind a branch, a tag or the newest commit (None); None for a folder on disk.
+
+    Raises:
+        InputError: no such repo or revision, no permission, or the Hub cannot be reached.
+    """
+    if os.path.isdir(repo_id):
+        return None
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    where = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    with _as_input_error(repo_id, revision):
+        if constants.is_offline_mode():
+            return resolve_from_cache(**where, local_files_only=True).resolved
+        return _Persistence(PULL_SECONDS).call(HfApi().repo_info, **where).sha
+
+
+def pull_files(
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    revision: str | None = None,
+    patterns: Iterable[str] = ("*",),
+) -> tuple[Path, str]:
+    """Download a repo's files at one commit into the cache.
+
+    Args:
+        patterns: of paths in the repo (fnmatch, `*` crosses folders); of these only the kinds that may travel.
+
+    Returns:
+        The folder that holds them, and the commit's SHA.
+
+    Raises:
+        InputError: as `resolve_revision`, or a path in the repo that would leave the folder.
+    """
+    sha = resolve_revision(repo_id, repo_type=repo_type, revision=revision)
+    if sha is None:
+        raise InputError(f"{repo_id}: a repo id expected, not a folder")
+    where = {"repo_id": repo_id, "repo_type": repo_type, "revision": sha}
+    allowed = {
+        pattern if may_travel(pattern) else pattern + ending
+        for pattern in patterns
+        for ending in (*SUFFIXES, *TEXT_FILES)
+    }
+    offline = constants.is_offline_mode()
+    persistence = _Persistence(PULL_SECONDS)
+    with _as_input_error(repo_id, revision):
+        if not offline:
+            for path in persistence.call(HfApi().list_repo_files, **where):
+                if {"", ".", ".."} & set(path.split("/")) or "\\" in path or ":" in path:
+                    raise InputError(f"{repo_id}: the repo holds an unsafe path: {path!r}")
+        folder = persistence.call(
+            snapshot_download, **where, allow_patterns=sorted(allowed), local_files_only=offline
+        )
+    return Path(folder), sha
+
+
+@contextlib.contextmanager
+def _as_input_error(repo_id: str, revision: str | None) -> Iterator[None]:
+    """What the Hub says of a reference, as a line for the user who gave it."""
+    try:
+        yield
+    except RevisionNotFoundError:
+        raise InputError(f"{repo_id}: no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{repo_id}: no such repo on the Hub, or the token may not read it") from None
+    except (HfHubHTTPError, httpx2.HTTPError, RevisionResolutionError, OSError, ValueError) as error:
+        raise InputError(f"{repo_id}: cannot be read from the Hub: {explain(error)}") from None

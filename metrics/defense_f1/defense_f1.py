@@ -1,0 +1,69 @@
+"""Scores of a long-tail classification task in which only some labels count as positive.
+
+The official score of PsyDefDetect (BioNLP 2026) is `macro_f1_positive` over labels 1 to 8 of 9.
+"""
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import precision_recall_fscore_support
+
+_DESCRIPTION = """\
+Accuracy, and precision, recall and F1 as unweighted means over the positive labels. A row of another label that is
+predicted positive still counts against the precision of the label it was given.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (list of int, [n]): predicted label numbers, 0 .. num_labels - 1.
+    references (list of int, [n]): true label numbers, 0 .. num_labels - 1.
+    positive_labels (list of int): the labels averaged over; every label but 0 by default.
+    num_labels (int): number of labels, 9 by default.
+Returns:
+    accuracy, macro_f1_positive, macro_precision_positive, macro_recall_positive, macro_f1 and weighted_f1 (floats in
+    0 .. 1), f1_per_class (list of num_labels floats). A label with no row and no prediction scores 0 and is averaged.
+Examples:
+    >>> metric = evaluate.load("metrics/defense_f1")
+    >>> scores = metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2], num_labels=3)
+    >>> round(scores["macro_f1_positive"], 4)
+    0.6667
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class DefenseF1(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            format="numpy",
+        )
+
+    def _compute(self, predictions, references, positive_labels=None, num_labels=9):
+        labels = np.arange(num_labels)
+        positive = list(labels[1:] if positive_labels is None else positive_labels)
+        if not positive or len(set(positive)) != len(positive) or not np.isin(positive, labels).all():
+            raise ValueError(
+                f"positive_labels: expected distinct labels in 0 .. {num_labels - 1}, not {positive}"
+            )
+        for name, values in (("predictions", predictions), ("references", references)):
+            outside = ~np.isin(values, labels)
+            if outside.any():
+                row = int(np.argmax(outside))
+                raise ValueError(f"{name}[{row}]: {int(values[row])} is not a label in 0 .. {num_labels - 1}")
+        precision, recall, f1, rows = precision_recall_fscore_support(
+            references, predictions, labels=labels, average=None, zero_division=0
+        )
+        return {
+            "accuracy": float(np.mean(np.equal(predictions, references))),
+            "macro_f1_positive": float(f1[positive].mean()),
+            "macro_precision_positive": float(precision[positive].mean()),
+            "macro_recall_positive": float(recall[positive].mean()),
+            "macro_f1": float(f1.mean()),
+            "weighted_f1": float(np.average(f1, weights=rows)),
+            "f1_per_class": f1.tolist(),
+        }

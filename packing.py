@@ -1,0 +1,372 @@
+"""One pass per dialogue: rows that begin alike are read once, and each keeps the logits that it has alone.
+
+A decoder's hidden state depends on the tokens before it and on nothing after it, and a dialogue's rows are prefixes of
+one another. So the rows of a batch are laid out as a trie: every distinct prefix of a row is one token of the layout,
+in depth-first order. A token sees its ancestors (the prefix that it ends) and stands at its depth's position, so it
+has the hidden state that it has in the row alone; a row is classified at its last token. An augmented variant is a
+branch beside its source's target, the label guide stands once a batch, and nothing is padded.
+
+Any set of rows is right in one batch; which rows are in one is a matter of cost alone (`RowGroups`, `PackedBatches`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from batching import Step
+from command_line import InputError
+from dialogues import Rendered, Row
+
+logger = logging.getLogger(__name__)
+
+STEP_GROWTH = 1.02
+
+
+class Layout(NamedTuple):
+    """Rows as one sequence of tokens.
+
+    Attributes:
+        input_ids: int64 of shape (tokens,).
+        position_ids: the place of each token in the rows that hold it, int64 of shape (tokens,).
+        subtree_end: the first token after those that see this one, int64 of shape (tokens,): token i sees token j
+            where j <= i < subtree_end[j].
+        row_positions: the last token of each row, in the rows' order, int64 of shape (rows,).
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    subtree_end: np.ndarray
+    row_positions: np.ndarray
+
+
+def lay_out(rows: Sequence[np.ndarray], branches: bool = True) -> Layout:
+    """The trie of the rows' tokens in depth-first order.
+
+    Args:
+        rows: token ids of each row, none empty.
+        branches: False starts anew, at position 0, where a row does not continue the one before it: plain causal
+            sequences, one after the other, for attention kernels that know no other mask.
+    """
+    order, shared_with_previous = _in_trie_order(rows, branches)
+    ids, positions = [], []
+    subtree_end = np.zeros(sum(map(len, rows)), dtype=np.int64)
+    row_positions = np.zeros(len(rows), dtype=np.int64)
+    path, total = np.zeros(0, dtype=np.int64), 0
+    for index, shared in zip(order, shared_with_previous, strict=True):
+        row = rows[index]
+        new = len(row) - shared
+        subtree_end[path[shared:]] = total
+        path = np.concatenate([path[:shared], np.arange(total, total + new)])
+        ids.append(row[shared:])
+        positions.append(np.arange(shared, len(row)))
+        total += new
+        row_positions[index] = path[-1]
+    subtree_end[path] = total
+    return Layout(
+        np.concatenate(ids).astype(np.int64), np.concatenate(positions), subtree_end[:total], row_positions
+    )
+
+
+def _in_trie_order(rows: Sequence[np.ndarray], branches: bool) -> tuple[list[int], list[int]]:
+    """The rows sorted by their tokens, and how many first tokens each has in common with the row before it."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes())
+    shared = []
+    previous = np.zeros(0, dtype=np.int64)
+    for index in order:
+        common = common_prefix(previous, rows[index])
+        shared.append(common if branches or common == len(previous) else 0)
+        previous = rows[index]
+    return order, shared
+
+
+def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """How many first tokens two rows have in common."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if len(different) else length
+
+
+def collate_packed(rendered: Sequence[Rendered], branches: bool = True) -> dict[str, torch.Tensor]:
+    """Rows as one packed batch for a model that `accept_packed` prepared.
+
+    Returns:
+        `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, where the rows are
+        no single causal sequence, `subtree_end` of shape (1, tokens). With `branches` False it is left out, as
+        transformers itself keeps sequences apart whose `position_ids` start anew, under flash attention too.
+    """
+    layout = lay_out([row.input_ids for row in rendered], branches)
+    batch = {
+        "input_ids": torch.from_numpy(layout.input_ids)[None],
+        "position_ids": torch.from_numpy(layout.position_ids)[None],
+        "row_positions": torch.from_numpy(layout.row_positions),
+    }
+    if branches and (layout.subtree_end < len(layout.input_ids)).any():
+        batch["subtree_end"] = torch.from_numpy(layout.subtree_end)[None]
+    return batch
+
+
+def tree_mask(subtree_end: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Attention bias of a layout: 0 where token i (second last axis) sees token j, the type's minimum elsewhere.
+
+    A float mask, because a boolean one is right under sdpa and silently wrong under eager attention.
+
+    Args:
+        subtree_end: shape (1, tokens).
+
+    Returns:
+        shape (1, 1, tokens, tokens).
+    """
+    place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, None, :])
+    mask = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=sees.device)
+    return mask.masked_fill_(sees, 0.0)
+
+
+def row_hidden_states(
+    backbone: nn.Module,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    row_positions: torch.Tensor,
+    subtree_end: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Last hidden state of each row's last token, for a batch of `collate_packed`.
+
+    Args:
+        backbone: a decoder without head, such as `AutoModel` gives.
+
+    Returns:
+        shape (rows, hidden size).
+    """
+    mask = None
+    if subtree_end is not None:
+        device = input_ids.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else backbone.get_input_embeddings().weight.dtype
+        mask = tree_mask(subtree_end, dtype)
+    output = backbone(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    hidden = output.last_hidden_state[0]
+    return hidden[row_positions.to(hidden.device)]
+
+
+def accept_packed(model: nn.Module) -> None:
+    """Let a decoder's `*ForSequenceClassification`, or a PEFT model around one, take batches of `collate_packed`.
+
+    Such a batch runs through the backbone once, and `score` sees the rows' last tokens only; the logits have shape
+    (rows, num_labels). Other batches take the model's own path. The model's class, weights and saved files stay.
+    """
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own_forward = classifier.forward
+
+    def forward(*args: Any, row_positions: torch.Tensor | None = None, **inputs: Any) -> Any:
+        if row_positions is None:
+            return own_forward(*args, **inputs)
+        hidden = row_hidden_states(
+            getattr(classifier, classifier.base_model_prefix),
+            inputs["input_ids"],
+            inputs["position_ids"],
+            row_positions,
+            inputs.get("subtree_end"),
+        )
+        return SequenceClassifierOutputWithPast(logits=classifier.score(hidden))
+
+    classifier.forward = forward
+
+
+def can_branch(model: nn.Module, longest: int) -> bool:
+    """Whether the model's attention takes a tree (True), or plain causal sequences only (False).
+
+    sdpa and eager attention take any mask. Flash attention takes causal sequences, and so does a layer whose sliding
+    window is shorter than the rows: a mask given from outside would replace its window. Variants then repeat their
+    context; everything else stays shared.
+
+    Args:
+        longest: tokens of the longest row.
+
+    Raises:
+        InputError: a model whose layers do not know a token by its position and its predecessors alone (an encoder,
+            a recurrent layer, positions that are not passed in).
+    """
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(classifier, classifier.base_model_prefix)
+    config = backbone.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+    if unknown or not takes_positions or getattr(config, "alibi", False) or not hasattr(classifier, "score"):
+        raise InputError(
+            f"--pack_dialogues: {config.model_type} models cannot be packed; use --no_pack_dialogues"
+        )
+    window = getattr(config, "sliding_window", None)
+    return config._attn_implementation in ("sdpa", "eager") and (window is None or window >= longest)
+
+
+class RowGroups:
+    """Rows that are cheap together: those of one dialogue that start at the same turn.
+
+    A group that exceeds the token budget is split, each part repeating the common beginning; a row that exceeds it by
+    itself is a group of its own.
+
+    Attributes:
+        members: the rows' indices, a list a group.
+        num_rows: rows of each group, shape (groups,).
+        shared: tokens that all rows begin with (the label guide): a batch holds them once.
+        tokens: what each group adds to them, shape (groups,).
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], tokens_per_batch: int, branches: bool = True
+    ):
+        self.tokens_per_batch = tokens_per_batch
+        together: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
+            together[row.dialogue_id, tokens.start].append(index)
+        self.members: list[list[int]] = []
+        tokens: list[int] = []
+        for indices in together.values():
+            ids = [rendered[index].input_ids for index in indices]
+            order, shared_with_previous = _in_trie_order(ids, branches)
+            begin = len(self.members)
+            for place, shared in zip(order, shared_with_previous, strict=True):
+                new = len(ids[place]) - shared
+                if len(self.members) == begin or tokens[-1] + new > tokens_per_batch:
+                    self.members.append([])
+                    tokens.append(0)
+                    new = len(ids[place])
+                self.members[-1].append(indices[place])
+                tokens[-1] += new
+        first_rows = [rendered[group[0]].input_ids for group in self.members]
+        self.shared = min(common_prefix(first_rows[0], ids) for ids in first_rows) if branches else 0
+        self.tokens = np.array(tokens) - self.shared
+        self.num_rows = np.array([len(group) for group in self.members])
+        alone = int((np.array(tokens) > tokens_per_batch).sum())
+        if alone:
+            logger.warning(f"{alone} rows have more than {tokens_per_batch} tokens: each is a batch alone")
+
+    def count_steps(self, rows_per_step: int, micro_batches: int, seed: int, num_epochs: int) -> int:
+        """Optimizer steps of an epoch: ceil(rows / rows_per_step), raised until every epoch keeps the token budget.
+
+        One number for all epochs, because the learning rate's schedule and a resumed run count on it.
+
+        Raises:
+            InputError: fewer groups than forward passes in a step.
+        """
+        most = len(self.members) // micro_batches
+        if not most:
+            raise InputError(
+                f"--pack_dialogues: {len(self.members)} dialogues cannot fill the {micro_batches} batches of a step; "
+                "use fewer processes, less gradient accumulation or --no_pack_dialogues"
+            )
+        wanted = -(-int(self.num_rows.sum()) // rows_per_step)
+        if wanted > most:
+            logger.warning(
+                f"a step has {self.num_rows.sum() / most:.1f} rows on average, not {rows_per_step}: there are only "
+                f"{len(self.members)} packed dialogues for {micro_batches} batches a step"
+            )
+        steps = min(wanted, most)
+        while steps < most and not all(
+            self.deal(steps * micro_batches, seed, epoch)[1] for epoch in range(num_epochs)
+        ):
+            steps = min(max(steps + 1, int(steps * STEP_GROWTH)), most)
+        return steps
+
+    def deal(self, num_batches: int, seed: int, epoch: int) -> tuple[list[list[int]], bool]:
+        """Shuffled groups, each dealt to the batch with the fewest rows among those with room for its tokens.
+
+        Returns:
+            batches of row indices, none empty as there are at least so many groups; and whether all keep the budget.
+        """
+        rows = np.zeros(num_batches, dtype=np.int64)
+        tokens = np.full(num_batches, self.shared)
+        batches: list[list[int]] = [[] for _ in range(num_batches)]
+        fits = True
+        for group in np.random.default_rng((seed, epoch)).permutation(len(self.members)):
+            has_room = (tokens + self.tokens[group] <= self.tokens_per_batch) | (rows == 0)
+            fits = fits and bool(has_room.any())
+            batch = (
+                np.where(has_room, rows, np.iinfo(np.int64).max).argmin()
+                if has_room.any()
+                else tokens.argmin()
+            )
+            batches[batch] += self.members[group]
+            rows[batch] += self.num_rows[group]
+            tokens[batch] += self.tokens[group]
+        return batches, fits
+
+
+class PackedBatches:
+    """Rows of a dialogue share a sequence. `batching.RowBatches` is the other way; both have the same methods.
+
+    Batches are filled by two budgets. A step has `rows_per_step` rows on average, as without packing; a single step
+    has more or fewer, since no dialogue is taken apart for it, and the loss divides by its true number. A batch never
+    has more than `tokens_per_batch` tokens; where that is tight, an epoch has some more and smaller steps. A larger
+    budget saves little (batches share no more than the label guide) and costs memory. What changes for the optimizer
+    is that rows of one dialogue share a step.
+
+    Args:
+        rows_per_step: rows of an optimizer step, over all processes.
+        micro_batches: forward passes of an optimizer step, over all processes.
+        tokens_per_batch: tokens of a forward pass.
+        num_epochs: the epochs for which the token budget is to hold.
+        branches: see `lay_out`; `can_branch` knows.
+    """
+
+    def __init__(
+        self,
+        rows_per_step: int,
+        micro_batches: int,
+        tokens_per_batch: int,
+        num_epochs: int,
+        branches: bool = True,
+    ):
+        self.rows_per_step, self.micro_batches = rows_per_step, micro_batches
+        self.tokens_per_batch, self.num_epochs = tokens_per_batch, num_epochs
+        self.branches = branches
+
+    def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
+        """See `collate_packed`."""
+        return collate_packed(rendered, self.branches)
+
+    def plan(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int
+    ) -> Callable[[int], list[Step]]:
+        """Epoch -> its steps, each of `micro_batches` lists of row indices.
+
+        Which rows share a step depends on `rows_per_step` and `micro_batches` alone: two processes that accumulate
+        over 4 batches take the steps that one takes over 8.
+
+        Raises:
+            InputError: see `RowGroups.count_steps`.
+        """
+        groups = RowGroups(rows, rendered, self.tokens_per_batch, self.branches)
+        num_steps = groups.count_steps(self.rows_per_step, self.micro_batches, seed, self.num_epochs)
+
+        def steps(epoch: int) -> list[Step]:
+            batches, _ = groups.deal(num_steps * self.micro_batches, seed, epoch)
+            return [
+                batches[first : first + self.micro_batches]
+                for first in range(0, len(batches), self.micro_batches)
+            ]
+
+        return steps
+
+    def prediction_batches(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> list[list[int]]:
+        """Most tokens first, so that memory runs out at once or never."""
+        groups = RowGroups(rows, rendered, self.tokens_per_batch, self.branches)
+        batches: list[list[int]] = []
+        tokens = 0
+        for group in np.argsort(-groups.tokens, kind="stable"):
+            if not batches or tokens + groups.tokens[group] > self.tokens_per_batch:
+                batches.append([])
+                tokens = groups.shared
+            batches[-1] += groups.members[group]
+            tokens += groups.tokens[group]
+        return batches

@@ -1,0 +1,365 @@
+"""Linear probes: features of rows from a frozen model, and a logistic head on them.
+
+Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
+hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken a third of the layers
+below the top, where a model says more about how a thing is put and not only what it is about.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+import artifacts
+import modeling
+import packing
+from command_line import InputError
+from dialogues import LabelGuide, Renderer, Row, fold_whitespace
+from losses import class_weights
+
+logger = logging.getLogger(__name__)
+
+ENCODER_PARTS = ("target", "context", "history", "previous")
+INNER_FOLDS = 4
+# The logit of a label that a head was not trained on: finite, so that tables and averages stay finite.
+ABSENT_LOGIT = -1e4
+
+# ------------------------------------------------------------------------------------------------------------- features
+
+
+class FrozenFeatures:
+    """Features of rows from a frozen model.
+
+    An encoder gives four vectors a row (`ENCODER_PARTS`): the target's embedding, the mean over the turns before it,
+    the mean over the earlier turns of the target's speaker, and the last turn of another speaker; zeros where a row
+    has no such turn. A turn's embedding is the mean over its tokens, special tokens included, as sentence-transformers
+    does it. A decoder gives the hidden state of the last token of the row's prompt.
+
+    Args:
+        base: the model; see `modeling.find_base_model`.
+        layer: the transformer layer whose output is taken, counted from 1; later layers are not run. None: two thirds
+            of the model's layers, rounded.
+        window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
+        batch_size: turns (encoders), or rows of `max_seq_length` tokens (decoders), in a forward pass.
+        bf16: bf16 autocast.
+
+    Raises:
+        InputError: a layer that the model does not have, or a window that holds no target.
+    """
+
+    def __init__(
+        self,
+        base: modeling.BaseModel,
+        guide: LabelGuide,
+        *,
+        layer: int | None,
+        window: Mapping[str, int],
+        batch_size: int,
+        bf16: bool,
+    ):
+        config = modeling.load_config(base)
+        num_layers = config.get_text_config().num_hidden_layers
+        self.layer = max(1, round(num_layers * 2 / 3)) if layer is None else layer
+        if not 1 <= self.layer <= num_layers:
+            raise InputError(f"--layer {layer}: {base.name} has layers 1 to {num_layers}")
+        self.is_encoder = modeling.is_encoder(config)
+        self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
+        self.tokenizer = modeling.load_tokenizer(base)
+        self.renderer = (
+            None if self.is_encoder else Renderer(self.tokenizer, guide, is_encoder=False, **window)
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The vectors that a row's features consist of."""
+        return ENCODER_PARTS if self.is_encoder else ("last_token",)
+
+    def extract(self, rows: Sequence[Row]) -> np.ndarray:
+        """Features of rows, float32 of shape (rows, features); the model is in memory during the call only.
+
+        Raises:
+            InputError: a decoder whose hidden states do not depend on position and predecessors alone.
+        """
+        model = self._load()
+        rows_to_features = self._from_turns if self.is_encoder else self._from_prompts
+        device = model.device.type
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            features = rows_to_features(rows, model)
+        if not np.isfinite(features).all():
+            raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
+        return features
+
+    def _load(self) -> nn.Module:
+        # A classifier's head is not used, but this loader is the one that knows quantization and placement.
+        model = modeling.load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id).eval()
+        if self.base.quantization == "none":
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        keep_layers(_backbone(model), self.layer)
+        return model
+
+    def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
+        max_turns = self.window["max_turns"]
+        texts: dict[str, int] = {}
+        turns_of_rows = [
+            [texts.setdefault(fold_whitespace(turn.text), len(texts)) for turn in row.turns[-max_turns:]]
+            for row in rows
+        ]
+        embeddings = self._embed(list(texts), _backbone(model))
+        size = embeddings.shape[1]
+        features = np.zeros((len(rows), len(ENCODER_PARTS), size), dtype=np.float32)
+        for row, turns, parts in zip(rows, turns_of_rows, features, strict=True):
+            *before, target = turns
+            same_speaker = [turn.speaker == row.turns[-1].speaker for turn in row.turns[-len(turns) : -1]]
+            history = [turn for turn, same in zip(before, same_speaker, strict=True) if same]
+            others = [turn for turn, same in zip(before, same_speaker, strict=True) if not same]
+            for place, chosen in enumerate(([target], before, history, others[-1:])):
+                if chosen:
+                    parts[place] = embeddings[chosen].mean(axis=0)
+        return features.reshape(len(rows), -1)
+
+    def _embed(self, texts: Sequence[str], backbone: nn.Module) -> np.ndarray:
+        """Mean-pooled embeddings of texts, longest first; a text beyond the limit loses its beginning."""
+        limit = min(self.window["max_seq_length"], position_limit(backbone), self.tokenizer.model_max_length)
+        self.tokenizer.truncation_side = "left"
+        ids = self.tokenizer(list(texts), verbose=False)["input_ids"]
+        too_long = [index for index, tokens in enumerate(ids) if len(tokens) > limit]
+        if too_long:
+            logger.warning(f"{len(too_long)} turns are longer than {limit} tokens and lost their beginning")
+            cut = self.tokenizer([texts[index] for index in too_long], truncation=True, max_length=limit)
+            for index, tokens in zip(too_long, cut["input_ids"], strict=True):
+                ids[index] = tokens
+        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
+        embeddings = np.zeros((len(ids), backbone.config.hidden_size), dtype=np.float32)
+        with tqdm(total=len(ids), desc="turns", unit="turn") as progress:
+            for begin in range(0, len(order), self.batch_size):
+                batch = order[begin : begin + self.batch_size]
+                inputs = self.tokenizer.pad(
+                    {"input_ids": [ids[index] for index in batch]}, return_tensors="pt"
+                )
+                inputs = inputs.to(backbone.device)
+                mask = inputs["attention_mask"][..., None]
+                hidden = backbone(**inputs).last_hidden_state.float()
+                embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
+                progress.update(len(batch))
+        return embeddings
+
+    def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
+        rendered = self.renderer.render(rows)
+        try:
+            branches = packing.can_branch(model, max(map(len, rendered)))
+        except InputError:
+            raise InputError(
+                f"{self.base.name}: no probe of this architecture's last token is possible"
+            ) from None
+        tokens_per_batch = self.batch_size * self.window["max_seq_length"]
+        batches = packing.Packing(rows, rendered, tokens_per_batch, branches).batches()
+        features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
+        with tqdm(total=len(rows), desc="rows", unit="row") as progress:
+            for batch in batches:
+                inputs = packing.collate_packed([rendered[index] for index in batch], branches)
+                inputs = {key: value.to(model.device) for key, value in inputs.items()}
+                features[batch] = packing.row_hidden_states(_backbone(model), **inputs).float().cpu().numpy()
+                progress.update(len(batch))
+        return features
+
+
+def _backbone(classifier: nn.Module) -> nn.Module:
+    return getattr(classifier, classifier.base_model_prefix)
+
+
+def keep_layers(backbone: nn.Module, count: int) -> None:
+    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
+    num_layers = backbone.config.get_text_config().num_hidden_layers
+    for module in list(backbone.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                setattr(module, name, child[:count])
+                return
+    raise InputError(f"{backbone.config.model_type}: its layers are not a list; use --layer {num_layers}")
+
+
+def position_limit(backbone: nn.Module) -> int:
+    """Tokens that an encoder has positions for. RoBERTa's positions begin after the padding's, so two are no use."""
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return 1 << 30
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
+            return positions if module.padding_idx is None else positions - module.padding_idx - 1
+    return positions
+
+
+def block_sizes(num_features: int, is_encoder: bool) -> list[int]:
+    """How many features each block has that is scaled as one; see `fit_head`.
+
+    An encoder's vectors are blocks, so that directions within one keep their proportions. A decoder's coordinates are
+    scaled one by one, because a few of them are orders of magnitude larger than the rest.
+    """
+    return [num_features // len(ENCODER_PARTS)] * len(ENCODER_PARTS) if is_encoder else [1] * num_features
+
+
+# ----------------------------------------------------------------------------------------------------------------- head
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits = ((features - mean) / scale) · coef + intercept, natural logits of a multinomial logistic regression.
+
+    Attributes:
+        coef: float32 (num_labels, features); zero for a label that was not trained on.
+        intercept: float32 (num_labels,); `ABSENT_LOGIT` for such a label.
+        mean, scale: float32 (features,).
+        C: inverse strength of the L2 penalty.
+    """
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+    C: float
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """float32 of shape (rows, num_labels)."""
+        return ((features - self.mean) / self.scale) @ self.coef.T + self.intercept
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `coef`, `intercept`, `mean`, `scale` as safetensors, with C in the metadata."""
+        tensors = {name: getattr(self, name) for name in ("coef", "intercept", "mean", "scale")}
+        artifacts.write_bytes(path, safetensors.numpy.save(tensors, {"C": repr(self.C)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LinearHead:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, or not a head.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                tensors = {name: file.get_tensor(name) for name in ("coef", "intercept", "mean", "scale")}
+                return cls(**tensors, C=float(file.metadata()["C"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: cannot read the head: {error}") from None
+
+
+def fit_head(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_labels: int,
+    blocks: Sequence[int],
+    weights: str,
+    C: float,
+) -> LinearHead:
+    """Logistic head on standardised features.
+
+    Every feature is centred, and every block is divided by one number so that its total variance is 1 / len(blocks):
+    blocks weigh the same, rows have mean squared length 1, and a value of C means the same for every model.
+
+    Args:
+        features: float32 (rows, features).
+        labels: int (rows,).
+        blocks: features in each block, in order.
+        weights: see `losses.class_weights`.
+        C: as in scikit-learn's `LogisticRegression`.
+
+    Raises:
+        InputError: fewer than two labels among the rows.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    classes = np.unique(labels)
+    if len(classes) < 2:
+        raise InputError(
+            f"all {len(labels)} training rows have label {classes[0]}: there is nothing to tell apart"
+        )
+    mean = features.mean(axis=0, dtype=np.float64)
+    variance = features.var(axis=0, dtype=np.float64)
+    starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
+    scale = np.repeat(np.sqrt(np.add.reduceat(variance, starts) * len(blocks)), blocks)
+    scale[scale == 0] = 1.0
+    mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+    by_label = class_weights(np.bincount(labels, minlength=num_labels), weights)
+    model = LogisticRegression(C=C, class_weight={label: by_label[label] for label in classes}, max_iter=2000)
+    model.fit((features - mean) / scale, labels)
+    coef, intercept = model.coef_, model.intercept_
+    if len(classes) == 2:  # one vector there: the log odds of the second label
+        coef, intercept = (
+            np.concatenate([-coef / 2, coef / 2]),
+            np.concatenate([-intercept / 2, intercept / 2]),
+        )
+    all_coef = np.zeros((num_labels, features.shape[1]), dtype=np.float32)
+    all_intercept = np.full(num_labels, ABSENT_LOGIT, dtype=np.float32)
+    all_coef[classes], all_intercept[classes] = coef, intercept
+    return LinearHead(all_coef, all_intercept, mean, scale, float(C))
+
+
+def inner_folds(
+    labels: np.ndarray, groups: Sequence[str], is_variant: np.ndarray, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Splits of training rows by dialogue: indices to train on, and indices of original rows to judge on.
+
+    A judged row whose label is not trained on is left out, since no value of C can help it.
+
+    Raises:
+        InputError: fewer dialogues than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if len(set(groups)) < INNER_FOLDS:
+        raise InputError(
+            f"{len(set(groups))} training dialogues are too few to choose among several values of C: give one --C"
+        )
+    splitter = StratifiedGroupKFold(INNER_FOLDS, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        for train, judged in splitter.split(labels, labels, groups):
+            yield train, judged[~is_variant[judged] & np.isin(labels[judged], labels[train])]
+
+
+def choose_C(
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str],
+    is_variant: np.ndarray,
+    candidates: Sequence[float],
+    *,
+    seed: int,
+    **fitting: Any,
+) -> tuple[float, list[float]]:
+    """The C with the least log loss on training dialogues that were held out in turn, and each candidate's log loss.
+
+    Log loss and not macro F1: with a few rows of the rare labels the F1 of neighbouring candidates differs by chance
+    alone. The loss is not weighted by class: with balanced weights it would ask for so strong a penalty that rare
+    labels are predicted everywhere (docs/LOG.md has the comparison). Ties: the first candidate.
+
+    Args:
+        groups: dialogue ids, (rows,).
+        is_variant: bool (rows,), augmented rows: trained on with their dialogue, never judged.
+        fitting: further arguments of `fit_head`.
+    """
+    if len(candidates) == 1:
+        return candidates[0], []
+    losses = np.zeros(len(candidates))
+    total = 0
+    for train, judged in inner_folds(labels, groups, is_variant, seed):
+        total += len(judged)
+        for place, C in enumerate(candidates):
+            head = fit_head(features[train], labels[train], C=C, **fitting)
+            logits = torch.from_numpy(head.logits(features[judged])).double()
+            losses[place] += nn.functional.cross_entropy(
+                logits, torch.from_numpy(labels[judged]), reduction="sum"
+            )
+    losses /= max(total, 1)
+    return candidates[int(np.argmin(losses))], losses.tolist()

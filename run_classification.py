@@ -1,0 +1,468 @@
+"""Train one fold of one run, and write its out-of-fold and test logits.
+
+Full system, one fold on a 24 GB GPU:
+    python run_classification.py --config recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl --fold 0
+A laptop, a minute or two:
+    python run_classification.py --config recipes/minilm/demo.yaml --fold 0
+
+All folds of a run: scripts/launch_folds.sh RECIPE. A complete fold is skipped, an incomplete one resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainingArguments, set_seed
+
+import artifacts
+import command_line
+import modeling
+import packing
+import reporting
+from batching import RowBatches, with_labels
+from command_line import InputError
+from dialogues import (
+    DataArguments,
+    LabelGuide,
+    Rendered,
+    Renderer,
+    Row,
+    assign_folds,
+    check_folds,
+    data_fingerprint,
+    held_out_part,
+    label_counts,
+    limit_rows,
+    load_label_guide,
+    load_rows,
+    parse_label_scope,
+    training_part,
+)
+from losses import CLASS_WEIGHTS, class_weights
+from training import CheckpointSeal, RowDataset, WeightedTrainer
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_SCOPE_LOGIT = -1e4
+
+
+@dataclass
+class FoldArguments(DataArguments):
+    """Which rows, which fold, and how much of a dialogue a row sees."""
+
+    train_file: str = field(
+        default="AIMH/PsyDefConv:Splits/train.json",
+        metadata={"help": "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."},
+    )
+    augmented_file: str | None = field(
+        default=None, metadata={"help": "Variants made by augment.py; trained on only where their source is."}
+    )
+    test_file: str | None = field(
+        default=None, metadata={"help": "Rows to predict with --do_predict; labels optional."}
+    )
+    fold: int = field(default=0, metadata={"help": "The fold to hold out, counted from 0."})
+    num_folds: int = field(default=5, metadata={"help": "Folds of the run. 5, as in the paper."})
+    fold_seed: int = field(
+        default=42,
+        metadata={"help": "Seed of the folds; kept apart from --seed so that runs line up row by row."},
+    )
+    fold_groups: str = field(
+        default="dialogue",
+        metadata={
+            "help": "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
+            "choices": list(artifacts.FOLD_GROUPS),
+        },
+    )
+    max_turns: int = field(default=30, metadata={"help": "Turns a row sees at most, its own included."})
+    max_seq_length: int = field(
+        default=1024, metadata={"help": "Tokens of a row at most; the oldest turns go first."}
+    )
+    window_stride: int = field(
+        default=10,
+        metadata={"help": "Turns by which a long dialogue's window moves; 1 is the paper's sliding window."},
+    )
+    pack_dialogues: bool | None = field(
+        default=None,
+        metadata={"help": "One pass a dialogue (packing.py). Default: yes for decoders, no for encoders."},
+    )
+    rows_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Packed: rows of a forward pass on average. Default: all of a step's, per_device_train_batch_size x "
+            "gradient_accumulation_steps, in one pass."
+        },
+    )
+    tokens_per_batch: int = field(
+        default=4096,
+        metadata={"help": "Packed: tokens of a forward pass at most. 4096 leaves room on a 24 GB GPU."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Smoke runs: rows to train on at most."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The base model, what of it is trained, and the loss."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model: a Hub id or a folder."})
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub model."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let a Hub model run its own Python code."}
+    )
+    pooling: str = field(
+        default="native",
+        metadata={
+            "help": "native: the architecture's own way to the head; mean (encoders): averages of target and context.",
+            "choices": ["native", "mean"],
+        },
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel: sdpa, eager, …"})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."},
+    )
+    quantization: str = field(
+        default="none", metadata={"help": "nf4 loads the base in 4 bits (QLoRA).", "choices": ["none", "nf4"]}
+    )
+    tuning: str = field(
+        default="lora",
+        metadata={"help": "lora trains adapters and the head, full trains all.", "choices": ["lora", "full"]},
+    )
+    lora_r: int = field(default=128, metadata={"help": "Rank. 128, as in the paper."})
+    lora_alpha: int = field(default=256, metadata={"help": "Scale; twice the rank, as in the paper."})
+    lora_dropout: float = field(
+        default=0.1, metadata={"help": "Dropout before the adapters. 0.1, as in the paper."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Projections that get adapters. Default: PEFT's choice for the architecture."},
+    )
+    class_weights: str = field(
+        default="inverse_sqrt",
+        metadata={
+            "help": "Of the loss, from the fold's training rows: 1/sqrt(n), 1/n or none.",
+            "choices": list(CLASS_WEIGHTS),
+        },
+    )
+    label_scope: list[str] | None = field(
+        default=None, metadata={"help": "Specialist: labels to train on, such as 1-8 or 1 2 3. Default: all."}
+    )
+
+    def __post_init__(self) -> None:
+        self.dtype = self.dtype or ("bfloat16" if self.quantization == "nf4" else "float32")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {self.dtype}: one of float32, bfloat16, float16")
+        if self.quantization != "none" and self.tuning == "full":
+            raise ValueError("--quantization nf4 needs --tuning lora: 4-bit weights cannot be trained")
+
+
+@dataclass
+class FoldTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments, with the defaults that a fold wants, and where the results go."""
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast. Default: where the processor or GPU computes in bf16 natively."},
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to write a checkpoint to resume from."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept: one may be half-written."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
+    report_to: str = field(default="none", metadata={"help": "Where to log: tensorboard, wandb, …"})
+    run_name: str | None = field(
+        default=None, metadata={"help": "Name of the run. Default: the output folder's name."}
+    )
+    keep_checkpoints: bool = field(default=False, metadata={"help": "Keep a complete fold's checkpoints."})
+    hub_namespace: str | None = field(default=None, metadata={"help": "User or organisation to push to."})
+    hub_name: str | None = field(
+        default=None, metadata={"help": "System's name: repos NAME-RUN and NAME-oof."}
+    )
+    push_only: bool = field(
+        default=False, metadata={"help": "Push a fold that is complete on disk; train nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = modeling.has_fast_bf16() and not (
+                self.fp16 or (self.use_cpu and torch.cuda.is_available())
+            )
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "--load_best_model_at_end would pick a model on the fold that is the out-of-fold estimate"
+            )
+        if (self.push_to_hub or self.push_only) and not (self.hub_namespace and self.hub_name):
+            raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
+        super().__post_init__()
+
+
+def check_arguments(data: FoldArguments, training: FoldTrainingArguments) -> None:
+    """Refuse what no fold can be trained with.
+
+    Raises:
+        InputError: a fold that the run does not have, or --do_predict without a test file.
+    """
+    if not 0 <= data.fold < data.num_folds:
+        raise InputError(f"--fold {data.fold} is not one of 0 to {data.num_folds - 1}")
+    if training.do_predict and not data.test_file:
+        raise InputError("--do_predict needs a --test_file")
+
+
+def read_data(data: FoldArguments, guide: LabelGuide) -> tuple[list[Row], list[Row], list[Row]]:
+    """Original, augmented and test rows, all checked before a model is loaded."""
+    originals = load_rows(data.train_file, guide, columns=data.columns)
+    problems = [
+        f"{data.train_file}: {row.id}: augmented_from: variants belong in --augmented_file"
+        for row in originals
+        if row.augmented_from
+    ]
+    if problems:
+        raise InputError(*problems)
+    augmented: list[Row] = []
+    if data.augmented_file:
+        augmented = load_rows(
+            data.augmented_file, guide, columns=data.columns, sources_of_augmented=originals
+        )
+    test: list[Row] = []
+    if data.test_file:
+        test = load_rows(data.test_file, guide, columns=data.columns, require_labels=False, split="test")
+    return originals, augmented, test
+
+
+def resolved_recipe(*argument_sets: Any) -> dict[str, Any]:
+    """The arguments that differ from their defaults, or that have none: enough to run the run again, no token."""
+    recipe: dict[str, Any] = {}
+    for arguments in argument_sets:
+        for item in dataclasses.fields(arguments):
+            value = getattr(arguments, item.name)
+            has_default = item.default is not dataclasses.MISSING and value == item.default
+            if item.init and not has_default and "token" not in item.name and not item.name.startswith("_"):
+                recipe[item.name] = getattr(value, "value", value)
+    for key in ("fold", "output_dir", "push_only", "push_to_hub", "hub_namespace", "hub_name", "use_cpu"):
+        recipe.pop(key, None)
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def push_fold(run_dir: Path, fold: int, training: FoldTrainingArguments) -> None:
+    """Push a complete fold, then the run's card, which tells of all folds that are complete by then."""
+    private = training.hub_private_repo is not False
+    where = (training.hub_namespace, training.hub_name)
+    shas = artifacts.push_fold(run_dir, fold, *where, private=private)
+    info = artifacts.read_json(run_dir / "run.json")
+    repo = artifacts.model_repo(*where, info["name"])
+    card = reporting.run_card(info, reporting.run_results(run_dir, info), repo)
+    shas |= artifacts.push_run(run_dir, *where, model_card=card, private=private)
+    for pushed, sha in shas.items():
+        print(f"pushed fold {fold} to {pushed} at {sha}")
+
+
+def main() -> None:
+    # Arguments
+    classes = (FoldArguments, ModelArguments, FoldTrainingArguments)
+    data, options, training = command_line.parse_arguments(classes, __doc__)
+    check_arguments(data, training)
+    run_dir = Path(training.output_dir)
+    fold_dir = run_dir / f"fold-{data.fold}"
+    run_name = artifacts.check_name(training.run_name or run_dir.resolve().name, "--run_name")
+    push, is_main = training.push_to_hub or training.push_only, training.process_index == 0
+    # What the Trainer itself would do with these is not what a fold wants.
+    training.push_to_hub, training.run_name, training.remove_unused_columns = False, run_name, False
+    training.output_dir = str(fold_dir / "checkpoints")
+    recipe = resolved_recipe(data, options, training)
+
+    # Logging
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if is_main else logging.ERROR,
+    )
+    transformers.utils.logging.set_verbosity(training.get_process_log_level())
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(fold_dir / "logs"))
+
+    if artifacts.fold_is_complete(run_dir, data.fold, training.do_predict):
+        logger.info(f"fold {data.fold} of {run_dir} is complete: nothing to train")
+        if push and is_main:
+            push_fold(run_dir, data.fold, training)
+        return
+    if training.push_only:
+        raise InputError(f"{run_dir}: fold {data.fold} is not complete, so there is nothing to push")
+
+    # Seed
+    set_seed(training.seed)
+    started = time.perf_counter()
+
+    # Data
+    guide = load_label_guide(data.label_guide)
+    originals, augmented, test = read_data(data, guide)
+    scope = sorted(parse_label_scope(options.label_scope, guide))
+    split = {"num_folds": data.num_folds, "fold_seed": data.fold_seed, "fold_groups": data.fold_groups}
+    folds = assign_folds(originals, **split)
+    if (run_dir / "folds.json").exists():
+        folds = artifacts.write_folds(run_dir, folds, **split)
+    check_folds(originals + augmented, folds, data.num_folds, data.fold_groups)
+    train = [row for row in training_part(originals + augmented, folds, data.fold) if row.label in scope]
+    train = limit_rows(train, data.max_train_samples)
+    held_out = held_out_part(originals, folds, data.fold)
+    counts = label_counts(train, len(guide.labels))
+
+    # Model
+    base = modeling.find_base_model(
+        options.model_name_or_path,
+        options.model_revision,
+        **{name: getattr(options, name) for name in modeling.LOADING},
+    )
+    encoder = modeling.is_encoder(modeling.load_config(base))
+    pack = data.pack_dialogues if data.pack_dialogues is not None else not encoder
+    if pack and encoder:
+        raise InputError(
+            f"--pack_dialogues: {base.name} reads both ways, so its rows share nothing; leave it out"
+        )
+    if pack and data.rows_per_batch is None:
+        data.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
+        training.gradient_accumulation_steps = 1
+    tokenizer = modeling.load_tokenizer(base)
+    window = {name: getattr(data, name) for name in ("max_turns", "max_seq_length", "window_stride")}
+    renderer = Renderer(tokenizer, guide, is_encoder=encoder, **window)
+    train_rendered, held_out_rendered, test_rendered = map(renderer.render, (train, held_out, test))
+    run_info = {
+        "name": run_name,
+        "label_names": guide.names,
+        "positive_labels": list(guide.positive),
+        "protected_label": guide.protected,
+        "label_scope": None if options.label_scope is None else scope,
+        "label_guide": guide.to_dict(),
+        **split,
+        "seed": training.seed,
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "loader": base.loader | {"bf16": training.bf16, "tuning": options.tuning},
+        "window": window,
+        "recipe": recipe,
+        "data_fingerprint": data_fingerprint(originals),
+        "prompt_fingerprint": renderer.fingerprint,
+        **command_line.provenance(),
+    }
+    decides = [
+        recipe,
+        data_fingerprint(train),
+        run_info["data_fingerprint"],
+        base.revision,
+        training.world_size,
+    ]
+    seal = CheckpointSeal(hashlib.sha256(json.dumps(decides).encode()).hexdigest())
+    checkpoint = seal.last(fold_dir / "checkpoints")
+    saved = artifacts.adapter_dir(run_dir, data.fold)
+    if saved.exists():
+        model = modeling.load_trained(base, saved, guide.names, tokenizer.pad_token_id)
+    else:
+        model = modeling.load_classifier(base, guide.names, tokenizer.pad_token_id)
+        if options.tuning == "lora":
+            lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+            model = modeling.add_lora(model, **lora, target_modules=options.lora_target_modules)
+    trainable, total = modeling.count_parameters(model)
+    logger.info(f"fold {data.fold}: {len(train)} training rows {counts.tolist()}, {len(held_out)} held out")
+    logger.info(f"{base.name}: {trainable:,} of {total:,} parameters are trained")
+    if is_main:
+        artifacts.write_folds(run_dir, folds, **split)
+        artifacts.write_run_info(run_dir, run_info)
+
+    # Train
+    micro_batches = training.gradient_accumulation_steps * training.world_size
+    if pack:
+        longest = max(map(len, train_rendered + held_out_rendered + test_rendered))
+        branches = packing.can_branch(model, longest)
+        packing.accept_packed(model)
+        epochs = math.ceil(training.num_train_epochs)
+        budget = (data.rows_per_batch * micro_batches, micro_batches, data.tokens_per_batch, epochs)
+        batches = packing.PackedBatches(*budget, branches)
+    else:
+        rows_per_step = training.train_batch_size * micro_batches
+        segments = modeling.segment_name(base, tokenizer) if encoder else None
+        budget = (rows_per_step, micro_batches, training.per_device_eval_batch_size)
+        batches = RowBatches(tokenizer.pad_token_id, *budget, segments)
+    metric = functools.partial(
+        reporting.load_metric().compute, positive_labels=list(guide.positive), num_labels=len(guide.labels)
+    )
+    trainer = WeightedTrainer(
+        model=model,
+        args=training,
+        data_collator=functools.partial(with_labels, batches.collate),
+        train_dataset=RowDataset(train_rendered, [row.label for row in train]),
+        class_weights=class_weights(counts, options.class_weights),
+        label_scope=scope,
+        plan=batches.plan(train, train_rendered, training.seed),
+        callbacks=[seal],
+    )
+    train_loss = None
+    if not saved.exists():
+        train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        if is_main:
+            modeling.save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved)
+
+    # Evaluate and save
+    def predict(rows: list[Row], rendered: list[Rendered], name: str) -> artifacts.LogitTable:
+        logits = modeling.predict_logits(
+            trainer.model,
+            rendered,
+            batches.prediction_batches(rows, rendered),
+            batches.collate,
+            num_labels=len(guide.labels),
+            bf16=training.bf16,
+            description=f"fold {data.fold}: {name}",
+        )
+        logits[:, [label for label in guide.numbers if label not in scope]] = OUT_OF_SCOPE_LOGIT
+        table = artifacts.make_table(rows, data.fold, logits)
+        if is_main:
+            artifacts.write_table(artifacts.table_path(run_dir, name, data.fold), table)
+        return table
+
+    oof = predict(held_out, held_out_rendered, "oof")
+    if training.do_predict:
+        predict(test, test_rendered, "test")
+    if not is_main:
+        return
+    scores = metric(predictions=oof.logits.argmax(1), references=oof.label)
+    fold_metrics = {
+        **scores,
+        "fold": data.fold,
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+        "trainable_parameters": trainable,
+        "train_loss": train_loss,
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_bytes": modeling.peak_memory(),
+    }
+    artifacts.write_json(artifacts.metrics_path(run_dir, data.fold), fold_metrics)
+    if not training.keep_checkpoints:
+        shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
+    print(
+        f"fold {data.fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}"
+    )
+
+    # Push
+    if push:
+        push_fold(run_dir, data.fold, training)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,49 @@
+"""Fixtures of all tests. The Hub is always the server in `hub_server.py`; caches and tokens are never the user's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# huggingface_hub reads these when it is imported, so they come before any test module.
+_home = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ |= {
+    "HF_HOME": _home.name,
+    "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody listens there: a test without the `hub` fixture reaches nothing
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RARETURN_BACKOFF_SECONDS": "0.02",
+    "RARETURN_PUSH_SECONDS": "20",
+}
+for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "https_proxy", "all_proxy"):
+    for name in (variable, variable.upper()):
+        os.environ.pop(name, None)
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pytest  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub of the test's own, for scripts in other processes: pass them `hub.env`."""
+    with HubServer() as server:
+        server.env = server.environment(tmp_path / "hf-home")
+        yield server
+
+
+@pytest.fixture
+def hub_here(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The same Hub for this process too: its address, token and an empty cache."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-home" / "hub"))
+    monkeypatch.setenv("HF_TOKEN", hub.writer)
+    return hub

@@ -1,0 +1,606 @@
+"""Decision rules against brute force, scikit-learn and arrays worked by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+import decoding
+from command_line import InputError
+
+
+def draw(seed, rows=120, num_labels=4, num_groups=20, ties=False):
+    """Probabilities that know a little about skewed labels; with `ties`, on a coarse grid so that equal values abound."""
+    generator = np.random.default_rng(seed)
+    shares = np.arange(1, num_labels + 1) ** 2.0
+    labels = generator.choice(num_labels, rows, p=shares / shares.sum())
+    logits = generator.standard_normal((rows, num_labels)) + np.log(shares)
+    logits[np.arange(rows), labels] += 1.0
+    if ties:
+        logits = np.round(logits)
+    groups = [f"d{group}" for group in generator.integers(num_groups, size=rows)]
+    return decoding.softmax(logits), labels, groups
+
+
+def brute_decide(probabilities, bias, protected=None, threshold=None):
+    predictions = []
+    for row in probabilities:
+        if threshold is not None and row[protected] >= threshold:
+            predictions.append(protected)
+            continue
+        values = [np.log(p) + b for p, b in zip(row, bias, strict=True)]
+        predictions.append(values.index(max(values)))
+    return np.array(predictions)
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_are_those_of_scikit_learn(seed):
+    generator = np.random.default_rng(seed)
+    labels, predictions = generator.integers(0, 6, 80), generator.integers(0, 5, 80)
+    labels[labels == 3] = 2  # a label with predictions and no rows; label 5 has rows and no predictions
+    positive = [1, 2, 3, 5]
+    found = decoding.scores(labels, predictions, 7, positive)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predictions, labels=range(7), zero_division=0
+    )
+    support = np.bincount(labels, minlength=7)
+    assert found["f1_per_class"] == pytest.approx(f1)
+    assert found["macro_f1_positive"] == pytest.approx(f1[positive].mean())
+    assert found["macro_precision_positive"] == pytest.approx(precision[positive].mean())
+    assert found["macro_recall_positive"] == pytest.approx(recall[positive].mean())
+    assert found["macro_f1"] == pytest.approx(f1.mean())
+    assert found["weighted_f1"] == pytest.approx((f1 * support).sum() / 80)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    assert list(found) == [*decoding.METRIC_NAMES, "f1_per_class"]
+    for metric in decoding.METRIC_NAMES:
+        assert decoding.score(labels, predictions, 7, positive, metric) == pytest.approx(found[metric])
+
+
+def test_a_label_without_rows_and_predictions_counts_as_zero():
+    # Label 1: 1 hit, 1 missed, 1 too many: F1 1/2. Label 2: nothing at all. Mean over the two: 1/4.
+    assert decoding.score([1, 1, 0], [1, 0, 1], 3, [1, 2]) == pytest.approx(0.25)
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="f1_macro"):
+        decoding.score([0, 1], [0, 1], 2, [1], "f1_macro")
+
+
+def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
+    probabilities, labels, groups = draw(0)
+    predictions = probabilities.argmax(1)
+    found = decoding.bootstrap_scores(
+        labels, predictions, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
+    )
+    names = list(dict.fromkeys(groups))
+    draws = np.random.default_rng(3).integers(len(names), size=(30, len(names)))
+    for value, sample in zip(found, draws, strict=True):
+        rows = [row for group in sample for row in range(len(labels)) if groups[row] == names[group]]
+        assert value == pytest.approx(decoding.score(labels[rows], predictions[rows], 4, [0, 1, 2]))
+    # Repeats are averaged within a sample.
+    twice = decoding.bootstrap_scores(
+        labels,
+        np.stack([predictions, labels]),
+        groups,
+        num_labels=4,
+        positive_labels=[0, 1, 2],
+        num_samples=30,
+        seed=3,
+    )
+    perfect = decoding.bootstrap_scores(
+        labels, labels, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
+    )
+    assert twice == pytest.approx((found + perfect) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- the rule
+
+
+def test_decide_ties_and_gate_edges():
+    probabilities = np.array([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
+    zero = np.zeros(3)
+    assert decoding.decide(probabilities, decoding.Decision(zero)).tolist() == [0, 1, 0, 2]
+    # A probability equal to the threshold passes the gate; the gate comes before the bias.
+    gated = decoding.Decision(np.array([0.0, 9.0, 0.0]), protected_class=0, threshold=0.5)
+    assert decoding.decide(probabilities, gated).tolist() == [1, 1, 0, 1]
+    # The bias that makes labels 0 and 1 equal: the lower label.
+    tie = decoding.Decision(np.array([0.0, np.log(2.0), 0.0]))
+    assert decoding.decide(probabilities[2:3], tie).tolist() == [0]
+    # A probability of zero is no infinity.
+    assert decoding.decide(np.array([[0.0, 1.0]]), decoding.Decision(np.zeros(2))).tolist() == [1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_decide_is_the_rule_row_by_row(seed):
+    probabilities, _, _ = draw(seed)
+    bias = np.random.default_rng(seed).standard_normal(4)
+    decision = decoding.Decision(bias, 3, 0.6)
+    assert (decoding.decide(probabilities, decision) == brute_decide(probabilities, bias, 3, 0.6)).all()
+
+
+def decision_json(**changes):
+    content = {
+        "label_names": ["a", "b", "c"],
+        "positive_labels": [1, 2],
+        "bias": [0.1, -0.1, 0],
+        "protected_class": 2,
+        "threshold": 0.5,
+        "temperature": 1.5,
+        "runs": [{"reference": "outputs/anchor", "revision": None, "weight": 1.0}],
+        "blend": "arithmetic",
+    }
+    content.update(changes)
+    return content
+
+
+def test_decision_survives_json():
+    decision = decoding.Decision(np.array([0.1, -0.25, 0.15]), 2, 0.69, 1.25)
+    content = json.loads(json.dumps({"label_names": ["a", "b", "c"], **decision.to_dict()}))
+    again = decoding.Decision.from_dict(content)
+    assert again.to_dict() == decision.to_dict()
+    plain = decoding.Decision.from_dict(decision_json(protected_class=None, threshold=None))
+    assert plain.threshold is None and plain.protected_class is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": [0, 0]}, "bias: expected 3 finite numbers"),
+        ({"bias": [0, 0, float("nan")]}, "bias: expected 3 finite"),
+        ({"bias": [0, 0, "1"]}, "bias: expected 3 finite"),
+        ({"bias": {"a": 1}}, "bias: expected 3"),
+        ({"protected_class": 3}, "protected_class: 3 is not"),
+        ({"protected_class": True}, "protected_class: True is not"),
+        ({"protected_class": None}, "threshold: given without"),
+        ({"threshold": 0}, "threshold: 0 is not"),
+        ({"threshold": 1.5}, "threshold: 1.5 is not"),
+        ({"temperature": 0}, "temperature: 0 is not"),
+        ({"temperature": None}, "temperature: None is not"),
+        ({"label_names": "abc"}, "label_names: expected"),
+        ({"positive_labels": [3]}, "positive_labels: expected"),
+        ({"positive_labels": []}, "positive_labels: expected"),
+        ({"blend": "harmonic"}, "blend: 'harmonic' is not"),
+        ({"runs": []}, "runs: expected"),
+        ({"runs": [{"reference": "a", "revision": None, "weight": -1}]}, "runs[0]: weight"),
+        ({"runs": [{"revision": None, "weight": 1}]}, "runs[0]: reference"),
+        ({"runs": [{"reference": "a", "revision": 3, "weight": 1}]}, "runs[0]: revision"),
+        ({"runs": [{"reference": "a", "revision": None, "weight": 0}]}, "sum to zero"),
+    ],
+)
+def test_a_malformed_decision_is_one_line(changes, message):
+    with pytest.raises(InputError) as error:
+        decoding.Decision.from_dict(decision_json(**changes), "d.json")
+    assert f"d.json: {message}" in str(error.value) and len(error.value.problems) == 1
+
+
+def test_a_decision_with_fields_missing_names_them():
+    content = decision_json()
+    del content["bias"], content["temperature"]
+    with pytest.raises(InputError) as error:
+        decoding.Decision.from_dict(content)
+    assert error.value.problems == ["decision.json: bias: missing", "decision.json: temperature: missing"]
+    with pytest.raises(InputError, match="not a JSON object"):
+        decoding.Decision.from_dict([1, 2])
+
+
+# ------------------------------------------------------------------------------------------------------- exact search
+
+
+@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ties):
+    for seed in range(4):
+        probabilities, labels, _ = draw(seed, rows=40, num_labels=5, ties=ties)
+        labels[labels == 1] = 2  # a label without rows
+        positive = [1, 2, 4]
+        problem = decoding._Problem(probabilities, labels, positive, metric, 4)
+        bias = np.random.default_rng(seed).standard_normal(5)
+        for label, threshold in itertools.product(range(5), (None, 0.6)):
+            value, claimed = decoding._sweep_bias(problem, bias, threshold, label)
+            log_p = np.log(probabilities) + bias
+            edges = np.unique(np.delete(log_p, label, 1).max(1) - np.log(probabilities[:, label]))
+            tried = np.concatenate([[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
+            best = max(
+                decoding.score(
+                    labels,
+                    brute_decide(
+                        probabilities, [*bias[:label], candidate, *bias[label + 1 :]], 4, threshold
+                    ),
+                    5,
+                    positive,
+                    metric,
+                )
+                for candidate in tried
+            )
+            assert claimed == pytest.approx(best, abs=1e-12)
+            bias_there = [*bias[:label], value, *bias[label + 1 :]]
+            assert problem.score(np.array(bias_there), threshold) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric, ties):
+    for seed in range(6):
+        probabilities, labels, _ = draw(seed, rows=40, ties=ties)
+        problem = decoding._Problem(probabilities, labels, [0, 1, 2], metric, 3)
+        bias = np.random.default_rng(seed).standard_normal(4)
+        threshold, claimed = decoding._sweep_threshold(problem, bias)
+        assert problem.score(bias, threshold) == pytest.approx(claimed, abs=1e-12)
+        values = np.unique(probabilities[:, 3])
+        tried = [None, values[0] / 2, *((values[1:] + values[:-1]) / 2)]
+        best = max(problem.score(bias, candidate) for candidate in tried)
+        assert claimed == pytest.approx(best, abs=1e-12)
+        if best == problem.score(bias):
+            assert threshold is None
+
+
+def test_a_sweep_takes_the_middle_of_the_widest_best_interval():
+    # Label 1 is right for rows 0 and 1 only: every bias between the breakpoints 2 and 5 is best, and 3.5 its middle.
+    log_p = np.log(decoding.softmax(np.array([[1.0, 0.0], [2.0, 0.0], [5.0, 0.0]])))
+    problem = decoding._Problem(np.exp(log_p), np.array([1, 1, 0]), [0, 1], "accuracy")
+    value, best = decoding._sweep_bias(problem, np.zeros(2), None, 1)
+    assert value == pytest.approx(3.5) and best == 1.0
+
+
+def test_row_weights_count_as_repeated_rows():
+    probabilities, labels, _ = draw(5, rows=60)
+    times = np.random.default_rng(0).integers(0, 4, 60)
+    repeated = np.repeat(np.arange(60), times)
+    weighted = decoding._Problem(probabilities, labels, [0, 1], "macro_f1_positive", 3, times)
+    longhand = decoding._Problem(probabilities[repeated], labels[repeated], [0, 1], "macro_f1_positive", 3)
+    bias = np.array([0.5, -0.2, 0.1, -0.4])
+    for label in range(4):
+        assert decoding._sweep_bias(weighted, bias, 0.7, label)[1] == pytest.approx(
+            decoding._sweep_bias(longhand, bias, 0.7, label)[1]
+        )
+    assert decoding._sweep_threshold(weighted, bias)[1] == pytest.approx(
+        decoding._sweep_threshold(longhand, bias)[1]
+    )
+
+
+def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule():
+    # With two labels one difference of biases decides: every distinct rule can be tried.
+    for seed in range(5):
+        probabilities, labels, groups = draw(seed, rows=50, num_labels=2)
+        decision = decoding.fit("exact", probabilities, labels, groups, positive_labels=[0])
+        margins = np.log(probabilities[:, 1] / probabilities[:, 0])
+        candidates = [-np.inf, *np.sort(margins)]
+        best = max(decoding.score(labels, (margins > edge).astype(int), 2, [0]) for edge in candidates)
+        found = decoding.score(labels, decoding.decide(probabilities, decision), 2, [0])
+        assert found == pytest.approx(best)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), ties=st.booleans(), rows=st.integers(5, 150), gate=st.booleans())
+def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate):
+    probabilities, labels, groups = draw(seed, rows=rows, num_labels=5, ties=ties)
+    found = {}
+    for method in ("argmax", "random", "exact"):
+        decision = decoding.fit(
+            method,
+            probabilities,
+            labels,
+            groups,
+            positive_labels=[0, 1, 2, 3],
+            protected_class=4 if gate else None,
+            num_vectors=1000,
+        )
+        found[method] = decoding.score(labels, decoding.decide(probabilities, decision), 5, [0, 1, 2, 3])
+    assert found["exact"] >= found["random"] - 1e-12 >= found["argmax"] - 2e-12
+
+
+def test_random_is_the_best_of_its_vectors():
+    probabilities, labels, groups = draw(1)
+    decision = decoding.fit(
+        "random", probabilities, labels, groups, positive_labels=[0, 1, 2], num_vectors=50
+    )
+    vectors = decoding._random_biases(50, 4, 42)
+    each = [
+        decoding.score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors
+    ]
+    assert not vectors[0].any()
+    best = vectors[int(np.argmax(each))]
+    assert decision.bias == pytest.approx(best - best.mean())
+
+
+# ------------------------------------------------------------------------------------------------------ other methods
+
+
+@pytest.mark.parametrize("method", decoding.METHODS)
+@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+def test_every_method_takes_every_metric_and_empty_labels(method, metric):
+    probabilities, labels, groups = draw(2, rows=80)
+    labels[labels == 0] = 1
+    rules = [
+        decoding.fit(
+            method,
+            probabilities,
+            labels,
+            groups,
+            positive_labels=[0, 1],
+            metric=metric,
+            protected_class=3,
+            num_vectors=20,
+            num_bags=2,
+        )
+        for _ in range(2)
+    ]
+    assert rules[0].to_dict() == rules[1].to_dict()
+    assert np.isfinite(rules[0].bias).all() and rules[0].bias.sum() == pytest.approx(0, abs=1e-9)
+    assert (rules[0].threshold is None) == (rules[0].protected_class is None)
+
+
+@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+def test_the_gradient_of_the_soft_score(metric):
+    probabilities, labels, _ = draw(3, rows=30)
+    problem = decoding._Problem(probabilities, labels, [0, 1, 2], metric)
+    targets = np.eye(4)[labels]
+    bias = np.array([0.3, -0.2, 0.1, 0.0])
+    _, gradient = decoding._soft_score(problem.log_p, targets, bias, 3.0, problem)
+    for label in range(4):
+        step = np.zeros(4)
+        step[label] = 1e-5
+        high, low = (
+            decoding._soft_score(problem.log_p, targets, bias + sign * step, 3.0, problem)[0]
+            for sign in (1, -1)
+        )
+        assert gradient[label] == pytest.approx((high - low) / 2e-5, abs=1e-7)
+    # Sharp enough, the soft score is the score.
+    assert decoding._soft_score(problem.log_p, targets, bias, 1e4, problem)[0] == pytest.approx(
+        problem.score(bias), abs=1e-3
+    )
+
+
+def test_vector_scaling_is_a_stationary_point_of_the_likelihood():
+    probabilities, labels, _ = draw(4, rows=300)
+    log_p = np.log(probabilities)
+    slope, offset = decoding._fit_vector(log_p, labels, penalty=0.0)
+    q = decoding.softmax(slope * log_p + offset)
+    assert q.sum(0) == pytest.approx(np.bincount(labels), abs=0.05)  # gradient in the offsets
+    assert (q * log_p).sum() == pytest.approx(log_p[np.arange(300), labels].sum(), abs=0.3)
+
+
+def test_minimise_reaches_the_minimum_of_rosenbrock():
+    def rosenbrock(x):
+        value = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        gradient = [-2 * (1 - x[0]) - 400 * x[0] * (x[1] - x[0] ** 2), 200 * (x[1] - x[0] ** 2)]
+        return value, np.array(gradient)
+
+    assert decoding._minimise(rosenbrock, np.array([-1.2, 1.0])) == pytest.approx([1, 1], abs=1e-3)
+
+
+def test_temperature_undoes_a_scale_and_quality_is_measured():
+    generator = np.random.default_rng(0)
+    logits = 1.5 * generator.standard_normal((4000, 4))
+    probabilities = decoding.softmax(logits)
+    labels = (generator.random((4000, 1)) > probabilities.cumsum(1)).sum(1)
+    temperature = decoding.fit_temperature([3 * logits], labels)
+    assert temperature == pytest.approx(3, rel=0.1)
+    before = decoding.probability_quality(decoding.softmax(3 * logits), labels)
+    after = decoding.probability_quality(decoding.softmax(3 * logits, temperature), labels)
+    assert all(after[name] < before[name] for name in before)
+    assert after["ece"] < 0.03
+    assert after["log_loss"] == pytest.approx(
+        sklearn_log_loss(labels, decoding.softmax(3 * logits, temperature))
+    )
+    # By hand: (0.3^2 + 0.3^2 + 0.8^2 + 0.8^2) / 2; confidences 0.7 (right) and 0.8 (wrong) lie in two bins.
+    hand = np.array([[0.7, 0.3], [0.2, 0.8]])
+    assert decoding.brier_score(hand, np.array([0, 0])) == pytest.approx(0.73)
+    assert decoding.calibration_error(hand, np.array([0, 0])) == pytest.approx((0.3 + 0.8) / 2)
+
+
+# ------------------------------------------------------------------------------------------------------ cross-fitting
+
+
+def test_folds_keep_dialogues_whole_and_labels_even():
+    _, labels, groups = draw(6, rows=600, num_groups=80)
+    folds = decoding.grouped_folds(labels, groups, 4, 5, seed=0)
+    for group in set(groups):
+        assert len({fold for fold, of in zip(folds, groups, strict=True) if of == group}) == 1
+    for label in range(4):
+        per_fold = np.bincount(folds[labels == label], minlength=5)
+        assert per_fold.max() <= 1.5 * per_fold.mean() + 1
+    assert (folds != decoding.grouped_folds(labels, groups, 4, 5, seed=1)).any()
+    assert (folds == decoding.grouped_folds(labels, groups, 4, 5, seed=0)).all()
+    assert decoding.grouped_folds(np.array([0, 1, 1]), ["a", "b", "b"], 2, 5, 0).max() == 1
+    with pytest.raises(InputError, match="one dialogue only"):
+        decoding.grouped_folds(labels, ["a"] * 600, 4, 5, 0)
+
+
+def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
+    _, labels, groups = draw(7)
+    groups = np.array(groups)
+    calls = []
+
+    def fit_predict(train, held_out):
+        assert not set(groups[train]) & set(groups[held_out])
+        assert sorted([*train, *held_out]) == list(range(len(labels)))
+        return labels[held_out]
+
+    found = decoding.cross_fit(
+        fit_predict,
+        labels,
+        groups.tolist(),
+        num_labels=4,
+        positive_labels=[0, 1, 2],
+        num_splits=4,
+        repeats=3,
+        progress=lambda: calls.append(1),
+    )
+    assert len(calls) == 12 and found.predictions.shape == (3, len(labels))
+    assert found.metrics["macro_f1_positive"] == 1 and found.interval == (1.0, 1.0)
+
+
+def test_a_method_that_learns_nothing_is_not_flattered():
+    # Probabilities that know nothing of the labels: in-sample the search gains much, cross-fitted nothing.
+    generator = np.random.default_rng(8)
+    labels = generator.integers(0, 5, 300)
+    probabilities = decoding.softmax(generator.standard_normal((300, 5)))
+    groups = [f"d{row // 5}" for row in range(300)]
+    recipe = decoding.Recipe(positive_labels=(0, 1, 2, 3, 4), method="exact")
+    in_sample = decoding.predict(
+        [np.log(probabilities)], decoding.fit_rule(recipe, [np.log(probabilities)], labels, groups)
+    )
+    fitted = decoding.cross_fit(
+        decoding.rule_fitter(recipe, [np.log(probabilities)], labels, groups),
+        labels,
+        groups,
+        num_labels=5,
+        positive_labels=range(5),
+        repeats=2,
+    )
+    assert decoding.score(labels, in_sample, 5, range(5)) > 0.25
+    assert fitted.metrics["macro_f1_positive"] < 0.22
+    assert fitted.interval[0] < fitted.metrics["macro_f1_positive"] < fitted.interval[1]
+
+
+def test_auto_keeps_argmax_where_nothing_helps_and_leaves_it_where_much_does():
+    generator = np.random.default_rng(9)
+    labels = np.repeat(np.arange(4), 60)
+    groups = [f"d{row % 24}" for row in range(240)]
+    sharp = generator.standard_normal((240, 4))
+    sharp[np.arange(240), labels] += 3.0
+    recipe = decoding.Recipe(
+        positive_labels=(0, 1, 2, 3), candidates=("argmax", "prior", "exact"), inner_repeats=1
+    )
+    assert decoding.fit_rule(recipe, [sharp], labels, groups).method == "argmax"
+    tilted = sharp + np.array([0.0, -4.0, 0.0, 4.0])
+    rule = decoding.fit_rule(recipe, [tilted], labels, groups)
+    assert rule.method == "exact"
+    assert decoding.score(labels, decoding.predict([tilted], rule), 4, range(4)) > 0.8
+
+
+# ------------------------------------------------------------------------------------------------- blends and weights
+
+
+def test_blends_by_hand():
+    first, second = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
+    assert decoding.blend([first, second], [3, 1]) == pytest.approx(np.array([[0.725, 0.275]]))
+    geometric = np.array([0.8**0.75 * 0.5**0.25, 0.2**0.75 * 0.5**0.25])
+    assert decoding.blend([first, second], [0.75, 0.25], "geometric")[0] == pytest.approx(
+        geometric / geometric.sum()
+    )
+    with pytest.raises(ValueError, match="harmonic"):
+        decoding.blend([first], kind="harmonic")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([0, 0], "sum to zero"), ([1, -1], "not negative"), ([1], "1 given for 2"), ([1, float("nan")], "finite")],
+)
+def test_weights_that_make_no_blend(weights, message):
+    with pytest.raises(InputError, match=message):
+        decoding.blend([np.ones((2, 2)), np.ones((2, 2))], weights)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_weight_search_prefers_the_runs_that_know_something(count):
+    probabilities, labels, _ = draw(10, rows=400)
+    generator = np.random.default_rng(0)
+    useless = [decoding.softmax(generator.standard_normal((400, 4))) for _ in range(count - 1)]
+    found = decoding.search_weights([*useless, probabilities], labels, seed=0)
+    assert found.weights.argmax() == count - 1 and found.weights.sum() == pytest.approx(1)
+    assert found.weights[-1] > 0.6
+    losses = [step["log_loss"] for step in found.trajectory]
+    kept = [step for step in found.trajectory if step["kept"]]
+    assert len(kept) == 1 and kept[0]["log_loss"] == min(losses) and kept[0]["weights"] == list(found.weights)
+    again = decoding.search_weights([*useless, probabilities], labels, seed=0)
+    assert again.trajectory == found.trajectory
+    json.dumps(found.trajectory)
+
+
+def test_searched_weights_are_cross_fitted_with_the_rule():
+    probabilities, labels, groups = draw(11, rows=300)
+    noise = np.random.default_rng(1).standard_normal(probabilities.shape)
+    runs = [np.log(probabilities), noise]
+    recipe = decoding.Recipe(positive_labels=(0, 1, 2), method="prior", weights="search")
+    rule = decoding.fit_rule(recipe, runs, labels, groups)
+    assert rule.weights[0] > rule.weights[1] and rule.method == "prior"
+    fitted = decoding.cross_fit(
+        decoding.rule_fitter(recipe, runs, labels, groups),
+        labels,
+        groups,
+        num_labels=4,
+        positive_labels=[0, 1, 2],
+        repeats=1,
+    )
+    assert 0 < fitted.metrics["macro_f1_positive"] < 1
+
+
+# ------------------------------------------------------------------------------------------------------------- voting
+
+
+def one_hot(*rows, num_labels=4):
+    return np.eye(num_labels)[list(rows)]
+
+
+def test_votes_by_hand():
+    # Columns are rows of data: 0 majority of gatekeepers says 0; 1 half of them do not make a majority; 2 plurality of
+    # all voters; 3 a tie goes to the protected class; 4 specialists cannot vote 0.
+    gatekeepers = [one_hot(0, 0, 1, 1, 3), one_hot(0, 2, 2, 2, 3)]
+    specialists = [one_hot(1, 2, 2, 1, 0) * 0.6 + 0.1, one_hot(1, 1, 2, 2, 0) * 0.6 + np.array([0, 0, 0.1, 0])]
+    found = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=3)
+    assert found.tolist() == [0, 2, 2, 3, 3]
+    lower = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=None)
+    assert lower[3] == 1
+
+
+def test_a_scope_silences_the_labels_outside_it():
+    specialist = np.array([[0.7, 0.1, 0.05, 0.15]])
+    assert decoding.scoped(specialist, [1, 2]) == pytest.approx(np.array([[0, 2 / 3, 1 / 3, 0]]))
+    found = decoding.vote(
+        [one_hot(3)], [specialist, specialist], gate_label=0, protected_class=3, specialist_scopes=[[1, 2], [1, 2]]
+    )
+    assert found.tolist() == [1]
+    with pytest.raises(InputError, match="no gatekeeper"):
+        decoding.vote([], [specialist], gate_label=0, protected_class=3)
+
+
+def test_the_probability_form_by_hand():
+    gatekeepers = [np.array([[0.5, 0.5, 0.0]]), np.array([[0.3, 0.1, 0.6]])]
+    specialists = [np.array([[0.0, 0.75, 0.25]]), np.array([[0.5, 0.25, 0.25]])]
+    found = decoding.vote_probabilities(gatekeepers, specialists, gate_label=0)
+    assert found == pytest.approx(np.array([[0.4, 0.6 * 0.625, 0.6 * 0.375]]))
+    with pytest.raises(InputError, match="label"):
+        decoding.vote_probabilities(gatekeepers, specialists, gate_label=0, specialist_scopes=[[1], [1]])
+
+
+# -------------------------------------------------------------------------------------------------------------- input
+
+
+def test_unusable_logits_and_labels():
+    good = np.array([[0.0, 1.0], [1.0, 0.0]])
+    decoding.check_logits(good, "x")
+    for logits, message in [
+        (np.array([[0.0, np.nan], [1.0, 0.0]]), "NaN or infinity, first at row 0"),
+        (np.array([[0.0, 1.0], [np.inf, 0.0]]), "first at row 1"),
+        (np.full((3, 2), 0.5), "constant"),
+        (np.array([[1.0, 2.0], [1.0, 2.0]]), "constant"),
+        (np.zeros((0, 2)), "shape"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            decoding.check_logits(logits, "x")
+    decoding.check_labels(np.array([0, 1]), ["a", "b"], ["n", "p"], [1], "x")
+    for labels, groups, message in [
+        ([0, 0], ["a", "b"], r"label 1 \(p\) has no row"),
+        ([0, -1], ["a", "b"], "row 1 has none"),
+        ([0, 1], ["a", "a"], "one dialogue only"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            decoding.check_labels(np.array(labels), groups, ["n", "p"], [1], "x")
+
+
+def test_softmax_of_extreme_logits():
+    logits = np.array([[1e4, 0.0], [0.0, -1e4]], dtype=np.float32)
+    assert decoding.softmax(logits) == pytest.approx(np.array([[1, 0], [1, 0]]))
+    assert np.isfinite(decoding.log_softmax(logits)).all()

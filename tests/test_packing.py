@@ -1,0 +1,327 @@
+"""Packed rows have the logits and the gradients that they have one by one, whatever is among them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import make_tiny_decoder, make_tiny_encoder, make_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import modeling
+from batching import RowBatches
+from command_line import InputError
+from dialogues import Renderer, Row, Turn, load_label_guide, load_rows, parse_label_guide
+from packing import PackedBatches, RowGroups, accept_packed, can_branch, lay_out, tree_mask
+
+GUIDE = parse_label_guide(
+    {
+        "task": "Classify the last seeker turn.",
+        "labels": [
+            {"number": number, "name": name, "definition": "see above"}
+            for number, name in enumerate("abcdefghi")
+        ],
+    },
+    "the tests' guide",
+)
+PAD = make_tokenizer().pad_token_id
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory):
+    """architecture -> folder of a tiny decoder."""
+    folder = tmp_path_factory.mktemp("decoders")
+    return {name: make_tiny_decoder(folder / name, name) for name in ("qwen3", "llama", "mistral")}
+
+
+def load(path, attn_implementation="sdpa", **loading):
+    torch.manual_seed(0)
+    base = modeling.find_base_model(path, attn_implementation=attn_implementation, **loading)
+    model = modeling.load_classifier(base, GUIDE.names, PAD)
+    accept_packed(model)
+    return model
+
+
+def demo_rows(num_dialogues=None):
+    """The demo corpus with two variants of each rare row; every third row of each dialogue left out."""
+    rows = load_rows("data/demo/train.json", load_label_guide("label_guides/dmrs.yaml"))
+    if num_dialogues is not None:
+        by_length = sorted(
+            {row.dialogue_id: len(row.turns) for row in rows}.items(), key=lambda item: -item[1]
+        )
+        kept = [dialogue for dialogue, _ in by_length[:num_dialogues]]
+        rows = [row for index, row in enumerate(row for row in rows if row.dialogue_id in kept) if index % 3]
+    variants = []
+    for row in rows:
+        if row.label in (2, 3, 4, 5, 8):
+            for number, opening in enumerate(("um, ", "I mean, well, ")):
+                target = Turn(opening + row.turns[-1].text, row.turns[-1].speaker)
+                variants.append(
+                    dataclasses.replace(
+                        row,
+                        id=f"{row.id}#aug{number}",
+                        turns=(*row.turns[:-1], target),
+                        augmented_from=row.id,
+                    )
+                )
+    return rows + variants
+
+
+def render(rows, **window):
+    return Renderer(make_tokenizer(), GUIDE, is_encoder=False, **window).render(rows)
+
+
+def logits_and_gradients(model, rows, rendered, batches, collate):
+    """Logits in the rows' order, and the gradients of the mean cross-entropy over all rows, summed over batches."""
+    labels = torch.tensor([row.label for row in rows])
+    logits = torch.full((len(rows), len(GUIDE.labels)), torch.nan)
+    model.zero_grad()
+    for batch in batches:
+        output = model(**collate([rendered[index] for index in batch])).logits.float()
+        loss = torch.nn.functional.cross_entropy(output, labels[batch], reduction="sum") / len(rows)
+        loss.backward()
+        logits[batch] = output.detach()
+    return logits, {
+        name: item.grad.clone() for name, item in model.named_parameters() if item.grad is not None
+    }
+
+
+def compare(model, rows, rendered, branches=True, tokens_per_batch=1500):
+    """(largest logit difference, largest relative gradient difference) of packed against unpacked rows."""
+    results = []
+    for way in (
+        RowBatches(PAD, 16, 1, prediction_rows=8, segment_name=None),
+        PackedBatches(16, 1, tokens_per_batch, num_epochs=1, branches=branches),
+    ):
+        batches = way.prediction_batches(rows, rendered)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+        results.append(logits_and_gradients(model, rows, rendered, batches, way.collate))
+    (expected, expected_gradients), (packed, packed_gradients) = results
+    assert packed_gradients.keys() == expected_gradients.keys()
+    assert expected.std() > 0.05, "logits that are all alike would prove nothing"
+    gradient_difference = max(
+        float((packed_gradients[name] - item).norm() / item.norm())
+        for name, item in expected_gradients.items()
+    )
+    return float((packed - expected).abs().max()), gradient_difference
+
+
+# -------------------------------------------------------------------------------------------------------------- layout
+
+token_rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(token_rows, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_rows_last_token_sees_the_row_and_nothing_else(rows, branches):
+    layout = lay_out([np.array(row, dtype=np.int32) for row in rows], branches)
+    place = np.arange(len(layout.input_ids))
+    sees = (tree_mask(torch.from_numpy(layout.subtree_end)[None], torch.float32)[0, 0] == 0).numpy()
+    for row, last in zip(rows, layout.row_positions, strict=True):
+        for token in place[
+            sees[last]
+        ]:  # every token on the way sees what stands before it in the row, no more
+            depth = layout.position_ids[token]
+            assert layout.input_ids[sees[token]].tolist() == row[: depth + 1]
+            assert layout.position_ids[sees[token]].tolist() == list(range(depth + 1))
+    prefixes = {tuple(row[:length]) for row in rows for length in range(1, len(row) + 1)}
+    leaves = {
+        tuple(row)
+        for row in rows
+        if not any(tuple(row) == p[: len(row)] for p in prefixes if len(p) > len(row))
+    }
+    assert len(layout.input_ids) == (len(prefixes) if branches else sum(map(len, leaves)))
+
+
+def test_layout_by_hand():
+    # two rows of a dialogue (7 8 | 7 8 9 5), and a variant (7 8 6) of a target that the later row has as context
+    layout = lay_out([np.array([7, 8, 9, 5]), np.array([7, 8]), np.array([7, 8, 6])])
+    assert layout.input_ids.tolist() == [7, 8, 6, 9, 5]
+    assert layout.position_ids.tolist() == [0, 1, 2, 2, 3]
+    assert layout.subtree_end.tolist() == [5, 5, 3, 5, 5]
+    assert layout.row_positions.tolist() == [4, 1, 2]
+    sees = tree_mask(torch.from_numpy(layout.subtree_end)[None], torch.bfloat16)[0, 0] == 0
+    assert sees.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ equality
+
+
+@pytest.mark.parametrize(
+    ("num_dialogues", "window", "last_start"),
+    [
+        (None, {}, 30),
+        (3, {"window_stride": 1}, 23),
+        (3, {"max_turns": 100, "max_seq_length": 2048}, 0),
+    ],
+    ids=["all at stride 10", "long ones at stride 1", "long ones whole"],
+)
+def test_rows_of_the_demo_corpus(decoders, num_dialogues, window, last_start):
+    rows = demo_rows(num_dialogues)
+    rendered = render(rows, **window)
+    assert max(row.start for row in rendered) == last_start
+    logit_difference, gradient_difference = compare(load(decoders["qwen3"]), rows, rendered)
+    assert logit_difference <= 1e-5
+    assert gradient_difference <= 1e-5
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("window_stride", [1, 10])
+def test_with_cut_targets_and_left_out_rows(decoders, architecture, attn_implementation, window_stride):
+    rows = demo_rows(num_dialogues=4)
+    room = len(render(rows[:1])[0].pieces[0]) + 40
+    rendered = render(rows, window_stride=window_stride, max_seq_length=room)
+    assert any(row.cut for row in rendered)
+    assert any(row.start for row in rendered)
+    model = load(decoders[architecture], attn_implementation)
+    assert can_branch(model, room)
+    logit_difference, gradient_difference = compare(model, rows, rendered, tokens_per_batch=400)
+    assert logit_difference <= 1e-5
+    assert gradient_difference <= 1e-5
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bf16(tmp_path, attn_implementation, autocast):
+    rows = demo_rows(num_dialogues=1)
+    # weights of the size that pretrained models start from; the other tests' are larger, to be told apart in float32
+    path = make_tiny_decoder(tmp_path, initializer_range=0.02)
+    model = load(path, attn_implementation, dtype="float32" if autocast else "bfloat16")
+    with torch.no_grad():
+        model.score.weight /= model.score.weight.norm(dim=1, keepdim=True)  # logits of size 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logit_difference, _ = compare(model, rows, render(rows, max_turns=10))
+    assert logit_difference <= 1e-2
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_lora_with_gradient_checkpointing(decoders, quantization):
+    rows = demo_rows(num_dialogues=3)
+    torch.manual_seed(0)
+    base = modeling.find_base_model(decoders["qwen3"], quantization=quantization, dtype="float32")
+    model = modeling.load_classifier(base, GUIDE.names, PAD)
+    model = modeling.add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    accept_packed(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    logit_difference, gradient_difference = compare(model, rows, render(rows, max_turns=10))
+    bound = 1e-5 if quantization == "none" else 1e-2  # NF4 computes in bf16
+    assert logit_difference <= bound
+    assert gradient_difference <= bound
+
+
+# ------------------------------------------------------------------------------------- attention that takes no tree
+
+
+def test_sliding_window_shorter_than_the_rows(tmp_path):
+    """A mask from outside would replace the model's window, so the rows are laid out as causal sequences."""
+    rows = demo_rows(num_dialogues=3)
+    rendered = render(rows, max_turns=10)
+    model = load(make_tiny_decoder(tmp_path, "mistral", sliding_window=64))
+    longest = max(map(len, rendered))
+    assert longest > 64
+    assert not can_branch(model, longest)
+    logit_difference, gradient_difference = compare(model, rows, rendered, branches=False)
+    assert logit_difference <= 1e-5
+    assert gradient_difference <= 1e-5
+    assert compare(model, rows, rendered, branches=True)[0] > 1e-3
+
+
+def test_what_cannot_be_packed(tmp_path, decoders):
+    encoder = modeling.find_base_model(make_tiny_encoder(tmp_path / "encoder"))
+    with pytest.raises(InputError, match="bert models cannot be packed; use --no_pack_dialogues"):
+        can_branch(modeling.load_classifier(encoder, GUIDE.names, 0), 100)
+    bloom = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("bloom", hidden_size=8, n_head=2)
+    )
+    with pytest.raises(InputError, match="bloom models cannot be packed"):
+        can_branch(bloom, 100)
+
+
+def test_unpacked_batches_keep_their_path_and_files_their_names(decoders, tmp_path):
+    model = load(decoders["qwen3"])
+    plain = modeling.load_classifier(modeling.find_base_model(decoders["qwen3"]), GUIDE.names, PAD)
+    plain.load_state_dict(model.state_dict())
+    batch = RowBatches(PAD, 16, 1, 8, None).collate(render(demo_rows(1)[:3]))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert type(load(str(tmp_path / "saved"))) is type(plain)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def count_tokens(rendered, batch):
+    return len(lay_out([rendered[index].input_ids for index in batch]).input_ids)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_an_epoch_has_every_row_once_within_the_budgets(micro_batches):
+    rows = demo_rows()
+    rendered = render(rows)
+    batches = PackedBatches(32, micro_batches, 1200, num_epochs=4)
+    plan = batches.plan(rows, rendered, seed=0)
+    num_steps = len(plan(0))
+    assert num_steps >= -(-len(rows) // 32)
+    for epoch in range(4):
+        assert [len(step) for step in plan(epoch)] == [micro_batches] * num_steps
+        parts = [part for step in plan(epoch) for part in step]
+        assert all(parts)
+        assert sorted(index for part in parts for index in part) == list(range(len(rows)))
+        assert max(count_tokens(rendered, part) for part in parts) <= 1200
+    assert plan(0) == batches.plan(rows, rendered, seed=0)(0)
+    assert plan(0) != plan(1)
+    assert plan(0) != batches.plan(rows, rendered, seed=1)(0)
+
+
+def test_a_roomy_budget_leaves_the_number_of_steps_as_it_is_unpacked():
+    rows = demo_rows()
+    plan = PackedBatches(16, 1, 8192, num_epochs=3).plan(rows, render(rows), seed=0)
+    sizes = [len(step[0]) for step in plan(0)]
+    assert len(sizes) == -(-len(rows) // 16)
+    assert min(sizes) >= 4
+    assert max(sizes) <= 32
+
+
+def test_prediction_batches_keep_the_budget_and_put_the_most_tokens_first():
+    rows = demo_rows()
+    rendered = render(rows)
+    batches = PackedBatches(16, 1, 1200, num_epochs=1).prediction_batches(rows, rendered)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    tokens = [count_tokens(rendered, batch) for batch in batches]
+    assert max(tokens) <= 1200
+    assert tokens[0] >= max(map(len, rendered))
+
+
+def test_a_group_over_the_budget_is_split_and_a_row_over_it_is_alone(caplog):
+    turns = tuple(Turn(f"turn {number} says something", "seeker") for number in range(12))
+    rows = [Row(str(number), "one", turns[: number + 1], 0) for number in range(12)]
+    rendered = render(rows)
+    shortest, longest = min(map(len, rendered)), max(map(len, rendered))
+    assert RowGroups(rows, rendered, longest).members == [list(range(12))]
+    assert RowGroups(rows, rendered, longest - 1).members == [list(range(11)), [11]]
+    assert "1 rows have more than" in caplog.text
+    assert len(RowGroups(rows, rendered, shortest).members) == 12
+
+
+def test_too_few_dialogues_for_the_processes(caplog):
+    rows = [Row(str(number), "one", (Turn("hello", "seeker"),) * (number + 1), 0) for number in range(20)]
+    rendered = render(rows)
+    assert len(PackedBatches(16, 1, 4096, num_epochs=1).plan(rows, rendered, seed=0)(0)) == 1
+    assert "a step has 20.0 rows on average, not 16" in caplog.text
+    with pytest.raises(InputError, match="1 dialogues cannot fill the 2 batches of a step"):
+        PackedBatches(16, 2, 4096, num_epochs=1).plan(rows, rendered, seed=0)

@@ -1,0 +1,421 @@
+"""run_classification.py as a user runs it, on tiny models: training, resuming, reloading, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_tiny_decoder, make_tiny_encoder
+from transformers import TrainerCallback, TrainingArguments
+
+import artifacts
+import command_line
+import modeling
+import run_classification
+from batching import RowBatches, StepBatchSampler, plan_rows, with_labels
+from dialogues import Renderer, assign_folds, held_out_part, load_label_guide, load_rows
+from losses import WeightedCrossEntropy, class_weights
+from training import RowDataset, WeightedTrainer
+
+ROOT = Path(__file__).parent.parent
+TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
+GUIDE = load_label_guide("label_guides/dmrs.yaml")
+SMALL = {"--max_train_samples": 48, "--num_train_epochs": 2, "--learning_rate": 3e-3, "--num_folds": 3}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def command(model: str, output_dir: Path, **flags: object) -> list[str]:
+    """The words after `python run_classification.py`; a flag's value None gives a bare flag."""
+    settings = {"--model_name_or_path": model, "--train_file": TRAIN, "--output_dir": output_dir, **SMALL}
+    settings |= {f"--{name}": value for name, value in flags.items()}
+    return [
+        str(word) for name, value in settings.items() for word in ([name] if value is None else [name, value])
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch):
+    """Run the script in this process, as from its command line: gives its exit status."""
+
+    def run_script(words: list[str]) -> int:
+        monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+        monkeypatch.setattr(sys, "argv", ["run_classification.py", *words])
+        try:
+            command_line.run(run_classification.main)
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run_script
+
+
+# ----------------------------------------------------------------------------------------------------- loss and batches
+
+
+def test_weights_have_mean_one_over_the_rows():
+    counts = np.array([296, 108, 61, 99, 84, 48, 172, 968, 28])
+    weights = class_weights(counts)
+    assert (weights * counts).sum() == pytest.approx(counts.sum())
+    assert weights[8] / weights[7] == pytest.approx(np.sqrt(968 / 28))
+    # The paper prints w_8 = 1.67, w_5 = 1.29 and w_7 = 0.28.
+    assert weights[8] / weights[7] == pytest.approx(1.67 / 0.28, rel=0.02)
+    assert weights[8] / weights[5] == pytest.approx(1.67 / 1.29, rel=0.02)
+    assert class_weights(np.array([3, 0, 1]), "balanced")[1] == 0
+    assert class_weights(counts, "none").tolist() == [1.0] * 9
+
+
+@pytest.mark.parametrize("scope", [None, [1, 3, 4]])
+def test_loss_against_plain_arithmetic(scope: list[int] | None):
+    rng = np.random.default_rng(0)
+    logits, weights = rng.normal(size=(7, 5)).astype(np.float32), rng.uniform(0.3, 2, 5)
+    columns = list(range(5)) if scope is None else scope
+    labels = rng.choice(columns, 7)
+    expected = 0.0
+    for row, label in zip(logits, labels, strict=True):
+        log_p = row[columns] - np.log(np.exp(row[columns]).sum())
+        target = np.where(np.array(columns) == label, 0.9, 0.0) + 0.1 / len(columns)
+        expected += weights[label] * -(target * log_p).sum()
+    loss = WeightedCrossEntropy(weights, 0.1, scope)(
+        {"logits": torch.from_numpy(logits)}, torch.from_numpy(labels), 32
+    )
+    assert loss.item() == pytest.approx(expected / 32, rel=1e-5)
+
+
+def test_loss_is_torchs_without_weights():
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
+    ours = WeightedCrossEntropy(np.ones(4), 0.2)({"logits": logits}, labels)
+    assert ours.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
+    )
+
+
+@pytest.mark.parametrize(("rows", "rows_per_step"), [(100, 16), (16, 16), (17, 16), (5, 16), (64, 8)])
+def test_every_row_once_an_epoch_and_the_same_steps_however_they_are_cut(rows: int, rows_per_step: int):
+    lengths = np.random.default_rng(1).integers(5, 90, rows).tolist()
+    whole = plan_rows(lengths, rows_per_step, 1, 42, 3)
+    assert sorted(index for step in whole for batch in step for index in batch) == list(range(rows))
+    sizes = [len(batch) for step in whole for batch in step]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= rows_per_step
+    cut = plan_rows(lengths, rows_per_step, 4, 42, 3)
+    assert all(len(step) == 4 and all(step) for step in cut)
+    if rows >= rows_per_step:
+        assert [sorted(itertools.chain(*step)) for step in cut] == [sorted(step[0]) for step in whole]
+    samplers = [StepBatchSampler(lambda epoch: cut, rank, 2) for rank in range(2)]
+    assert len(samplers[0]) == len(samplers[1]) == len(list(samplers[0]))
+    assert sorted(itertools.chain(*samplers[0], *samplers[1])) == list(range(rows))
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path, pooling: str):
+    rows = load_rows(TRAIN, GUIDE)[:16]
+    base = modeling.find_base_model(encoder, pooling=pooling)
+    tokenizer = modeling.load_tokenizer(base)
+    rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=64).render(rows)
+    weights = class_weights(np.bincount([row.label for row in rows], minlength=9))
+
+    class Gradient(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            gradients.append(
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            )
+
+    gradients: list[dict[str, torch.Tensor]] = []
+    for batch_size, accumulation in ((16, 1), (4, 4), (2, 8), (1, 16)):
+        torch.manual_seed(0)
+        model = modeling.load_classifier(base, GUIDE.names, tokenizer.pad_token_id)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        batches = RowBatches(
+            tokenizer.pad_token_id, 16, accumulation, 16, modeling.segment_name(base, tokenizer)
+        )
+        trainer = WeightedTrainer(
+            model=model,
+            args=TrainingArguments(
+                str(tmp_path),
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                label_smoothing_factor=0.05,
+                max_grad_norm=0,
+                max_steps=1,
+                remove_unused_columns=False,
+                report_to="none",
+                use_cpu=True,
+                save_strategy="no",
+            ),
+            data_collator=lambda items, batches=batches: with_labels(batches.collate, items),
+            train_dataset=RowDataset(rendered, [row.label for row in rows]),
+            class_weights=weights,
+            plan=batches.plan(rows, rendered, seed=1),
+            callbacks=[Gradient()],
+        )
+        trainer.train()
+    assert len(gradients) == 4 and len(gradients[0]) > 30
+
+    # The first of them is the gradient of the loss as written down, on one batch.
+    model.zero_grad()
+    torch.manual_seed(0)
+    model = modeling.load_classifier(base, GUIDE.names, tokenizer.pad_token_id).eval()
+    logits = model(**batches.collate(rendered)).logits
+    labels = torch.tensor([row.label for row in rows])
+    log_p = torch.log_softmax(logits, -1)
+    smooth = 0.95 * -log_p[range(16), labels] + 0.05 * -log_p.mean(-1)
+    (torch.tensor(weights)[labels] * smooth).sum().div(16).backward()
+    by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    scale = max(gradient.abs().max() for gradient in by_hand.values())
+    for measured in gradients:
+        assert measured.keys() == by_hand.keys()
+        assert max((measured[name] - by_hand[name]).abs().max() for name in by_hand) / scale < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- the script
+
+
+def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: Path, run, capsys):
+    run_dir = tmp_path / "qlora"
+    words = command(
+        decoder, run_dir, quantization="nf4", lora_r=4, lora_alpha=8, test_file=TEST, do_predict=None, logging_steps=1,
+        report_to="tensorboard", gradient_checkpointing="True", max_seq_length=512, max_turns=6, window_stride=2,
+    )  # fmt: skip
+    assert run(words) == 0
+    assert "fold 0: macro_f1_positive" in capsys.readouterr().out
+    fold = run_dir / "fold-0"
+    assert sorted(path.name for path in fold.iterdir()) == ["adapter", "logs", "metrics.json"]
+    assert not list(fold.rglob("*.bin")) and not list(fold.rglob("*.pt"))
+    assert list((fold / "logs").glob("events.out.tfevents.*"))
+    config = json.loads((fold / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == decoder and config["modules_to_save"] == ["score"]
+    weights = modeling_keys(fold / "adapter/adapter_model.safetensors")
+    assert [name for name in weights if "score" in name] == ["base_model.model.score.weight"]
+
+    rows = load_rows(TRAIN, GUIDE)
+    folds = assign_folds(rows, 3, 42)
+    held_out = held_out_part(rows, folds, 0)
+    table = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    assert table.id == [row.id for row in held_out] and table.label.tolist() == [
+        row.label for row in held_out
+    ]
+    test = artifacts.read_table(run_dir / "test/fold-0.parquet")
+    assert len(test) == 40 and set(test.label) == {-1} and set(test.fold) == {0}
+    info = json.loads((run_dir / "run.json").read_text())
+    assert info["label_names"] == GUIDE.names and info["loader"]["quantization"] == "nf4"
+    assert info["packages"]["torch"] and info["recipe"]["lora_r"] == 4
+
+    # A stranger's way back, without our loader: base in 4 bits, adapter on top, one row at a time.
+    base = modeling.find_base_model(decoder, **{name: info["loader"][name] for name in modeling.LOADING})
+    tokenizer = modeling.load_tokenizer(base)
+    rendered = Renderer(tokenizer, GUIDE, is_encoder=False, **info["window"]).render(held_out)
+    model = modeling.load_trained(base, fold / "adapter", GUIDE.names, tokenizer.pad_token_id).eval()
+    batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None)
+    with torch.inference_mode():
+        alone = torch.cat([model(**batches.collate([row])).logits for row in rendered[:12]]).float().numpy()
+    bf16_noise = 3e-2  # packed in training, alone here: the same sums in another order, in bf16
+    assert np.abs(alone - table.logits[:12]).max() < bf16_noise
+
+    # The same loader gives the same logits: tables lost, the script makes them from the saved adapter.
+    (run_dir / "oof/fold-0.parquet").unlink()
+    before = (fold / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+    assert run(words) == 0
+    again = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    assert np.abs(again.logits - table.logits).max() <= 1e-4
+    assert (fold / "adapter/adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def modeling_keys(path: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, pooling: str):
+    run_dir = tmp_path / "full"
+    assert (
+        run(command(encoder, run_dir, tuning="full", pooling=pooling, max_seq_length=48, label_scope="1-8"))
+        == 0
+    )
+    table = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    assert (table.logits[:, 0] == -1e4).all() and np.abs(table.logits[:, 1:]).max() < 1e3
+    assert (table.label == 0).any(), "a specialist still scores every row"
+    adapter = run_dir / "fold-0/adapter"
+    model_type = json.loads((adapter / "config.json").read_text())["model_type"]
+    assert model_type == {"native": "bert", "mean": "segment_mean_classifier"}[pooling]
+    base = modeling.find_base_model(encoder, pooling=pooling)
+    model = modeling.load_trained(base, adapter, GUIDE.names, 0).eval()
+    rows = held_out_part(load_rows(TRAIN, GUIDE), assign_folds(load_rows(TRAIN, GUIDE), 3, 42), 0)[:5]
+    tokenizer = modeling.load_tokenizer(base)
+    rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=48).render(rows)
+    collate = RowBatches(0, 1, 1, 1, modeling.segment_name(base, tokenizer)).collate
+    with torch.inference_mode():
+        logits = model(**collate(rendered)).logits.numpy()
+    assert np.abs(logits[:, 1:] - table.logits[:5, 1:]).max() < 1e-4
+
+
+def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
+    encoder: str, tmp_path: Path, run, caplog
+):
+    flags = {"tuning": "full", "num_train_epochs": 4, "max_seq_length": 48, "no_bf16": None}
+    del flags["no_bf16"]
+    flags["bf16"] = "False"
+    assert run(command(encoder, tmp_path / "whole", **flags)) == 0
+    killed = tmp_path / "killed"
+    words = command(encoder, killed, **flags)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_classification.py"), *words], stderr=subprocess.DEVNULL
+    )
+    checkpoints = killed / "fold-0/checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*/sealed.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = [int(path.parent.name.split("-")[1]) for path in checkpoints.glob("*/sealed.json")]
+    assert max(steps) < 4 * 3, "killed before its last epoch"
+    half_written = checkpoints / "checkpoint-99"
+    shutil.copytree(checkpoints / f"checkpoint-{max(steps)}", half_written)
+    (half_written / "sealed.json").unlink()
+
+    assert run(command(encoder, killed, **(flags | {"learning_rate": 1e-4}))) == 2, (
+        "other arguments must not resume"
+    )
+    assert run(words) == 0
+    one, other = (artifacts.read_table(path / "oof/fold-0.parquet") for path in (tmp_path / "whole", killed))
+    assert one.logits.tobytes() == other.logits.tobytes()
+    assert not checkpoints.exists()
+
+    stamp = (killed / "fold-0/metrics.json").stat().st_mtime_ns
+    caplog.set_level("INFO")
+    assert run(words) == 0
+    assert "is complete: nothing to train" in caplog.text
+    assert (killed / "fold-0/metrics.json").stat().st_mtime_ns == stamp
+
+
+def test_augmented_rows_train_only_where_their_source_does(encoder: str, tmp_path: Path, run):
+    rows = json.loads(Path(TRAIN).read_text())
+    variants = []
+    for row in rows:
+        if row["label"] in (2, 5, 8):
+            turns = [*row["dialogue"][:-1], row["dialogue"][-1] | {"text": "Well, " + row["current_text"]}]
+            copy = {"id": f"{row['id']}#aug0", "augmented_from": row["id"], "dialogue": turns}
+            variants.append(row | copy | {"current_text": "Well, " + row["current_text"]})
+    file = tmp_path / "augmented.jsonl"
+    file.write_text("\n".join(map(json.dumps, variants)))
+    flags = {
+        "tuning": "full",
+        "augmented_file": file,
+        "max_seq_length": 32,
+        "num_train_epochs": 1,
+        "max_train_samples": 999,
+    }
+    assert run(command(encoder, tmp_path / "run", **flags)) == 0
+    folds = json.loads((tmp_path / "run/folds.json").read_text())["folds"]
+    assert set(folds) == {row["id"] for row in rows}, "no augmented row has a fold"
+    metrics = json.loads((tmp_path / "run/fold-0/metrics.json").read_text())
+    trained = sum(fold != 0 for fold in folds.values()) + sum(
+        folds[row["augmented_from"]] != 0 for row in variants
+    )
+    assert metrics["train_rows"] == trained
+    table = artifacts.read_table(tmp_path / "run/oof/fold-0.parquet")
+    assert sorted(table.id) == sorted(row_id for row_id, fold in folds.items() if fold == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- refusals
+
+
+def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object], str]]:
+    (tmp_path / "cut.json").write_text(Path(TRAIN).read_text()[:5000])
+    (tmp_path / "unknown.yaml").write_text("learning_rat: 1e-4\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "type.yaml").write_text("num_train_epochs: many\n")
+    (tmp_path / "guide.yaml").write_text(
+        "task: t\nlabels:\n- {number: 0, name: a, definition: d}\n- {number: 1, name: b, definition: d}\n"
+    )
+    return {
+        "truncated": ({"train_file": tmp_path / "cut.json"}, "cut.json: not valid JSON"),
+        "missing": ({"train_file": tmp_path / "none.json"}, "none.json: no such file"),
+        "recipe key": (
+            {"config": tmp_path / "unknown.yaml"},
+            "unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
+        "recipe kind": ({"config": tmp_path / "list.yaml"}, "a recipe is a mapping"),
+        "recipe value": ({"config": tmp_path / "type.yaml"}, "num_train_epochs: 'many' is not a valid value"),
+        "other guide": ({"label_guide": tmp_path / "guide.yaml"}, "is not in the label guide (0 to 1)"),
+        "fold": ({"fold": 7}, "--fold 7 is not one of 0 to 2"),
+        "no test file": ({"do_predict": None}, "--do_predict needs a --test_file"),
+        "packed encoder": ({"pack_dialogues": "True"}, "--pack_dialogues"),
+        "no model": ({"model_name_or_path": tmp_path / "nothing"}, "no such model folder"),
+        "best model": ({"load_best_model_at_end": "True"}, "--load_best_model_at_end"),
+        "4-bit full": ({"quantization": "nf4"}, "--quantization nf4 needs --tuning lora"),
+        "scope": ({"label_scope": "1-12"}, "--label_scope: 9 is not in the label guide"),
+        "window": ({"max_seq_length": 6}, "max_seq_length 6 leaves"),
+        "push": ({"push_to_hub": "True"}, "--push_to_hub needs --hub_namespace and --hub_name"),
+        "nothing to push": (
+            {"push_only": None, "hub_namespace": "a", "hub_name": "b"},
+            "fold 0 is not complete",
+        ),
+        "run name": ({"run_name": "../x"}, "--run_name"),
+    }
+
+
+def test_a_mistake_is_one_line_and_exit_2_and_leaves_nothing(encoder: str, tmp_path: Path, run, capsys):
+    for name, (flags, message) in refusals(tmp_path, encoder).items():
+        run_dir = tmp_path / "out" / "run"
+        assert run(command(encoder, run_dir, **({"tuning": "full"} | flags))) == 2, name
+        error = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in error if line.startswith("run_classification.py: error: ")]
+        assert lines and message in lines[0], (name, error[-3:])
+        assert len(lines) <= 21 and "Traceback" not in "".join(error), name
+        assert not run_dir.parent.exists(), name
+
+
+def test_a_folder_of_another_run_is_refused(encoder: str, tmp_path: Path, run, capsys):
+    run_dir = tmp_path / "run"
+    flags = {"tuning": "full", "max_seq_length": 32, "num_train_epochs": 1}
+    assert run(command(encoder, run_dir, **flags)) == 0
+    before = sorted(path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    assert run(command(encoder, run_dir, fold=1, fold_seed=7, **flags)) == 2
+    assert "folds.json: fold_seed: 42 there, 7 asked for" in capsys.readouterr().err
+    assert sorted(path.relative_to(run_dir) for path in run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_recipe_parses(recipe: Path):
+    if recipe.parent.name == "accelerate":
+        pytest.skip("a configuration of accelerate, tested in test_packing.py")
+    words = ["--config", str(recipe), "--bf16", "False"]
+    data, model, training = command_line.parse_arguments(
+        (
+            run_classification.FoldArguments,
+            run_classification.ModelArguments,
+            run_classification.FoldTrainingArguments,
+        ),
+        "",
+        words,
+    )
+    assert data.fold_seed == 42 and data.num_folds == 5 and data.train_file
+    assert Path(training.output_dir).parent == Path("outputs")
+    effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert effective == 16 and training.num_train_epochs >= 3
+    assert model.class_weights == "inverse_sqrt"
