@@ -36,6 +36,8 @@ TABLE_SCHEMA = pa.schema(
         ("logits", pa.list_(pa.float32())),
     ]
 )
+# The logit of a label that a run was not trained on: finite, so that tables and averages stay finite.
+OUT_OF_SCOPE_LOGIT = -1e4
 FOLD_GROUPS = ("dialogue", "none")
 REFERENCE = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(?P<run>[^@/:]+)(?:@(?P<revision>[^@\s]+))?"
@@ -806,7 +808,7 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
             header = (yaml.safe_load(match[1] or "") if match else None) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
-    configs = header.get("configs", []) if isinstance(header, dict) else None
+    configs = (header.get("configs") or []) if isinstance(header, dict) else None
     if not isinstance(configs, list) or not all(isinstance(other, dict) for other in configs):
         raise ValueError("the configs in the YAML header of its README.md are no list of mappings")
     if present is not None and config in configs:

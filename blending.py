@@ -207,6 +207,27 @@ def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) ->
     return Voting(gates.pop(), protected_class, tuple(scopes), soft)
 
 
+@dataclass
+class Outcome:
+    """What the blended runs came to.
+
+    Attributes:
+        rule: of a vote, argmax on equal weights stands here.
+        voting: None where the rule decides.
+        argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
+        before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
+    """
+
+    rule: decoding.Rule
+    voting: Voting | None
+    argmax: np.ndarray
+    in_sample: np.ndarray
+    cross_fitted: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    notes: list[str]
+
+
 # ------------------------------------------------------------------------------------------------------------- comparison
 
 

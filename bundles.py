@@ -17,14 +17,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import artifacts
+import decoding
 import hub
 from artifacts import Run
 from command_line import InputError
+from dialogues import LabelGuide, parse_label_guide
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +72,8 @@ def _hub_model(repo_id: str, run: Run) -> dict[str, Any]:
     return {"repo_id": repo_id, "revision": sha, "folds": [{"subfolder": name} for name in subfolders]}
 
 
-def describe_run(run: Run, weight: float, output_dir: Path) -> dict[str, Any]:
-    """A run's part of the bundle. A run whose models cannot be found is described without them, with a warning."""
+def describe_run(run: Run, output_dir: Path) -> dict[str, Any]:
+    """A run's part of the bundle, its weight still open. A run whose models cannot be found is described without them, with a warning."""
     info, where = run.info, artifacts.parse_reference(run.reference)
     if where.folder is not None:
         model = _local_model(where.folder, info["num_folds"], output_dir)
@@ -87,7 +90,7 @@ def describe_run(run: Run, weight: float, output_dir: Path) -> dict[str, Any]:
         "name": run.name,
         "reference": run.reference,
         "revision": run.revision,
-        "weight": weight,
+        "weight": None,
         "label_scope": info.get("label_scope"),
         "base_model": info["base_model"],
         "base_revision": info["base_revision"],
@@ -99,10 +102,8 @@ def describe_run(run: Run, weight: float, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def refer_to_hub(
-    described: Sequence[Mapping[str, Any]], runs: Sequence[Run], namespace: str, name: str
-) -> list[dict[str, Any]]:
-    """The runs' parts of the bundle with the Hub's repos in place of folders, which nobody else has.
+def refer_to_hub(part: dict[str, Any], run: Run, namespace: str, name: str) -> dict[str, Any]:
+    """A run's part of the bundle with the Hub's repos in place of folders, which nobody else has.
 
     Args:
         namespace, name: of the system; its run RUN was pushed to `NAMESPACE/NAME-RUN` and `NAMESPACE/NAME-oof`.
@@ -110,17 +111,14 @@ def refer_to_hub(
     Raises:
         InputError: a run that is only on this disk.
     """
-    referred = []
-    for part, run in zip(described, runs, strict=True):
-        if run.revision is None:
-            tables = artifacts.table_repo(namespace, name)
-            try:
-                model = part["model"] and _hub_model(artifacts.model_repo(namespace, name, run.name), run)
-                revision = hub.resolve_revision(tables, repo_type="dataset")
-            except InputError as error:
-                raise InputError(
-                    f"{run.reference}: others cannot load an ensemble of a run that is not on the Hub: {error}"
-                ) from None
-            part = {**part, "model": model, "reference": f"{tables}:{run.name}", "revision": revision}
-        referred.append(dict(part))
-    return referred
+    if run.revision is not None:
+        return part
+    tables = artifacts.table_repo(namespace, name)
+    try:
+        model = part["model"] and _hub_model(artifacts.model_repo(namespace, name, run.name), run)
+        revision = hub.resolve_revision(tables, repo_type="dataset")
+    except InputError as error:
+        raise InputError(
+            f"{run.reference}: others cannot load an ensemble of a run that is not on the Hub: {error}"
+        ) from None
+    return {**part, "model": model, "reference": f"{tables}:{run.name}", "revision": revision}

@@ -279,44 +279,66 @@ def _read_file(path: Path) -> Iterable[Any]:
     return reader(path)
 
 
-def _read_json(path: Path) -> list[Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            records = json.load(file, object_hook=_share_turns())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: a JSON file must hold an array of rows")
-    return records
+def _read_json(path: Path) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time: a file of any size needs the memory of its longest row."""
+    decoder = json.JSONDecoder()
+    buffer, place, passed, expected = "", 0, 0, "["
+    with open(path, encoding="utf-8") as file:
+
+        def more() -> bool:
+            nonlocal buffer, place, passed
+            passed, buffer, place = passed + place, buffer[place:], 0
+            new = file.read(max(1 << 16, len(buffer)))
+            buffer += new
+            return bool(new)
+
+        def fail(problem: str) -> InputError:
+            return InputError(f"{path}: not valid JSON: {problem} (character {passed + place + 1})")
+
+        try:
+            while True:
+                while place < len(buffer) and buffer[place] in " \t\r\n":
+                    place += 1
+                if place == len(buffer):
+                    if more():
+                        continue
+                    if expected == "end":
+                        return
+                    raise fail("the file ends too early" if passed + place else "the file is empty")
+                character = buffer[place]
+                if expected == "end":
+                    raise fail("something follows the array")
+                if expected == "[" and character != "[":
+                    raise InputError(f"{path}: a JSON file must hold an array of rows")
+                if character in {"[": "[", "first": "]", "next": ",]"}.get(expected, ""):
+                    expected = {"[": "first", ",": "row", "]": "end"}[character]
+                    place += 1
+                    continue
+                if expected == "next":
+                    raise fail("a comma or the end of the array is missing")
+                try:
+                    record, end = decoder.raw_decode(buffer, place)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    if more():
+                        continue
+                    raise fail(getattr(error, "msg", "nested too deeply")) from None
+                yield record
+                place, expected = end, "next"
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a UTF-8 text: {error}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    share = _share_turns()
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line, object_hook=share)
+                        yield json.loads(line)
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a UTF-8 text: {error}") from None
-
-
-def _share_turns() -> Callable[[dict], dict]:
-    """A JSON object hook that keeps each distinct turn once: a dialogue's rows repeat each other's turns."""
-    seen: dict[tuple, dict] = {}
-
-    def share(record: dict) -> dict:
-        if len(record) == 2 and "text" in record and "speaker" in record:
-            try:
-                return seen.setdefault((record["text"], record["speaker"]), record)
-            except TypeError:
-                return record
-        return record
-
-    return share
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -633,7 +655,6 @@ class Renderer:
         self.tokenizer = tokenizer
         self.is_encoder = is_encoder
         self.max_turns, self.max_seq_length, self.window_stride = max_turns, max_seq_length, window_stride
-        self._cache: dict[Turn, np.ndarray] = {}
         self.instruction = "" if is_encoder else render_instruction(guide)
         if is_encoder:
             self._template = _pair_template(tokenizer)
@@ -663,16 +684,17 @@ class Renderer:
         turns = {turn for row in rows for turn in row.turns[-self.max_turns :]}
         if self.is_encoder:
             turns |= {_alone(row.turns[-1]) for row in rows}
-        new = [turn for turn in turns if turn not in self._cache]
-        for begin in range(0, len(new), 4096):
-            chunk = new[begin : begin + 4096]
+        distinct, tokens = list(turns), {}
+        for begin in range(0, len(distinct), 4096):
+            chunk = distinct[begin : begin + 4096]
             texts = [self._text(turn) for turn in chunk]
             encoded = self.tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
             for turn, ids in zip(chunk, encoded["input_ids"], strict=True):
-                self._cache[turn] = np.array(ids, dtype=np.int32)
-        rendered = [self._render_pair(row) if self.is_encoder else self._render_prompt(row) for row in rows]
+                tokens[turn] = np.array(ids, dtype=np.int32)
+        render = self._render_pair if self.is_encoder else self._render_prompt
+        rendered = [render(row, tokens) for row in rows]
         cut = sum(item.cut for item in rendered)
         if cut:
             logger.warning(
@@ -685,10 +707,10 @@ class Renderer:
             return fold_whitespace(turn.text)
         return render_turn(turn).rstrip("\n") if self.is_encoder else render_turn(turn)
 
-    def _render_prompt(self, row: Row) -> Rendered:
+    def _render_prompt(self, row: Row, tokens: dict[Turn, np.ndarray]) -> Rendered:
         # Turns before the window can hold no token of the row, so they are not looked at (nor tokenized).
         skipped = max(0, len(row.turns) - self.max_turns)
-        pieces = [self._cache[turn] for turn in row.turns[skipped:]]
+        pieces = [tokens[turn] for turn in row.turns[skipped:]]
         lengths = [0] * skipped + [len(piece) for piece in pieces]
         start = window_start(lengths, self.room, self.max_turns, self.window_stride)
         pieces = pieces[start - skipped :]
@@ -697,12 +719,12 @@ class Renderer:
             pieces[-1] = pieces[-1][-self.room :]
         return Rendered((self.prefix, *pieces), start, cut)
 
-    def _render_pair(self, row: Row) -> Rendered:
-        target = self._cache[_alone(row.turns[-1])]
+    def _render_pair(self, row: Row, tokens: dict[Turn, np.ndarray]) -> Rendered:
+        target = tokens[_alone(row.turns[-1])]
         cut = len(target) > self.room
         target = target[-self.room :]
         skipped = max(0, len(row.turns) - self.max_turns)
-        context = [self._cache[turn] for turn in row.turns[skipped:-1]]
+        context = [tokens[turn] for turn in row.turns[skipped:-1]]
         room = self.room - len(target)
         joined = np.concatenate(context)[-room:] if context and room else np.zeros(0, dtype=np.int32)
         begin, middle, end = self._template

@@ -181,7 +181,9 @@ def search_curves(
             axes.axhspan(low, high, color=AFTER, alpha=0.15, linewidth=0)
             axes.axhline(score, color=AFTER, linestyle="--", label=text_of_cross_fitted)
             axes.plot(values, scores, color=BEFORE, label="in-sample (tuned on these rows)")
-            if fitted is not None:
+            if fitted is None:
+                axes.plot([], [], " ", label="the rule has none")
+            else:
                 at = np.interp(fitted, values, scores)
                 axes.plot([fitted], [at], "o", color=BEFORE, markersize=8, label=f"fitted value {fitted:.2f}")
             axes.set_xlabel(text)

@@ -340,18 +340,6 @@ def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str
         logger.warning("collection %r of %s: not updated: %s", title, namespace, explain(error))
 
 
-def default_namespace() -> str:
-    """The user that the token belongs to.
-
-    Raises:
-        InputError: no token, or one that the Hub does not know.
-    """
-    try:
-        return _Persistence(PULL_SECONDS).call(HfApi().whoami)["name"]
-    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise InputError(f"hub_namespace: not given, and the Hub names no user: {explain(error)}") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------- pulling
 
 

@@ -350,6 +350,13 @@ def load_trained(
     return load_classifier(whole, label_names, pad_token_id)
 
 
+def place(model: nn.Module, base: BaseModel) -> nn.Module:
+    """The model on the GPU of this process, if there is one, for prediction; a quantized one is there already."""
+    if torch.cuda.is_available() and base.quantization == "none":
+        model.to(torch.cuda.current_device())
+    return model.eval()
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
     trainable = total = 0
@@ -376,25 +383,30 @@ def predict_logits(
     *,
     num_labels: int,
     bf16: bool = False,
-    description: str = "predict",
+    description: str | None = None,
+    alone: bool = False,
 ) -> np.ndarray:
     """Logits of rows; several processes share the batches.
 
     Args:
         batches: indices of rows, each row once.
+        description: of the progress bar; None shows none.
+        alone: whether each process has rows of its own.
 
     Returns:
         float32 of shape (rows, num_labels), in the rows' order, on every process.
     """
     rank, world_size = 0, 1
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not alone:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
     logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for batch in tqdm(batches[rank::world_size], desc=description, unit="batch", disable=rank > 0):
+        for batch in tqdm(
+            batches[rank::world_size], desc=description, unit="batch", disable=rank > 0 or not description
+        ):
             inputs = {
                 key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
             }

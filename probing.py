@@ -31,7 +31,8 @@ from losses import class_weights
 logger = logging.getLogger(__name__)
 
 ENCODER_PARTS = ("target", "context", "history", "previous")
-INNER_FOLDS = 4
+INNER_FOLDS = 3
+TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 # The logit of a label that a head was not trained on: finite, so that tables and averages stay finite.
 ABSENT_LOGIT = -1e4
 
@@ -51,7 +52,7 @@ class FrozenFeatures:
         layer: the transformer layer whose output is taken, counted from 1; later layers are not run. None: two thirds
             of the model's layers, rounded.
         window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
-        batch_size: turns (encoders), or rows of `max_seq_length` tokens (decoders), in a forward pass.
+        batch_size: turns in an encoder's forward pass; a decoder's has at most `TOKENS_PER_BATCH` tokens.
         bf16: bf16 autocast.
 
     Raises:
@@ -162,8 +163,7 @@ class FrozenFeatures:
             raise InputError(
                 f"{self.base.name}: no probe of this architecture's last token is possible"
             ) from None
-        tokens_per_batch = self.batch_size * self.window["max_seq_length"]
-        batches = packing.Packing(rows, rendered, tokens_per_batch, branches).batches()
+        batches = packing.Packing(rows, rendered, TOKENS_PER_BATCH, branches).batches()
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
         with tqdm(total=len(rows), desc="rows", unit="row") as progress:
             for batch in batches:

@@ -40,6 +40,7 @@ STAGE_TITLES = {
     "argmax": "argmax, nothing tuned",
     "in_sample": "decision, in-sample (tuned on these rows)",
     "cross_fitted": "decision, cross-fitted",
+    "test": "decision",
 }
 
 
@@ -86,6 +87,13 @@ def score_predictions(
         name: list(decoding.bootstrap_interval(labels, predictions, groups, metric=name, **options))
         for name in decoding.METRIC_NAMES
     }
+    options["metric"] = "macro_f1_positive"  # with one positive label it is that label's F1
+    scores["interval"]["f1_per_class"] = [
+        list(
+            decoding.bootstrap_interval(labels, predictions, groups, **options | {"positive_labels": [label]})
+        )
+        for label in range(num_labels)
+    ]
     return scores
 
 
@@ -171,24 +179,25 @@ def score_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def per_class_table(
-    label_names: Sequence[str],
-    rows_per_class: Sequence[int],
-    before: Sequence[str],
-    after: Sequence[str],
-    in_sample: Sequence[str],
+    label_names: Sequence[str], rows_per_class: Sequence[int], metrics: Mapping[str, Any]
 ) -> Table:
-    """F1 of each label with argmax and with the decision.
-
-    Args:
-        before, after, in_sample: texts of the F1 [c] of argmax, of the cross-fitted and of the in-sample decision.
-    """
+    """F1 of each label, the same three ways; `metrics` as `score_table` takes them."""
+    stages = [stage for stage in STAGE_TITLES if stage in metrics]
     rows = [
-        [f"{number} {name}", str(count), *texts]
-        for number, (name, count, *texts) in enumerate(
-            zip(label_names, rows_per_class, before, in_sample, after, strict=True)
-        )
+        [
+            f"{label} {name}",
+            str(count),
+            *(
+                interval_text(
+                    metrics[stage]["f1_per_class"][label], metrics[stage]["interval"]["f1_per_class"][label]
+                )
+                for stage in stages
+            ),
+        ]
+        for label, (name, count) in enumerate(zip(label_names, rows_per_class, strict=True))
     ]
-    return Table("F1 of each label", ("label", "rows", *STAGE_TITLES.values()), rows)
+    header = ("label", "rows", *(STAGE_TITLES[stage] for stage in stages))
+    return Table("F1 of each label on out-of-fold rows", header, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -349,6 +358,7 @@ def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str
     }
     if len(complete) == info["num_folds"]:
         oof = artifacts.read_run(run_dir).oof
+        results["rows_per_class"] = np.bincount(oof.label, minlength=len(info["label_names"])).tolist()
         results["argmax"] = score_predictions(
             oof.label,
             oof.logits.argmax(axis=1),
@@ -378,13 +388,7 @@ def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str |
         tables.append(Table("Folds", ("held-out fold", *(SCORE_TITLES[name] for name in names)), rows))
     if overall:
         tables.insert(0, score_table({"argmax": overall, "fold_groups": info["fold_groups"]}))
-        per_class = [
-            [f"{number} {name}", f"{value:.3f}"]
-            for number, (name, value) in enumerate(
-                zip(info["label_names"], overall["f1_per_class"], strict=True)
-            )
-        ]
-        tables.append(Table("F1 of each label", ("label", "argmax, nothing tuned"), per_class))
+        tables.append(per_class_table(info["label_names"], metrics["rows_per_class"], metrics))
         text = (
             "Every row was scored by the model that had not seen its fold; nothing was tuned on these rows."
         )
@@ -465,7 +469,7 @@ def ensemble_card(
     libraries = {library_of(info) for info in infos}
     how = [
         "```python",
-        "from predict import DefenseClassifier  # of rareturn",
+        "from classifier import DefenseClassifier  # of rareturn",
         "",
         f'classifier = DefenseClassifier.from_pretrained("{name}")',
         "```",

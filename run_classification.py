@@ -56,8 +56,6 @@ from training import CheckpointSeal, RowDataset, WeightedTrainer
 
 logger = logging.getLogger(__name__)
 
-OUT_OF_SCOPE_LOGIT = -1e4
-
 
 @dataclass
 class FoldArguments(DataArguments):
@@ -430,7 +428,7 @@ def main() -> None:
             bf16=training.bf16,
             description=f"fold {data.fold}: {name}",
         )
-        logits[:, [label for label in guide.numbers if label not in scope]] = OUT_OF_SCOPE_LOGIT
+        logits[:, [label for label in guide.numbers if label not in scope]] = artifacts.OUT_OF_SCOPE_LOGIT
         table = artifacts.make_table(rows, data.fold, logits)
         if is_main:
             artifacts.write_table(artifacts.table_path(run_dir, name, data.fold), table)

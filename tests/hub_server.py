@@ -18,6 +18,7 @@ import os
 import random
 import re
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -151,8 +152,7 @@ class HubServer:
 
     def __enter__(self) -> HubServer:
         handler = type("BoundHandler", (Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = QuietServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -230,6 +230,17 @@ class HubServer:
 def large_entry(sha256: str, size: int) -> Entry:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
     return Entry(size, git_oid(pointer.encode()), None, sha256)
+
+
+class QuietServer(ThreadingHTTPServer):
+    """A client that was killed, or whose connection a fault has closed, is no news."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 REPO = r"(?P<type>models|datasets)/(?P<repo>[^/]+/[^/]+)"

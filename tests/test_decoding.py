@@ -174,7 +174,7 @@ def test_decision_survives_json():
         ({"runs": [{"reference": "a", "revision": None, "weight": -1}]}, "runs[0]: weight"),
         ({"runs": [{"revision": None, "weight": 1}]}, "runs[0]: reference"),
         ({"runs": [{"reference": "a", "revision": 3, "weight": 1}]}, "runs[0]: revision"),
-        ({"runs": [{"reference": "a", "revision": None, "weight": 0}]}, "sum to zero"),
+        ({"runs": [{"reference": "a", "revision": None, "weight": 0}]}, "runs: the weights sum to zero"),
     ],
 )
 def test_a_malformed_decision_is_one_line(changes, message):
@@ -208,14 +208,13 @@ def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ti
         for label, threshold in itertools.product(range(5), (None, 0.6)):
             value, claimed = decoding._sweep_bias(problem, bias, threshold, label)
             log_p = np.log(probabilities) + bias
-            edges = np.unique(np.delete(log_p, label, 1).max(1) - np.log(probabilities[:, label]))
+            edges = np.delete(log_p, label, 1).max(1) - np.log(probabilities[:, label])
+            edges = np.unique(np.round(edges, 9))
             tried = np.concatenate([[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
             best = max(
                 decoding.score(
                     labels,
-                    brute_decide(
-                        probabilities, [*bias[:label], candidate, *bias[label + 1 :]], 4, threshold
-                    ),
+                    brute_decide(probabilities, [*bias[:label], candidate, *bias[label + 1 :]], 4, threshold),
                     5,
                     positive,
                     metric,
@@ -280,7 +279,7 @@ def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule():
         assert found == pytest.approx(best)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), ties=st.booleans(), rows=st.integers(5, 150), gate=st.booleans())
 def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate):
     probabilities, labels, groups = draw(seed, rows=rows, num_labels=5, ties=ties)
@@ -293,7 +292,7 @@ def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate)
             groups,
             positive_labels=[0, 1, 2, 3],
             protected_class=4 if gate else None,
-            num_vectors=1000,
+            num_vectors=500,
         )
         found[method] = decoding.score(labels, decoding.decide(probabilities, decision), 5, [0, 1, 2, 3])
     assert found["exact"] >= found["random"] - 1e-12 >= found["argmax"] - 2e-12
@@ -305,9 +304,7 @@ def test_random_is_the_best_of_its_vectors():
         "random", probabilities, labels, groups, positive_labels=[0, 1, 2], num_vectors=50
     )
     vectors = decoding._random_biases(50, 4, 42)
-    each = [
-        decoding.score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors
-    ]
+    each = [decoding.score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors]
     assert not vectors[0].any()
     best = vectors[int(np.argmax(each))]
     assert decision.bias == pytest.approx(best - best.mean())
@@ -459,7 +456,7 @@ def test_a_method_that_learns_nothing_is_not_flattered():
         positive_labels=range(5),
         repeats=2,
     )
-    assert decoding.score(labels, in_sample, 5, range(5)) > 0.25
+    assert decoding.score(labels, in_sample, 5, range(5)) > fitted.metrics["macro_f1_positive"] + 0.03
     assert fitted.metrics["macro_f1_positive"] < 0.22
     assert fitted.interval[0] < fitted.metrics["macro_f1_positive"] < fitted.interval[1]
 
@@ -496,7 +493,12 @@ def test_blends_by_hand():
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [([0, 0], "sum to zero"), ([1, -1], "not negative"), ([1], "1 given for 2"), ([1, float("nan")], "finite")],
+    [
+        ([0, 0], "sum to zero"),
+        ([1, -1], "not negative"),
+        ([1], "1 given for 2"),
+        ([1, float("nan")], "finite"),
+    ],
 )
 def test_weights_that_make_no_blend(weights, message):
     with pytest.raises(InputError, match=message):
@@ -548,7 +550,10 @@ def test_votes_by_hand():
     # Columns are rows of data: 0 majority of gatekeepers says 0; 1 half of them do not make a majority; 2 plurality of
     # all voters; 3 a tie goes to the protected class; 4 specialists cannot vote 0.
     gatekeepers = [one_hot(0, 0, 1, 1, 3), one_hot(0, 2, 2, 2, 3)]
-    specialists = [one_hot(1, 2, 2, 1, 0) * 0.6 + 0.1, one_hot(1, 1, 2, 2, 0) * 0.6 + np.array([0, 0, 0.1, 0])]
+    specialists = [
+        one_hot(1, 2, 2, 1, 0) * 0.6 + 0.1,
+        one_hot(1, 1, 2, 2, 0) * 0.6 + np.array([0, 0, 0.1, 0]),
+    ]
     found = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=3)
     assert found.tolist() == [0, 2, 2, 3, 3]
     lower = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=None)
@@ -559,7 +564,11 @@ def test_a_scope_silences_the_labels_outside_it():
     specialist = np.array([[0.7, 0.1, 0.05, 0.15]])
     assert decoding.scoped(specialist, [1, 2]) == pytest.approx(np.array([[0, 2 / 3, 1 / 3, 0]]))
     found = decoding.vote(
-        [one_hot(3)], [specialist, specialist], gate_label=0, protected_class=3, specialist_scopes=[[1, 2], [1, 2]]
+        [one_hot(3)],
+        [specialist, specialist],
+        gate_label=0,
+        protected_class=3,
+        specialist_scopes=[[1, 2], [1, 2]],
     )
     assert found.tolist() == [1]
     with pytest.raises(InputError, match="no gatekeeper"):

@@ -1,0 +1,215 @@
+"""What an ensemble's report shows: its tables, its pictures, and the page that puts them together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import blending
+import decoding
+import figures
+import reporting
+from artifacts import Run
+from blending import Outcome
+from reporting import Picture, Table
+
+
+def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> dict[str, Table]:
+    """What is printed, and stands in the report and the card: `scores`, `per class`, `runs`, and the rest where it is."""
+    label_names = runs[0].label_names
+    metric, decision = metrics["metric"], outcome.rule.decision
+    of_runs = [
+        [
+            name,
+            f"{weight:.3f}",
+            run.info["base_model"].rstrip("/").split("/")[-1],
+            (run.revision or "folder")[:12],
+            reporting.interval_text(metrics["runs"][name][metric], metrics["runs"][name]["interval"][metric]),
+        ]
+        for name, run, weight in zip(blending.display_names(runs), runs, outcome.rule.weights, strict=True)
+    ]
+    counts = np.bincount(runs[0].oof.label, minlength=len(label_names))
+    tables = {
+        "scores": reporting.score_table(metrics),
+        "per class": reporting.per_class_table(label_names, counts, metrics),
+        "runs": Table(
+            "Runs",
+            ("run", "weight", "base model", "revision", f"{reporting.SCORE_TITLES[metric]}, argmax"),
+            of_runs,
+        ),
+    }
+    if outcome.voting is None:
+        gate = "none"
+        if decision.threshold is not None:
+            protected = f"{decision.protected_class} {label_names[decision.protected_class]}"
+            gate = f"label {protected} wherever its probability is {decision.threshold:.3f} or more"
+        tables["rule"] = Table(
+            f"Decision rule ({outcome.rule.method})",
+            ("label", "bias (nats)"),
+            [
+                [f"{label} {name}", f"{bias:+.3f}"]
+                for label, (name, bias) in enumerate(zip(label_names, decision.bias, strict=True))
+            ],
+            f"Gate: {gate}. Temperature of every run's logits: {decision.temperature:.3f}.",
+        )
+        tables["probabilities"] = Table(
+            "Probabilities of the blend on out-of-fold rows",
+            ("", "log loss (nats)", "Brier score (0 to 2)", "ECE (0 to 1)"),
+            [
+                [title, *(f"{value:.4f}" for value in metrics["probabilities"][key].values())]
+                for key, title in (
+                    ("before_temperature", "before temperature"),
+                    ("after_temperature_in_sample", "after temperature, in-sample (one parameter)"),
+                )
+            ],
+        )
+    if "test" in metrics:
+        test = metrics["test"]
+        stages = {"argmax": test["argmax"], "test": test["decision"], "fold_groups": metrics["fold_groups"]}
+        tables["test"] = dataclasses.replace(
+            reporting.score_table(stages),
+            title=f"Scores on the {test['rows']:,} labelled rows of the test file",
+            note="[95 % interval, bootstrap over dialogues]; nothing was tuned on these rows.",
+        )
+    return tables
+
+
+def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> list[Picture]:
+    """The report's pictures; those of the rule's parameters only where there is a rule and no vote."""
+    info, labels = runs[0].info, runs[0].oof.label
+    names, num_labels = info["label_names"], len(info["label_names"])
+    before, after = metrics["argmax"], metrics["cross_fitted"]
+    confusion = np.zeros((num_labels, num_labels), dtype=np.int64)
+    np.add.at(confusion, (labels, outcome.cross_fitted[0]), 1)
+    pictures = [
+        Picture(
+            "per_class_f1.png",
+            figures.per_class_f1(
+                names,
+                np.bincount(labels, minlength=num_labels),
+                (before["f1_per_class"], before["interval"]["f1_per_class"]),
+                (after["f1_per_class"], after["interval"]["f1_per_class"]),
+                info["positive_labels"],
+            ),
+            "F1 of each label before (argmax) and after the decision rule, which was fitted on other dialogues than "
+            "those it is scored on. Bars: 95 % intervals, bootstrap over dialogues.",
+        ),
+        Picture(
+            "confusion.png",
+            figures.confusion_matrix(
+                names,
+                confusion,
+                f"Where the rows of each label go\n({metrics['rows']:,} out-of-fold rows, cross-fitted decision)",
+            ),
+            "Each line is a true label: the share of its rows, and their number, that were given each label. The rule "
+            "was fitted on other dialogues (first repeat of the cross-fitting).",
+        ),
+        Picture(
+            "agreement.png",
+            figures.agreement(
+                metrics["agreement"]["systems"], np.array(metrics["agreement"]["cohens_kappa"])
+            ),
+            "Agreement of the labels that two systems choose (Cohen's kappa: 1 always, 0 no more than by chance). Of "
+            "runs that are about as good, those that agree less have more to gain from a blend.",
+        ),
+    ]
+    return pictures if outcome.voting else pictures + _pictures_of_rule(info, labels, outcome, metrics)
+
+
+def _pictures_of_rule(
+    info: Mapping[str, Any], labels: np.ndarray, outcome: Outcome, metrics: Mapping[str, Any]
+) -> list[Picture]:
+    decision, quality, metric = outcome.rule.decision, metrics["probabilities"], metrics["metric"]
+    eces = [quality[stage]["ece"] for stage in ("before_temperature", "after_temperature_in_sample")]
+    texts = (
+        f"before: ECE {eces[0]:.3f}",
+        f"after, temperature {decision.temperature:.2f}: ECE {eces[1]:.3f} (in-sample)",
+    )
+    protected = decision.protected_class
+    if protected is None:
+        protected = info.get("protected_label")
+    if protected is None:
+        protected = int(np.bincount(labels).argmax())
+
+    def score(rule: decoding.Decision) -> float:
+        predictions = decoding.decide(outcome.after, rule)
+        return decoding.score(labels, predictions, len(info["label_names"]), info["positive_labels"], metric)
+
+    biases = decision.bias[protected] + np.linspace(-3, 3, 121)
+    thresholds = np.linspace(0.02, 1, 99)
+    unit = np.eye(len(decision.bias))[protected]
+    of_bias = [
+        score(dataclasses.replace(decision, bias=decision.bias + (bias - decision.bias[protected]) * unit))
+        for bias in biases
+    ]
+    of_threshold = [
+        score(dataclasses.replace(decision, protected_class=protected, threshold=threshold))
+        for threshold in thresholds
+    ]
+    label = f"label {protected} {info['label_names'][protected]}"
+    curves = [
+        (f"Bias of {label} (δ, nats)", biases, np.array(of_bias), float(decision.bias[protected])),
+        (f"Gate of {label} (τ, probability)", thresholds, np.array(of_threshold), decision.threshold),
+    ]
+    cross_fitted = metrics["cross_fitted"][metric], metrics["cross_fitted"]["interval"][metric]
+    return [
+        Picture(
+            "reliability.png",
+            figures.reliability_diagram(outcome.before, outcome.after, labels, texts),
+            "Above the diagonal the blend is too modest, below it too sure of itself. ECE, the expected calibration "
+            "error: mean distance to the diagonal.",
+        ),
+        Picture(
+            "search_curves.png",
+            figures.search_curves(curves, cross_fitted, metric),
+            "The blue line is in-sample: it scores the rows that the rule was fitted on, so its peaks promise too much. "
+            "The dashed line and its band are what the rule scores when it is fitted on other dialogues.",
+        ),
+    ]
+
+
+def make_page(
+    name: str, metrics: Mapping[str, Any], tables: Mapping[str, Table], pictures: Sequence[Picture]
+) -> str:
+    """report.html."""
+    metric = metrics["metric"]
+    texts = {
+        stage: reporting.interval_text(metrics[stage][metric], metrics[stage]["interval"][metric])
+        for stage in ("argmax", "in_sample", "cross_fitted")
+    }
+    summary = (
+        f"{reporting.SCORE_TITLES[metric]} on {metrics['rows']:,} out-of-fold rows of {metrics['dialogues']:,} "
+        f"dialogues: {texts['cross_fitted']} with the decision rule ({metrics['method']}), cross-fitted; "
+        f"{texts['argmax']} with argmax. In-sample, that is on the rows that it was tuned on, the rule shows "
+        f"{texts['in_sample']}."
+    )
+    reading = (
+        "In brackets: 95 % intervals, by bootstrap over dialogues. Cross-fitted: the rule, and the weights if they were "
+        "searched, were fitted on other dialogues than those they are scored on; believe these figures. This is no "
+        "diagnostic instrument: nothing here may decide about a person."
+    )
+    picture = {picture.name: picture for picture in pictures}
+
+    def present(*parts: Table | Picture | None) -> list[Table | Picture]:
+        return [part for part in parts if part is not None]
+
+    sections = [
+        ("", [summary[0].upper() + summary[1:], reading, *metrics["notes"]]),
+        (
+            "Scores",
+            present(
+                tables["scores"],
+                tables.get("test"),
+                tables["per class"],
+                picture["per_class_f1.png"],
+                picture["confusion.png"],
+            ),
+        ),
+        ("Runs", present(tables["runs"], picture["agreement.png"])),
+        ("Decision rule", present(tables.get("rule"), picture.get("search_curves.png"))),
+        ("Probabilities", present(tables.get("probabilities"), picture.get("reliability.png"))),
+    ]
+    return reporting.report_page(f"Ensemble {name}", [section for section in sections if section[1]])

@@ -1,0 +1,206 @@
+#!/usr/bin/env bash
+# All folds of a run, one process a fold, one fold a GPU at a time. A complete fold is skipped, an incomplete one
+# resumes, a failed one does not stop the others. Ctrl-C stops every fold.
+#
+#   scripts/launch_folds.sh recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl
+#   JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --output_dir outputs/demo
+#
+# Flags behind the recipe go to every fold. Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
+# mistake in the recipe or the flags), 129, 130 or 143 (stopped).
+#
+# Environment:
+#   GPUS    the GPUs to use, "0 1 2". Default: CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists. Empty: the CPU.
+#   JOBS    folds at a time on the CPU (1)
+#   PYTHON  the interpreter (.venv/bin/python of this repository, or python3)
+#   SCRIPT  what trains a fold (run_classification.py of this repository)
+set -u
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+name=${0##*/}
+
+die() {
+    echo "$name: error: $1" >&2
+    exit 2
+}
+
+[ $# -gt 0 ] || die "usage: $name RECIPE [flags of run_classification.py]"
+recipe=$1
+shift
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
+fi
+script=${SCRIPT:-$root/run_classification.py}
+[ -f "$script" ] || die "$script: no such script"
+jobs=${JOBS:-1}
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || die "JOBS must be a positive number, not '$jobs'"
+
+# The folds' number and place: the last flag wins over the recipe, as in the script itself.
+settings=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" - "$name" "$recipe" "$@" <<'PY'
+import sys
+
+import command_line
+
+
+def main() -> None:
+    recipe, *flags = sys.argv[1:]
+    settings = {"num_folds": 5, **command_line.read_recipe(recipe)}
+    for position, flag in enumerate(flags):
+        key, given, value = flag.partition("=")
+        key = key.replace("-", "_").removeprefix("__") if key.startswith("--") else ""
+        if key == "fold":
+            raise command_line.InputError("--fold: every fold is launched; for one alone, run the script itself")
+        if key in ("num_folds", "output_dir"):
+            settings[key] = value if given else (flags[position + 1 :] or [""])[0]
+    if not str(settings["num_folds"]).isdecimal() or int(settings["num_folds"]) < 2:
+        raise command_line.InputError(f"num_folds must be a number from 2 up, not {settings['num_folds']!r}")
+    if not settings.get("output_dir"):
+        raise command_line.InputError(f"{recipe}: output_dir is neither in the recipe nor among the flags")
+    print(f"{int(settings['num_folds'])} {settings['output_dir']}")
+
+
+sys.argv = sys.argv[1:]  # this shell script's name, for the error's line
+command_line.run(main)
+PY
+) || exit $?
+num_folds=${settings%% *}
+output_dir=${settings#* }
+
+# A slot is a GPU's number, or "cpu": each runs one fold at a time.
+if [ -z "${GPUS+set}" ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        GPUS=$CUDA_VISIBLE_DEVICES
+    else
+        # Where there is a driver but no GPU, nvidia-smi says so in words.
+        GPUS=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+' | tr '\n' ' ')
+    fi
+fi
+read -r -a slots <<<"${GPUS//,/ }"
+if [ ${#slots[@]} -eq 0 ]; then
+    for ((job = 0; job < jobs; job++)); do slots+=(cpu); done
+    if [ "$jobs" -gt 1 ] && [ -z "${OMP_NUM_THREADS:-}" ]; then
+        cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+    fi
+fi
+
+mkdir -p "$output_dir/logs" || die "$output_dir: cannot be written"
+stamps=$(mktemp -d) || exit 1
+pid_in=() fold_in=()                  # by the slot's position
+began=() seconds=() status=() score=() # by fold
+
+# shellcheck disable=SC2317  # the traps call it
+signal_folds() {
+    local group signalled=1
+    for group in $groups; do
+        kill "-$1" -- "-$group" 2>/dev/null && signalled=0
+    done
+    return $signalled
+}
+
+# shellcheck disable=SC2317
+stop_folds() {
+    local groups tick
+    groups=$(jobs -p) # not pid_in: the signal may come before a fold that has just started is noted there
+    trap 'signal_folds KILL; exit 137' INT TERM HUP
+    echo "$name: stopping folds ${fold_in[*]}" >&2
+    signal_folds TERM
+    # Ten seconds to end by themselves, workers included.
+    for ((tick = 0; tick < 50; tick++)); do
+        signal_folds 0 || exit "$1"
+        sleep 0.2
+    done
+    signal_folds KILL
+    exit "$1"
+}
+trap 'rm -rf "$stamps"' EXIT
+trap 'stop_folds 130' INT
+trap 'stop_folds 143' TERM
+trap 'stop_folds 129' HUP
+
+start_fold() {
+    local fold=$1 slot=$2 log=$output_dir/logs/fold-$1.log
+    local command=("$PYTHON" "$script" --config "$recipe" --fold "$fold" "${@:3}") devices=${slots[$2]}
+    devices=${devices#cpu}
+    # A log grows: the lines of a fold's training stay when the complete fold is launched again.
+    printf '== %s: %s\n' "$(date '+%F %T')" "${command[*]}" >>"$log"
+    touch "$stamps/$fold"
+    began[fold]=$SECONDS
+    # Job control gives each fold a process group of its own, workers included, that can be stopped as one.
+    set -m
+    CUDA_VISIBLE_DEVICES=$devices "${command[@]}" >>"$log" 2>&1 </dev/null &
+    pid_in[slot]=$!
+    set +m
+    fold_in[slot]=$fold
+    echo "fold $fold (${slots[$slot]}): started, log in $log"
+}
+
+read_score() {
+    "$PYTHON" - "$output_dir/fold-$1/metrics.json" <<'PY'
+import json
+import sys
+
+
+def find(content):
+    if not isinstance(content, dict):
+        return None
+    if isinstance(content.get("macro_f1_positive"), (int, float)):
+        return content["macro_f1_positive"]
+    return next((score for value in content.values() if (score := find(value)) is not None), None)
+
+
+try:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        score = find(json.load(file))
+except (OSError, ValueError):
+    score = None
+print("-" if score is None else f"{score:.4f}")
+PY
+}
+
+finish_fold() {
+    local slot=$1 fold=${fold_in[$1]} exit_status=$2 metrics=$output_dir/fold-${fold_in[$1]}/metrics.json
+    kill -KILL -- "-${pid_in[slot]}" 2>/dev/null # workers that outlived their fold
+    unset "pid_in[slot]" "fold_in[slot]"
+    seconds[fold]=$((SECONDS - began[fold]))
+    score[fold]=-
+    if [ "$exit_status" -ne 0 ]; then
+        status[fold]=failed
+    else
+        # A script that finds its fold complete leaves the metrics as they are.
+        status[fold]='done'
+        [ ! -e "$metrics" ] || [ "$metrics" -nt "$stamps/$fold" ] || status[fold]=skipped
+        score[fold]=$(read_score "$fold")
+    fi
+    echo "fold $fold (${slots[$slot]}): ${status[fold]} after ${seconds[fold]} s, macro F1 ${score[fold]}"
+}
+
+next=0
+while [ "$next" -lt "$num_folds" ] || [ ${#pid_in[@]} -gt 0 ]; do
+    for slot in "${!slots[@]}"; do
+        if [ -n "${pid_in[slot]:-}" ] && ! kill -0 "${pid_in[slot]}" 2>/dev/null; then
+            wait "${pid_in[slot]}" 2>/dev/null
+            finish_fold "$slot" $?
+        fi
+        if [ -z "${pid_in[slot]:-}" ] && [ "$next" -lt "$num_folds" ]; then
+            start_fold "$next" "$slot" "$@"
+            next=$((next + 1))
+        fi
+    done
+    [ ${#pid_in[@]} -eq 0 ] || sleep 0.2
+done
+
+failed=()
+printf '\n%4s  %-7s  %8s  %8s\n' fold status seconds 'macro F1'
+for ((fold = 0; fold < num_folds; fold++)); do
+    printf '%4s  %-7s  %8s  %8s\n' "$fold" "${status[fold]}" "${seconds[fold]}" "${score[fold]}"
+    [ "${status[fold]}" != failed ] || failed+=("$fold")
+done
+[ ${#failed[@]} -gt 0 ] || exit 0
+for fold in "${failed[@]}"; do
+    log=$output_dir/logs/fold-$fold.log
+    printf '\n%s: fold %s failed; %s ends:\n' "$name" "$fold" "$log" >&2
+    tail -n 8 "$log" | sed 's/^/    /' >&2
+done
+echo "$name: error: failed folds: ${failed[*]}" >&2
+exit 1
