@@ -7,13 +7,15 @@ A run folder holds `run.json`, `folds.json`, `fold-<k>/` (adapter or head, `metr
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,24 @@ def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True)
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk, each its own, into one line.
+
+    Raises:
+        InputError: the block failed and there is no room in the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, InputError) or not (full or shutil.disk_usage(folder).free < 1 << 16):
+            raise
+        raise InputError(
+            f"{folder}: no space left on the disk; make room and repeat, what is complete stays"
+        ) from None
 
 
 def _link(beside: Path, path: Path) -> None:

@@ -101,6 +101,32 @@ class _TrainedVoter:
         return results
 
 
+class _ProbeVoter:
+    """The folds of one run of linear_probe.py: heads on one frozen model."""
+
+    def __init__(
+        self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, base: modeling.BaseModel
+    ):
+        if run.get("features") is None:
+            raise InputError(f"{run['name']}: features: missing, so its heads cannot be applied")
+        self.frozen = probing.FrozenFeatures(
+            base,
+            guide,
+            layer=run["features"]["layer"],
+            window=run["window"],
+            batch_size=32,
+            bf16=bool(run["loader"].get("bf16")) and modeling.has_fast_bf16(),
+            show_progress=False,
+        )
+        self.heads = [probing.LinearHead.load(folder / "head.safetensors") for folder in folders]
+        self.model = self.frozen.load()
+
+    def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """Of each fold, float32 of shape (rows, num_labels)."""
+        features = self.frozen.extract(rows, self.model)
+        return [head.logits(features) for head in self.heads]
+
+
 class _Bases:
     """Base models, each loaded once, whatever number of folds and runs stand on it."""
 
@@ -165,7 +191,7 @@ class DefenseClassifier:
             {**bundle["decision"], "label_names": bundle["label_names"]}, "ensemble.json"
         )
         self.weights = [run["weight"] for run in bundle["runs"]]
-        self.voting = blending.read_voting(bundle["vote"]) if "vote" in bundle else None
+        self.voting = bundles.read_vote(bundle)
 
     @classmethod
     def from_pretrained(cls, reference: str, trust_remote_code: bool = False) -> DefenseClassifier:
@@ -184,7 +210,7 @@ class DefenseClassifier:
         for run in bundle["runs"]:
             folders = bundles.model_folders(run, folder)
             if (folders[0] / "head.safetensors").exists():
-                voters.append(probing.ProbeVoter(run, folders, guide, bases.find(run)))
+                voters.append(_ProbeVoter(run, folders, guide, bases.find(run)))
             else:
                 voters.append(_TrainedVoter(run, folders, guide, bases))
         return cls(bundle, voters, guide)

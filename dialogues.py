@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 NO_LABEL = -1
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 MAX_PROBLEMS_KEPT = 10_000
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and so every tokenizer cannot
 
 
 class Turn(NamedTuple):
@@ -481,6 +482,8 @@ def _check_record(
             report(column, f"must be a text, not {_kind(value)}")
         elif not value.strip():
             report(column, "empty")
+        elif LONE_SURROGATE.search(value):
+            report(column, "holds half a character (a lone surrogate)")
         else:
             return value
         return None
@@ -513,6 +516,8 @@ def _check_record(
                 )
             elif not text.strip():
                 report(columns.dialogue, f"turn {number} is empty")
+            elif LONE_SURROGATE.search(text):
+                report(columns.dialogue, f"turn {number} holds half a character (a lone surrogate)")
             else:
                 turn = Turn(text, speaker)
                 turns.append(shared_turns.setdefault(turn, turn))
@@ -786,7 +791,9 @@ def assign_folds(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         try:
-            parts = list(splitter.split(np.zeros(len(rows)), labels, groups))
+            parts = list(
+                splitter.split(np.zeros(len(rows)), labels, groups if fold_groups == "dialogue" else None)
+            )
         except ValueError as error:
             raise InputError(f"cannot make {num_folds} folds: {_first_line(error)}") from None
     for fold, (_, held_out) in enumerate(parts):

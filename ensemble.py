@@ -47,6 +47,7 @@ from dialogues import (
 logger = logging.getLogger(__name__)
 
 VOTES = ("vote", "soft_vote")
+NUM_SPLITS = 5
 
 
 @dataclass
@@ -202,7 +203,8 @@ def fit_system(
         )
     else:
         rule = decoding.fit_rule(recipe, logits, labels, groups)
-    with tqdm(desc="cross-fitting", unit="fit", leave=False) as bar:
+    num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
+    with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
         cross_fitted = decoding.cross_fit(
             decoding.rule_fitter(recipe, logits, labels, groups),
             labels,
@@ -210,6 +212,7 @@ def fit_system(
             num_labels=len(info["label_names"]),
             positive_labels=info["positive_labels"],
             metric=arguments.metric,
+            num_splits=NUM_SPLITS,
             repeats=arguments.repeats,
             seed=arguments.seed,
             progress=bar.update,

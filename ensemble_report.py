@@ -36,7 +36,7 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
         "scores": reporting.score_table(metrics),
         "per class": reporting.per_class_table(label_names, counts, metrics),
         "runs": Table(
-            "Runs",
+            "Runs and their weights",
             ("run", "weight", "base model", "revision", f"{reporting.SCORE_TITLES[metric]}, argmax"),
             of_runs,
         ),
@@ -68,7 +68,7 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
         )
     if "test" in metrics:
         test = metrics["test"]
-        stages = {"argmax": test["argmax"], "test": test["decision"], "fold_groups": metrics["fold_groups"]}
+        stages = {"argmax": test["argmax"], "decision": test["decision"], "fold_groups": metrics["fold_groups"]}
         tables["test"] = dataclasses.replace(
             reporting.score_table(stages),
             title=f"Scores on the {test['rows']:,} labelled rows of the test file",
@@ -164,7 +164,7 @@ def _pictures_of_rule(
         ),
         Picture(
             "search_curves.png",
-            figures.search_curves(curves, cross_fitted, metric),
+            figures.search_curves(curves, cross_fitted, reporting.SCORE_TITLES[metric]),
             "The blue line is in-sample: it scores the rows that the rule was fitted on, so its peaks promise too much. "
             "The dashed line and its band are what the rule scores when it is fitted on other dialogues.",
         ),
@@ -209,7 +209,7 @@ def make_page(
             ),
         ),
         ("Runs", present(tables["runs"], picture["agreement.png"])),
-        ("Decision rule", present(tables.get("rule"), picture.get("search_curves.png"))),
+        ("Decision", present(tables.get("rule"), picture.get("search_curves.png"))),
         ("Probabilities", present(tables.get("probabilities"), picture.get("reliability.png"))),
     ]
     return reporting.report_page(f"Ensemble {name}", [section for section in sections if section[1]])

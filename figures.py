@@ -132,7 +132,7 @@ def reliability_diagram(
     """
     edges = np.linspace(0, 1, num_bins + 1)
     with matplotlib.rc_context(STYLE):
-        figure, (axes, histogram) = _figure(5.6, 2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+        figure, (axes, histogram) = _figure(6.2, 2, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
         axes.plot([0, 1], [0, 1], "--", color=GREY, label="perfectly calibrated")
         for probabilities, colour, marker, shift, text in (
             (before, BEFORE, "o", -0.2, texts[0]),
@@ -152,7 +152,7 @@ def reliability_diagram(
         axes.set_ylim(0, 1)
         axes.grid(color="#DDDDDD")
         axes.set_ylabel("Share of rows that are right")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
         histogram.set_ylabel("Rows")
         histogram.set_xlabel("Probability of the most probable label")
         figure.suptitle(
@@ -182,7 +182,7 @@ def search_curves(
             axes.axhline(score, color=AFTER, linestyle="--", label=text_of_cross_fitted)
             axes.plot(values, scores, color=BEFORE, label="in-sample (tuned on these rows)")
             if fitted is None:
-                axes.plot([], [], " ", label="the rule has none")
+                axes.plot([], [], " ", label="not part of the rule")
             else:
                 at = np.interp(fitted, values, scores)
                 axes.plot([fitted], [at], "o", color=BEFORE, markersize=8, label=f"fitted value {fitted:.2f}")

@@ -127,7 +127,7 @@ class ProbeArguments(DataArguments):
         default=None, metadata={"help": "Specialist: labels to train on, such as 1-8 or 1 2 3. Default: all."}
     )
     C: list[float] = field(
-        default_factory=lambda: [0.3, 1.0, 3.0, 10.0, 30.0],
+        default_factory=lambda: [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
         metadata={"help": "Inverse L2 penalties to choose from, by log loss on inner folds of dialogues."},
     )
     seed: int = field(default=42, metadata={"help": "Seed of the inner folds that choose C."})
@@ -357,7 +357,7 @@ def train_folds(
             "train_rows": len(train),
             "held_out_rows": len(held_out),
             "C": C,
-            "inner_log_loss": dict(zip(map(str, arguments.C), inner_losses, strict=False)),
+            "inner_log_loss": {f"{value:g}": loss for value, loss in inner_losses.items()},
             "seconds": round(time.perf_counter() - fold_started, 1),
             "peak_memory_bytes": modeling.peak_memory(),
         }

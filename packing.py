@@ -288,7 +288,9 @@ class RowGroups:
         tokens = np.full(num_batches, self.shared)
         batches: list[list[int]] = [[] for _ in range(num_batches)]
         fits = True
-        for group in np.random.default_rng((seed, epoch)).permutation(len(self.members)):
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.members))
+        is_large = 2 * self.tokens > self.tokens_per_batch - self.shared
+        for group in order[np.argsort(~is_large[order], kind="stable")]:
             has_room = (tokens + self.tokens[group] <= self.tokens_per_batch) | (rows == 0)
             fits = fits and bool(has_room.any())
             batch = (

@@ -25,6 +25,7 @@ import artifacts
 import modeling
 import packing
 from command_line import InputError
+from decoding import log_softmax
 from dialogues import LabelGuide, Renderer, Row, fold_whitespace
 from losses import class_weights
 
@@ -68,6 +69,7 @@ class FrozenFeatures:
         window: Mapping[str, int],
         batch_size: int,
         bf16: bool,
+        show_progress: bool = True,
     ):
         config = modeling.load_config(base)
         num_layers = config.get_text_config().num_hidden_layers
@@ -76,6 +78,7 @@ class FrozenFeatures:
             raise InputError(f"--layer {layer}: {base.name} has layers 1 to {num_layers}")
         self.is_encoder = modeling.is_encoder(config)
         self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
+        self.show_progress = show_progress
         self.tokenizer = modeling.load_tokenizer(base)
         self.renderer = (
             None if self.is_encoder else Renderer(self.tokenizer, guide, is_encoder=False, **window)
@@ -86,13 +89,16 @@ class FrozenFeatures:
         """The vectors that a row's features consist of."""
         return ENCODER_PARTS if self.is_encoder else ("last_token",)
 
-    def extract(self, rows: Sequence[Row]) -> np.ndarray:
-        """Features of rows, float32 of shape (rows, features); the model is in memory during the call only.
+    def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
+        """Features of rows, float32 of shape (rows, features).
+
+        Args:
+            model: what `load` gave; None loads it, and has it in memory during the call only.
 
         Raises:
             InputError: a decoder whose hidden states do not depend on position and predecessors alone.
         """
-        model = self._load()
+        model = self.load() if model is None else model
         rows_to_features = self._from_turns if self.is_encoder else self._from_prompts
         device = model.device.type
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
@@ -101,7 +107,8 @@ class FrozenFeatures:
             raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
         return features
 
-    def _load(self) -> nn.Module:
+    def load(self) -> nn.Module:
+        """The model, without the layers above the one whose output is taken."""
         # A classifier's head is not used, but this loader is the one that knows quantization and placement.
         model = modeling.load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id).eval()
         if self.base.quantization == "none":
@@ -142,7 +149,7 @@ class FrozenFeatures:
                 ids[index] = tokens
         order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         embeddings = np.zeros((len(ids), backbone.config.hidden_size), dtype=np.float32)
-        with tqdm(total=len(ids), desc="turns", unit="turn") as progress:
+        with tqdm(total=len(ids), desc="turns", unit="turn", disable=not self.show_progress) as progress:
             for begin in range(0, len(order), self.batch_size):
                 batch = order[begin : begin + self.batch_size]
                 inputs = self.tokenizer.pad(
@@ -163,9 +170,11 @@ class FrozenFeatures:
             raise InputError(
                 f"{self.base.name}: no probe of this architecture's last token is possible"
             ) from None
-        batches = packing.Packing(rows, rendered, TOKENS_PER_BATCH, branches).batches()
+        batches = packing.PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches).prediction_batches(
+            rows, rendered
+        )
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
-        with tqdm(total=len(rows), desc="rows", unit="row") as progress:
+        with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
             for batch in batches:
                 inputs = packing.collate_packed([rendered[index] for index in batch], branches)
                 inputs = {key: value.to(model.device) for key, value in inputs.items()}
@@ -278,6 +287,7 @@ def fit_head(
         InputError: fewer than two labels among the rows.
     """
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     classes = np.unique(labels)
     if len(classes) < 2:
@@ -292,7 +302,9 @@ def fit_head(
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     by_label = class_weights(np.bincount(labels, minlength=num_labels), weights)
     model = LogisticRegression(C=C, class_weight={label: by_label[label] for label in classes}, max_iter=2000)
-    model.fit((features - mean) / scale, labels)
+    # The products are too narrow for several threads to help, and one gives the same bits on any number of cores.
+    with threadpool_limits(1):
+        model.fit((features - mean) / scale, labels)
     coef, intercept = model.coef_, model.intercept_
     if len(classes) == 2:  # one vector there: the log odds of the second label
         coef, intercept = (
@@ -337,29 +349,31 @@ def choose_C(
     *,
     seed: int,
     **fitting: Any,
-) -> tuple[float, list[float]]:
-    """The C with the least log loss on training dialogues that were held out in turn, and each candidate's log loss.
+) -> tuple[float, dict[float, float]]:
+    """The C with the least log loss on training dialogues that were held out in turn, and the losses that were tried.
 
     Log loss and not macro F1: with a few rows of the rare labels the F1 of neighbouring candidates differs by chance
     alone. The loss is not weighted by class: with balanced weights it would ask for so strong a penalty that rare
-    labels are predicted everywhere (docs/LOG.md has the comparison). Ties: the first candidate.
+    labels are predicted everywhere. Larger candidates than the first that is worse than the one before it take longest
+    and are not tried.
 
     Args:
         groups: dialogue ids, (rows,).
         is_variant: bool (rows,), augmented rows: trained on with their dialogue, never judged.
+        candidates: values of C, ascending.
         fitting: further arguments of `fit_head`.
     """
     if len(candidates) == 1:
-        return candidates[0], []
-    losses = np.zeros(len(candidates))
-    total = 0
-    for train, judged in inner_folds(labels, groups, is_variant, seed):
-        total += len(judged)
-        for place, C in enumerate(candidates):
+        return candidates[0], {}
+    losses: dict[float, float] = {}
+    splits = list(inner_folds(labels, groups, is_variant, seed))
+    for C in candidates:
+        of_rows = []
+        for train, judged in splits:
             head = fit_head(features[train], labels[train], C=C, **fitting)
-            logits = torch.from_numpy(head.logits(features[judged])).double()
-            losses[place] += nn.functional.cross_entropy(
-                logits, torch.from_numpy(labels[judged]), reduction="sum"
-            )
-    losses /= max(total, 1)
-    return candidates[int(np.argmin(losses))], losses.tolist()
+            log_p = log_softmax(head.logits(features[judged]))
+            of_rows.append(-log_p[np.arange(len(judged)), labels[judged]])
+        losses[C] = float(np.concatenate(of_rows).mean())
+        if losses[C] > min(losses.values()):
+            break
+    return min(losses, key=losses.__getitem__), losses

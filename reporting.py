@@ -38,9 +38,9 @@ SCORE_TITLES = {
 }
 STAGE_TITLES = {
     "argmax": "argmax, nothing tuned",
-    "in_sample": "decision, in-sample (tuned on these rows)",
     "cross_fitted": "decision, cross-fitted",
-    "test": "decision",
+    "in_sample": "decision, in-sample (tuned on these rows)",
+    "decision": "decision",
 }
 
 
@@ -142,7 +142,8 @@ class Table:
         """A table that scrolls sideways where the screen is too narrow."""
 
         def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            texts = (html.escape(cell).replace(", ", ",&nbsp;") for cell in cells)  # an interval stays on one line
+            return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
 
         note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
         body = "".join(line(row, "td") for row in self.rows)
@@ -236,8 +237,9 @@ p {{ max-width: 42rem; overflow-wrap: anywhere; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }}
 th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom; }}
-td:not(:first-child) {{ white-space: nowrap; }}
+@media (max-width: 40rem) {{ table {{ font-size: .75rem; }} th, td {{ padding: .25rem .3rem; }} }}
 th:first-child, td:first-child {{ text-align: left; }}
+td {{ overflow-wrap: break-word; }}
 figure {{ margin: 1rem 0; }}
 img {{ width: 100%; max-width: 42rem; height: auto; display: block; }}
 </style>

@@ -413,9 +413,10 @@ def main() -> None:
     )
     train_loss = None
     if not saved.exists():
-        train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-        if is_main:
-            modeling.save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved)
+        with artifacts.disk_errors(run_dir):
+            train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+            if is_main:
+                modeling.save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved)
 
     # Evaluate and save
     def predict(rows: list[Row], rendered: list[Rendered], name: str) -> artifacts.LogitTable:

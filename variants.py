@@ -44,7 +44,7 @@ with without work working would wow yea yeah yep yes yesterday you you'd you'll 
 """
 OPENERS = frozenset(OPENER_WORDS.split())
 SPEAKER_ITSELF = frozenset(("i", "i'm", "i've", "i'd", "i'll", "im", "ive", "iam"))
-# What may stand before the clause proper: a hedge or a filler goes behind it ("yes, I guess it is").
+# What may stand before the clause proper: a hedge or a filler goes behind it ("yes, I think it is").
 LEAD = re.compile(
     r"(?:yes|yeah|yea|yep|ya|no|nope|ok|okay|well|oh|wow|hmm|right|sure|true|anyway|and|but|so|because|cause|cuz|or)"
     r"(?:,? (?:and|but|so))?(?P<gap>\s*,\s*|\s+)(?=[A-Za-z])",

@@ -95,7 +95,7 @@ signal_folds() {
     for group in $groups; do
         kill "-$1" -- "-$group" 2>/dev/null && signalled=0
     done
-    return $signalled
+    return "$signalled"
 }
 
 # shellcheck disable=SC2317

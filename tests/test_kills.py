@@ -1,0 +1,194 @@
+"""A fold that is killed again and again: it ends with the tables of an undisturbed one, here and on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from tiny_models import make_tiny_encoder
+
+import artifacts
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(words: list[str], log: str) -> None:
+    """A child process: the script, as from its command line."""
+    import torch
+
+    import command_line
+    import run_classification
+
+    torch.set_num_threads(1)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.argv = ["run_classification.py", *words]
+    command_line.run(run_classification.main)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def kill_a_fold(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, seed: int
+) -> dict[str, int]:
+    """Kill a fold at random moments until it has died `kills` times, then let it end; compare all that it left.
+
+    A fold that completes before its number is up is followed by the next fold of the run.
+
+    Returns:
+        How often the process died, by what it was last seen doing, and how many folds it took.
+    """
+    for name, value in hub.env.items():
+        monkeypatch.setenv(name, value)
+    # The children start from a process that has imported everything: a second each, not ten.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["run_classification", "torch", "peft", "evaluate", "datasets", "tensorboard"]
+    )
+    model = make_tiny_encoder(tmp_path / "encoder")
+
+    def start(run_dir: Path, fold: int) -> multiprocessing.process.BaseProcess:
+        words = [
+            *(
+                "--model_name_or_path",
+                model,
+                "--tuning",
+                "full",
+                "--train_file",
+                str(ROOT / "data/demo/train.json"),
+            ),
+            *("--test_file", str(ROOT / "data/demo/test.json"), "--do_predict", "--output_dir", str(run_dir)),
+            *("--fold", str(fold), "--num_folds", "5", "--num_train_epochs", "3", "--max_seq_length", "48"),
+            *("--save_strategy", "steps", "--save_steps", "3", "--bf16", "False", "--learning_rate", "1e-3"),
+            *("--push_to_hub", "--hub_namespace", "team", "--hub_name", f"system-{run_dir.parent.name}"),
+        ]
+        process = context.Process(
+            target=run_script, args=(words, str(tmp_path / f"{run_dir.parent.name}.log"))
+        )
+        process.start()
+        return process
+
+    def doing(run_dir: Path, fold: int) -> str:
+        if artifacts.fold_is_complete(run_dir, fold, True):
+            return "push"
+        if artifacts.adapter_dir(run_dir, fold).exists():
+            return "prediction"
+        return "training" if list(run_dir.glob(f"fold-{fold}/checkpoints/checkpoint-*")) else "start"
+
+    rng = random.Random(seed)
+    undisturbed, disturbed = tmp_path / "calm" / "run", tmp_path / "killed" / "run"
+    died = {"start": 0, "training": 0, "prediction": 0, "push": 0}
+    fold, duration = 0, None
+    while True:
+        began = time.monotonic()
+        process = start(undisturbed, fold)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "calm.log").read_text()[-3000:]
+        duration = time.monotonic() - began
+        stamps: dict[Path, int] = {}
+        while sum(died.values()) < kills:
+            process = start(disturbed, fold)
+            process.join(rng.uniform(0.05, 0.9) * duration)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            died[doing(disturbed, fold)] += 1
+            # Whatever is there under its own name is whole.
+            for table in disturbed.glob("*/fold-*.parquet"):
+                artifacts.read_table(table)
+            for file in disturbed.rglob("*.json"):
+                if "checkpoints" not in file.parts:
+                    json.loads(file.read_text())
+            weights = artifacts.adapter_dir(disturbed, fold) / "model.safetensors"
+            if weights.exists():
+                stamp = weights.stat().st_mtime_ns
+                assert stamps.setdefault(weights, stamp) == stamp, "a trained fold was trained again"
+        process = start(disturbed, fold)
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "killed.log").read_text()[-3000:]
+        for split in ("oof", "test"):
+            one, other = (
+                artifacts.table_path(run, split, fold).read_bytes() for run in (undisturbed, disturbed)
+            )
+            assert one == other, f"fold {fold}: {split}"
+        assert not list((disturbed / f"fold-{fold}").glob("checkpoints")), "checkpoints of a complete fold"
+        fold += 1
+        if sum(died.values()) >= kills:
+            break
+
+    hub_files = hub.files("team/system-killed-run") | {
+        f"tables/{path}": content for path, content in hub.files("team/system-killed-oof", "dataset").items()
+    }
+    for done in range(fold):
+        folder = artifacts.adapter_dir(disturbed, done)
+        for path in folder.iterdir():
+            assert sha256(hub_files[f"fold-{done}/{path.name}"]) == sha256(path.read_bytes()), path
+        for split in ("oof", "test"):
+            local = artifacts.table_path(disturbed, split, done).read_bytes()
+            assert sha256(hub_files[f"tables/data/run/{split}-fold-{done}.parquet"]) == sha256(local)
+    return died | {"folds": fold}
+
+
+def test_a_fold_killed_at_random_moments(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    died = kill_a_fold(hub, tmp_path, monkeypatch, kills=20, seed=7)
+    assert sum(died.values()) - died["folds"] == 20
+
+
+@pytest.mark.soak
+def test_soak_forty_kills(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    died = kill_a_fold(hub, tmp_path, monkeypatch, kills=40, seed=11)
+    print(f"\n40 kills: {died}; rows lost: 0")
+
+
+def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        model = make_tiny_encoder(tmp_path / "encoder")
+        words = [
+            *(
+                "--model_name_or_path",
+                model,
+                "--tuning",
+                "full",
+                "--train_file",
+                str(ROOT / "data/demo/train.json"),
+            ),
+            *(
+                "--output_dir",
+                str(disk / "run"),
+                "--num_train_epochs",
+                "1",
+                "--max_seq_length",
+                "32",
+                "--num_folds",
+                "3",
+            ),
+        ]
+        command = [sys.executable, str(ROOT / "run_classification.py"), *words]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
+        assert "no space left on the disk" in ended.stderr
+        assert json.loads((disk / "run/run.json").read_text())["name"] == "run"
+        assert not list(disk.rglob("*.tmp")) and not artifacts.adapter_dir(disk / "run", 0).exists()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+        shutil.rmtree(disk, ignore_errors=True)
