@@ -207,41 +207,20 @@ def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) ->
     return Voting(gates.pop(), protected_class, tuple(scopes), soft)
 
 
-def read_voting(content: Any) -> Voting:
-    """The vote in a bundle: what `Voting.to_dict` gave.
-
-    Raises:
-        InputError: a field that is missing or wrong.
-    """
-
-    def is_label(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
-    try:
-        scopes = tuple(None if scope is None else tuple(scope) for scope in content["label_scopes"])
-        voting = Voting(content["gate_label"], content["protected_class"], scopes, content["soft"])
-    except (KeyError, TypeError):
-        raise InputError("vote: gate_label, protected_class, label_scopes and soft expected") from None
-    labels = [voting.gate_label, *(label for scope in scopes for label in scope or ())]
-    if voting.protected_class is not None:
-        labels.append(voting.protected_class)
-    if not all(map(is_label, labels)) or not scopes or type(voting.soft) is not bool:
-        raise InputError("vote: labels are numbers from 0, soft is true or false")
-    return voting
-
-
 @dataclass
 class Outcome:
     """What the blended runs came to.
 
     Attributes:
         rule: of a vote, argmax on equal weights stands here.
+        untuned_weights: the given weights, or equal ones: what argmax is blended with.
         voting: None where the rule decides.
         argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
         before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
     """
 
     rule: decoding.Rule
+    untuned_weights: np.ndarray
     voting: Voting | None
     argmax: np.ndarray
     in_sample: np.ndarray

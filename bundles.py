@@ -154,18 +154,20 @@ def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
     else:
         match = HUB_BUNDLE.fullmatch(reference)
         if match is None:
-            raise InputError(f"{reference}: no such ensemble: a folder, or ORG/NAME[@REVISION] on the Hub")
+            raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         if match["revision"] is not None:
             artifacts.check_revision(match["revision"], reference)
         folder, _ = hub.pull_files(match["repo"], revision=match["revision"], patterns=["ensemble.json"])
         pulled = True
     where = f"{reference}: ensemble.json"
+    if not (folder / "ensemble.json").is_file():
+        raise InputError(f"{reference}: holds no ensemble.json")
     bundle = artifacts.read_json(folder / "ensemble.json")
     if not isinstance(bundle, dict):
         raise InputError(f"{where}: a mapping expected")
     if bundle.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{where}: schema_version: {SCHEMA_VERSION} expected, not {bundle.get('schema_version')!r}"
+            f"{where}: schema_version: {bundle.get('schema_version')!r}, this program reads {SCHEMA_VERSION}"
         )
     problems = [f"{where}: {problem}" for problem in _bundle_problems(bundle, pulled)]
     if problems:
@@ -178,15 +180,16 @@ def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
         },
         where,
     )
-    _check_guide(guide, bundle, where)
-    return bundle, folder
-
-
-def _check_guide(guide: LabelGuide, bundle: Mapping[str, Any], where: str) -> None:
     if guide.names != bundle["label_names"]:
-        raise InputError(
+        problems.append(
             f"{where}: label_guide: labels {guide.names}, but label_names {bundle['label_names']}"
         )
+    if "vote" in bundle:
+        num_runs = len(bundle["runs"])
+        problems += [f"{where}: {problem}" for problem in _vote_problems(bundle["vote"], num_runs, guide)]
+    if problems:
+        raise InputError(*problems)
+    return bundle, folder
 
 
 def _bundle_problems(bundle: Mapping[str, Any], pulled: bool) -> Iterator[str]:
@@ -203,8 +206,6 @@ def _bundle_problems(bundle: Mapping[str, Any], pulled: bool) -> Iterator[str]:
     wrong = [key for key, kind in kinds.items() if not isinstance(bundle.get(key), kind)]
     for key in wrong:
         yield f"{key}: missing or not a {kinds[key].__name__}"
-    if "vote" in bundle and not isinstance(bundle["vote"], dict):
-        yield "vote: not a dict"
     if "runs" not in wrong:
         if not bundle["runs"]:
             yield "runs: empty"
@@ -259,8 +260,10 @@ def _run_problems(run: Any, pulled: bool) -> Iterator[str]:
     }
     wrong = [key for key, kind in kinds.items() if key not in run or not isinstance(run[key], kind)]
     for key in wrong:
-        note = " (only its tables were shared)" if key == "model" and run.get("model", 0) is None else ""
-        yield f"{key}: missing or of a wrong type{note}"
+        if key == "model" and run.get("model", 0) is None:
+            yield f"{run.get('name')} came without its models: its tables were shared alone"
+        else:
+            yield f"{key}: missing or of a wrong type"
     if "model" not in wrong:
         yield from (f"model: {problem}" for problem in _model_problems(run["model"], pulled))
 
@@ -273,7 +276,7 @@ def _model_problems(model: Mapping[str, Any], pulled: bool) -> Iterator[str]:
     for number, fold in enumerate(folds):
         subfolder, hashes = fold.get("subfolder"), fold.get("sha256", {})
         if not isinstance(subfolder, str) or not re.fullmatch(r"fold-\d+(/adapter)?", subfolder):
-            yield f"folds[{number}]: subfolder: {subfolder!r} is no folder of a fold"
+            yield f"folds[{number}]: subfolder: {subfolder!r} is not fold-<k> or fold-<k>/adapter"
         if not isinstance(hashes, Mapping) or not all(
             isinstance(digest, str) and PurePosixPath(name).name == name and name.endswith(".safetensors")
             for name, digest in hashes.items()
@@ -313,7 +316,5 @@ def model_folders(run: Mapping[str, Any], folder: Path) -> list[Path]:
             if not path.is_file():
                 raise InputError(f"{path}: missing; the ensemble needs it")
             if _sha256(path) != digest:
-                raise InputError(
-                    f"{path}: is not the file that the ensemble was made with; run ensemble.py again"
-                )
+                raise InputError(f"{path}: its SHA-256 differs from the one that the ensemble was made with")
     return [root / name for name in subfolders]

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 PACKAGES = (
     "torch",
@@ -83,6 +82,8 @@ def parse_arguments(
     Raises:
         InputError: an unreadable recipe, an unknown key in it, or values that a dataclass refuses.
     """
+    from transformers import HfArgumentParser  # a second of imports, which reading a recipe should not cost
+
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(argument_classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")

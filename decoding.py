@@ -262,10 +262,10 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _term(metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    if metric in ("macro_precision_positive",):
-        return _ratio(hits, np.broadcast_to(predicted, np.shape(hits)))
-    if metric in ("macro_recall_positive",):
-        return _ratio(hits, np.broadcast_to(support, np.shape(hits)))
+    if metric == "macro_precision_positive":
+        return _ratio(hits, predicted)
+    if metric == "macro_recall_positive":
+        return _ratio(hits, support)
     if metric == "accuracy":
         return np.asarray(hits, dtype=np.float64)
     return _ratio(2.0 * hits, support + predicted)
@@ -623,7 +623,7 @@ class _Problem:
         if threshold is not None:
             predictions[self.probabilities[:, self.protected_class] >= threshold] = self.protected_class
         counts = _counts(self.labels, predictions, self.num_labels, self.weights)
-        return float(_score_counts(self.metric, *counts, self.positive_labels))
+        return float((self.term_weights * _term(self.metric, *counts)).sum())
 
 
 def _sweep_scores(
@@ -636,8 +636,8 @@ def _sweep_scores(
 ) -> np.ndarray:
     """Scores after moving 0, 1, … m rows, in the order given, from the label `origin` that predicts them to `target`.
 
-    Only two labels' terms change a step, and a label loses its rows in a known order: one cumulative sum a label gives
-    every score, O(m) in all.
+    Only two labels' terms change a step, and a label loses its rows in a known order: cumulative sums give every score
+    at once.
 
     Args:
         labels, weights, origin: of the rows that move, in order, [m]; no origin is `target`.
@@ -647,24 +647,33 @@ def _sweep_scores(
         float64 [m + 1].
     """
     hits, support, predicted = counts
-    changes = np.zeros(len(labels))
-    for label in np.flatnonzero(problem.term_weights):
-        sign = 1.0 if label == target else -1.0
-        moved = np.arange(len(labels)) if label == target else np.flatnonzero(origin == label)
-        if not len(moved):
-            continue
-        moved_weights = weights[moved]
-        moved_hits = np.concatenate([[0.0], np.cumsum(moved_weights * (labels[moved] == label))])
-        moved_rows = np.concatenate([[0.0], np.cumsum(moved_weights)])
-        terms = _term(
-            problem.metric,
-            np.maximum(hits[label] + sign * moved_hits, 0.0),
-            support[label],
-            np.maximum(predicted[label] + sign * moved_rows, 0.0),
-        )
-        changes[moved] += problem.term_weights[label] * np.diff(terms)
-    start = _score_counts(problem.metric, hits, support, predicted, problem.positive_labels)
-    return np.concatenate([[start], start + np.cumsum(changes)])
+    metric, term_weights = problem.metric, problem.term_weights
+    moved = np.concatenate([[0.0], np.cumsum(weights)])
+    moved_hits = np.concatenate([[0.0], np.cumsum(weights * (labels == target))])
+    gained = _term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
+    # Grouped by origin, each group in order: what a label has lost is a cumulative sum less its value at the group's
+    # start.
+    grouped = np.argsort(origin.astype(np.int16), kind="stable")
+    own, lost_rows = origin[grouped], weights[grouped]
+    lost_hits = lost_rows * (labels[grouped] == own)
+    starts = np.searchsorted(own, np.arange(problem.num_labels))
+    all_rows, all_hits = np.cumsum(lost_rows), np.cumsum(lost_hits)
+    left_rows = (predicted + np.append(0.0, all_rows)[starts])[own] - all_rows
+    left_hits = (hits + np.append(0.0, all_hits)[starts])[own] - all_hits
+    own_support = support[own]
+    changes = np.empty(len(labels))
+    changes[grouped] = term_weights[own] * (
+        _term(metric, left_hits, own_support, left_rows)
+        - _term(metric, left_hits + lost_hits, own_support, left_rows + lost_rows)
+    )
+    rest = (
+        float((term_weights * _term(metric, hits, support, predicted)).sum())
+        - term_weights[target] * gained[0]
+    )
+    swept = term_weights[target] * gained
+    swept += rest
+    swept[1:] += np.cumsum(changes)
+    return swept
 
 
 def _best_interval(edges: np.ndarray, interval_scores: np.ndarray) -> tuple[float, float] | None:
@@ -803,14 +812,17 @@ def _sample(problem: _Problem, seed: int) -> _Problem:
 
 
 def _fit_exact(problem: _Problem, *, seed: int, **_: Any) -> tuple[np.ndarray, float | None]:
-    """Coordinate ascent from zero, from two prior-adjusted starts and from random ones; more of these on few rows."""
+    """Coordinate ascent from zero, from two prior-adjusted starts and from the best of 100 random vectors."""
     sample = _sample(problem, seed)
-    num_random = max(3, min(30, 4000 // len(sample.labels)))
-    starts = [-strength * problem.log_prior for strength in (0.0, 0.5, 1.0)]
-    starts += list(np.random.default_rng(seed).standard_normal((num_random, problem.num_labels)))
+    vectors = _random_biases(100, problem.num_labels, seed)
+    # Small tables have flat scores, on which an ascent stops early, and many starts cost little there.
+    num_random = max(2, min(30, 4000 // len(sample.labels)))
+    ranking = np.argsort([-sample.score(vector) for vector in vectors], kind="stable")
+    starts = [-strength * problem.log_prior for strength in (0.0, 0.5, 1.0)] + list(
+        vectors[ranking[:num_random]]
+    )
     found = [_ascend(sample, start) for start in starts]
-    best = max(range(len(found)), key=lambda number: found[number][0])
-    _, bias, threshold = found[best]
+    _, bias, threshold = found[max(range(len(found)), key=lambda number: found[number][0])]
     if sample is not problem:
         _, bias, threshold = _ascend(problem, bias, threshold, max_rounds=3)
     return bias, threshold
@@ -888,57 +900,42 @@ def _soft_score(
 
 def _fit_expected(problem: _Problem, **_: Any) -> tuple[np.ndarray, float | None]:
     """Maximise the metric that vector-scaled probabilities expect of themselves: labels enter by likelihood alone."""
-    slope, offset = _fit_vector(problem.log_p, problem.labels)
-    log_q = log_softmax(slope * problem.log_p + offset)
-    targets = np.exp(log_q)
-    best = _best_soft(problem, log_q, targets, sharpness=5.0, starts=(0.25, 0.5, 0.75, 1.0))
-    bias = (offset + best) / slope
-    return bias, None if problem.protected_class is None else _sweep_threshold(problem, bias)[0]
+    return _fit_soft(problem, label_share=0.0, sharpness=5.0)
 
 
 def _fit_smooth(problem: _Problem, **_: Any) -> tuple[np.ndarray, float | None]:
-    """Maximise the metric with rows near a border counted in part, the rule drawn a little to logit adjustment."""
-    targets = np.eye(problem.num_labels)[problem.labels]
-    bias = _best_soft(problem, problem.log_p, targets, sharpness=10.0, starts=(0.0, 0.5, 1.0), penalty=0.002)
+    """As `expected`, each row's label counting for one half beside its probabilities, and borders twice as sharp."""
+    return _fit_soft(problem, label_share=0.5, sharpness=10.0)
+
+
+def _fit_soft(problem: _Problem, label_share: float, sharpness: float) -> tuple[np.ndarray, float | None]:
+    """Maximise `_soft_score` on vector-scaled probabilities from four prior-adjusted starts, then search the gate."""
+    slope, offset = _fit_vector(problem.log_p, problem.labels)
+    log_q = log_softmax(slope * problem.log_p + offset)
+    targets = (1 - label_share) * np.exp(log_q)
+    targets[np.arange(len(targets)), problem.labels] += label_share
+
+    def objective(bias: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = _soft_score(log_q, targets, bias, sharpness, problem)
+        return -value, -gradient
+
+    found = [_minimise(objective, -strength * problem.log_prior) for strength in (0.25, 0.5, 0.75, 1.0)]
+    bias = (offset + min(found, key=lambda point: objective(point)[0])) / slope
     return bias, None if problem.protected_class is None else _sweep_threshold(problem, bias)[0]
-
-
-def _best_soft(
-    problem: _Problem,
-    log_p: np.ndarray,
-    targets: np.ndarray,
-    sharpness: float,
-    starts: Sequence[float],
-    penalty: float = 0.0,
-) -> np.ndarray:
-    """The best maximum of `_soft_score` less penalty * |bias - start|^2, over starts -strength * log prior."""
-    best_value, best_bias = -math.inf, np.zeros(problem.num_labels)
-    for strength in starts:
-        start = -strength * (problem.log_prior - problem.log_prior.mean())
-
-        def objective(bias: np.ndarray, start: np.ndarray = start) -> tuple[float, np.ndarray]:
-            value, gradient = _soft_score(log_p, targets, bias, sharpness, problem)
-            away = bias - start
-            return penalty * (away @ away) - value, 2 * penalty * away - gradient
-
-        bias = _minimise(objective, start)
-        value = -objective(bias)[0]
-        if value > best_value + SCORE_TOLERANCE:
-            best_value, best_bias = value, bias
-    return best_bias
 
 
 _FITS: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
     "argmax": _fit_argmax,
-    "prior": _fit_prior,
     "vector": _fit_vector_scaling,
     "expected": _fit_expected,
+    "prior": _fit_prior,
     "smooth": _fit_smooth,
     "bagged": _fit_bagged,
     "exact": _fit_exact,
     "random": _fit_random,
 }
-# From the simplest to the freest: by the number of fitted parameters, then by how much holds them back.
+# From the simplest to the freest, by how much is tuned on the metric itself: nothing (`vector` and `expected` see the
+# labels through the likelihood alone), one number, all numbers with something that holds them back, all numbers.
 METHODS = tuple(_FITS)
 # Methods that have no gate to search.
 UNGATED_METHODS = ("argmax", "vector")
@@ -954,7 +951,7 @@ def fit(
     metric: str = "macro_f1_positive",
     protected_class: int | None = None,
     num_vectors: int = 22_000,
-    num_bags: int = 20,
+    num_bags: int = 10,
     seed: int = 42,
 ) -> Decision:
     """Fit one method's rule to out-of-fold probabilities.
@@ -1086,6 +1083,28 @@ def mean_scores(
     }
 
 
+def cross_fitted_predictions(
+    fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    labels: np.ndarray,
+    groups: Sequence[Hashable],
+    num_labels: int,
+    num_splits: int,
+    repeats: int,
+    seed: int,
+    progress: Callable[[], Any] | None = None,
+) -> np.ndarray:
+    """The predictions of `cross_fit`, int64 [repeats, n]."""
+    predictions = np.empty((repeats, len(labels)), dtype=np.int64)
+    for repeat in range(repeats):
+        folds = grouped_folds(labels, groups, num_labels, num_splits, seed + repeat)
+        for fold in range(int(folds.max()) + 1):
+            held_out = np.flatnonzero(folds == fold)
+            predictions[repeat, held_out] = fit_predict(np.flatnonzero(folds != fold), held_out)
+            if progress is not None:
+                progress()
+    return predictions
+
+
 def cross_fit(
     fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
     labels: np.ndarray,
@@ -1116,14 +1135,9 @@ def cross_fit(
         InputError: fewer than two dialogues.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    predictions = np.empty((repeats, len(labels)), dtype=np.int64)
-    for repeat in range(repeats):
-        folds = grouped_folds(labels, groups, num_labels, num_splits, seed + repeat)
-        for fold in range(int(folds.max()) + 1):
-            held_out = np.flatnonzero(folds == fold)
-            predictions[repeat, held_out] = fit_predict(np.flatnonzero(folds != fold), held_out)
-            if progress is not None:
-                progress()
+    predictions = cross_fitted_predictions(
+        fit_predict, labels, groups, num_labels, num_splits, repeats, seed, progress
+    )
     return CrossFit(
         predictions,
         mean_scores(labels, predictions, num_labels, positive_labels),
@@ -1154,7 +1168,7 @@ class Recipe:
         weights: blend weights, one a run; None for equal ones; "search" for `search_weights`.
         blend: "arithmetic" or "geometric".
         protected_class: label of the gate; None for no gate. With it a rule keeps its gate only if that scores better
-            when cross-fitted.
+            when cross-fitted; only `random`, which is the paper's, searches its gate without asking.
         candidates: what "auto" chooses among. `random` is left out: `exact` searches for the same thing, and finds it.
         num_vectors, num_bags: as in `fit`.
         num_splits: folds of the inner cross-fitting by which "auto" and the gate are decided.
@@ -1170,9 +1184,9 @@ class Recipe:
     protected_class: int | None = None
     candidates: tuple[str, ...] = tuple(method for method in METHODS if method != "random")
     num_vectors: int = 22_000
-    num_bags: int = 20
+    num_bags: int = 10
     num_splits: int = 5
-    inner_repeats: int = 2
+    inner_repeats: int = 1
     seed: int = 42
 
 
@@ -1210,7 +1224,7 @@ def fit_rule(
     temperature = fit_temperature(logits, labels, weights, recipe.blend)
     probabilities = blend([softmax(run, temperature) for run in logits], weights, recipe.blend)
     method, gated = recipe.method, recipe.protected_class is not None and recipe.method not in UNGATED_METHODS
-    if method == "auto" or gated:
+    if method == "auto" or (gated and method != "random"):
         found = select(recipe, probabilities, labels, groups)
         method, gated = found.method, found.gated
     decision = _fit_candidate(recipe, (method, gated), probabilities, labels, groups)
@@ -1262,7 +1276,7 @@ def rule_fitter(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """What `select` chose, and the cross-fitted score of every candidate, by (method, gated)."""
+    """What `select` chose, and the cross-fitted score of every candidate that it looked at, by (method, gated)."""
 
     method: str
     gated: bool
@@ -1272,12 +1286,12 @@ class Selection:
 def select(
     recipe: Recipe, probabilities: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable]
 ) -> Selection:
-    """Choose among methods, each with and without the gate, by repeated cross-fitting.
+    """Choose a method by repeated cross-fitting, then whether it has a gate.
 
     One-standard-error rule (Breiman et al., 1984): the simplest candidate whose cross-fitted score is within one
     standard error of the best one's. The standard error is that of the paired difference between the two, by bootstrap
-    over dialogues. The order of simplicity is that of `METHODS`; a gate is one step more than the method without it.
-    With `recipe.method` other than "auto" the method stays and only its gate is decided on.
+    over dialogues. The order of simplicity is that of `METHODS`; a gate is less simple than none, so it is kept where
+    it gains more than one standard error. With `recipe.method` other than "auto" only the gate is decided on.
 
     Args:
         recipe: the candidates, the metric, the folds.
@@ -1289,55 +1303,68 @@ def select(
         InputError: fewer than two dialogues.
     """
     methods = recipe.candidates if recipe.method == "auto" else (recipe.method,)
-    candidates = [
-        (method, gated)
+    found = {
+        (method, False): _cross_fit_candidate(recipe, (method, False), probabilities, labels, groups)
         for method in sorted(methods, key=METHODS.index)
-        for gated in (False, True)
-        if not gated or (recipe.protected_class is not None and method not in UNGATED_METHODS)
-    ]
-    num_labels, labels = probabilities.shape[1], np.asarray(labels, dtype=np.int64)
-    group_indices = _group_indices(groups)[0]
-    samples, means = [], []
-    for candidate in candidates:
+    }
+    method = _simplest_within_one_error(found)[0]
+    gated = False
+    if recipe.protected_class is not None and method not in UNGATED_METHODS:
+        with_gate = _cross_fit_candidate(recipe, (method, True), probabilities, labels, groups)
+        found[method, True] = with_gate
+        gated = _simplest_within_one_error(
+            {(method, False): found[method, False], (method, True): with_gate}
+        )[1]
+    return Selection(method, gated, {candidate: mean for candidate, (mean, _) in found.items()})
 
-        def fit_predict(train: np.ndarray, held_out: np.ndarray, candidate=candidate) -> np.ndarray:
-            decision = _fit_candidate(
-                recipe, candidate, probabilities[train], labels[train], group_indices[train].tolist()
-            )
-            return decide(probabilities[held_out], decision)
 
-        fitted = cross_fit(
-            fit_predict,
-            labels,
-            groups,
-            num_labels=num_labels,
-            positive_labels=recipe.positive_labels,
-            metric=recipe.metric,
-            num_splits=recipe.num_splits,
-            repeats=recipe.inner_repeats,
-            seed=recipe.seed + 1000,
-            num_samples=1,
+def _cross_fit_candidate(
+    recipe: Recipe,
+    candidate: tuple[str, bool],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[Hashable],
+) -> tuple[float, np.ndarray]:
+    """The candidate's cross-fitted score and 300 bootstrap samples of it, paired with those of other candidates."""
+    group_indices, labels = _group_indices(groups)[0], np.asarray(labels, dtype=np.int64)
+
+    def fit_predict(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+        decision = _fit_candidate(
+            recipe, candidate, probabilities[train], labels[train], group_indices[train].tolist()
         )
-        means.append(fitted.metrics[recipe.metric])
-        samples.append(
-            bootstrap_scores(
-                labels,
-                fitted.predictions,
-                groups,
-                num_labels=num_labels,
-                positive_labels=recipe.positive_labels,
-                metric=recipe.metric,
-                num_samples=300,
-                seed=recipe.seed,
-            )
-        )
-    best = int(np.argmax(means))
-    within = [
-        means[best] - mean <= (samples[best] - sample).std() + SCORE_TOLERANCE
-        for mean, sample in zip(means, samples, strict=True)
-    ]
-    chosen = candidates[within.index(True)]
-    return Selection(chosen[0], chosen[1], dict(zip(candidates, means, strict=True)))
+        return decide(probabilities[held_out], decision)
+
+    counting = {
+        "num_labels": probabilities.shape[1],
+        "positive_labels": recipe.positive_labels,
+        "metric": recipe.metric,
+    }
+    # Other folds than those of the outer cross-fitting, which begin at the seed itself.
+    predictions = cross_fitted_predictions(
+        fit_predict,
+        labels,
+        groups,
+        probabilities.shape[1],
+        recipe.num_splits,
+        recipe.inner_repeats,
+        recipe.seed + 1000,
+    )
+    mean = np.mean([score(labels, row, **counting) for row in predictions])
+    return float(mean), bootstrap_scores(
+        labels, predictions, groups, **counting, num_samples=300, seed=recipe.seed
+    )
+
+
+def _simplest_within_one_error(
+    found: Mapping[tuple[str, bool], tuple[float, np.ndarray]],
+) -> tuple[str, bool]:
+    """The first candidate within one standard error of the paired difference to the best one."""
+    best_mean, best_samples = max(found.values(), key=lambda value: value[0])
+    return next(
+        candidate
+        for candidate, (mean, samples) in found.items()
+        if best_mean - mean <= (best_samples - samples).std() + SCORE_TOLERANCE
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -158,23 +158,22 @@ def fit_system(
     info, groups, notes = runs[0].info, runs[0].oof.dialogue_id, []
     weights = parse_weights(arguments.weights, len(runs))
     protected = info.get("protected_label")
-    untuned = None if weights == "search" else weights
+    equal = (1.0,) * len(runs)
+    untuned = decoding.check_weights(equal if weights in (None, "search") else weights, len(runs))
     before = decoding.blend([decoding.softmax(run) for run in logits], untuned, arguments.blend)
     argmax = before.argmax(axis=1)
-    if untuned and abs(sum(untuned) - 1) > 1e-9:
+    if weights not in (None, "search") and abs(sum(weights) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
     if arguments.method in VOTES:
         voting = blending.make_voting(runs, protected, soft=arguments.method == "soft_vote")
         predictions = voting.predict([decoding.softmax(run) for run in logits])
-        rule = decoding.Rule(
-            decoding.Decision(np.zeros(len(info["label_names"]))),
-            decoding.check_weights([1.0] * len(runs), len(runs)),
-            arguments.method,
-        )
+        rule = decoding.Rule(decoding.Decision(np.zeros(len(info["label_names"]))), untuned, arguments.method)
         notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
-        return blending.Outcome(rule, voting, argmax, predictions, predictions[None], before, before, notes)
+        return blending.Outcome(
+            rule, untuned, voting, argmax, predictions, predictions[None], before, before, notes
+        )
     recipe = decoding.Recipe(
         tuple(info["positive_labels"]),
         metric=arguments.metric,
@@ -189,9 +188,7 @@ def fit_system(
         method = content.get("method")
         if weights == "search":
             raise InputError("--weights search: a given --decision belongs to given weights")
-        rule = decoding.Rule(
-            decision, decoding.check_weights(weights or [1.0] * len(runs), len(runs)), str(method)
-        )
+        rule = decoding.Rule(decision, untuned, str(method))
         recipe = dataclasses.replace(
             recipe,
             method=method if method in decoding.METHODS else arguments.method,
@@ -221,7 +218,9 @@ def fit_system(
         [decoding.softmax(run, rule.decision.temperature) for run in logits], rule.weights, arguments.blend
     )
     in_sample = decoding.decide(after, rule.decision)
-    return blending.Outcome(rule, None, argmax, in_sample, cross_fitted.predictions, before, after, notes)
+    return blending.Outcome(
+        rule, untuned, None, argmax, in_sample, cross_fitted.predictions, before, after, notes
+    )
 
 
 def predict_test(
@@ -233,7 +232,7 @@ def predict_test(
         folds: logits [n, c] of every run's every fold.
     """
     plain = [blending.test_probabilities(run, 1.0) for run in folds]
-    argmax = decoding.blend(plain, outcome.rule.weights, blend).argmax(axis=1)
+    argmax = decoding.blend(plain, outcome.untuned_weights, blend).argmax(axis=1)
     if outcome.voting is not None:
         return outcome.voting.predict(plain), argmax
     scaled = [blending.test_probabilities(run, outcome.rule.decision.temperature) for run in folds]

@@ -68,7 +68,11 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
         )
     if "test" in metrics:
         test = metrics["test"]
-        stages = {"argmax": test["argmax"], "decision": test["decision"], "fold_groups": metrics["fold_groups"]}
+        stages = {
+            "argmax": test["argmax"],
+            "decision": test["decision"],
+            "fold_groups": metrics["fold_groups"],
+        }
         tables["test"] = dataclasses.replace(
             reporting.score_table(stages),
             title=f"Scores on the {test['rows']:,} labelled rows of the test file",

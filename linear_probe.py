@@ -105,6 +105,9 @@ class ProbeArguments(DataArguments):
         default="float32",
         metadata={"help": "Type of the unquantized weights.", "choices": ["float32", "bfloat16", "float16"]},
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel. Default: sdpa where the model has it, else eager."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bf16 autocast. Default: where the processor or GPU computes in bf16 natively."},
@@ -283,6 +286,7 @@ def train_folds(
         arguments.model_revision,
         quantization=arguments.quantization,
         dtype=arguments.dtype,
+        attn_implementation=arguments.attn_implementation,
         trust_remote_code=arguments.trust_remote_code,
     )
     window = {name: getattr(arguments, name) for name in ("max_turns", "max_seq_length", "window_stride")}

@@ -188,14 +188,21 @@ def _backbone(classifier: nn.Module) -> nn.Module:
 
 
 def keep_layers(backbone: nn.Module, count: int) -> None:
-    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
+    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays.
+
+    Raises:
+        InputError: the layers are no plain list, and fewer than all are wanted.
+    """
     num_layers = backbone.config.get_text_config().num_hidden_layers
     for module in list(backbone.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == num_layers:
                 setattr(module, name, child[:count])
                 return
-    raise InputError(f"{backbone.config.model_type}: its layers are not a list; use --layer {num_layers}")
+    if count < num_layers:
+        raise InputError(
+            f"--layer {count}: {backbone.config.model_type} models cannot be cut; use --layer {num_layers}"
+        )
 
 
 def position_limit(backbone: nn.Module) -> int:

@@ -10,6 +10,7 @@ import base64
 import functools
 import html
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,9 @@ class Table:
         """A table that scrolls sideways where the screen is too narrow."""
 
         def line(cells: Sequence[str], tag: str) -> str:
-            texts = (html.escape(cell).replace(", ", ",&nbsp;") for cell in cells)  # an interval stays on one line
+            texts = (
+                re.sub(r"(\[\S+) (\S+\])", r"\1&nbsp;\2", html.escape(cell)) for cell in cells
+            )  # an interval stays on one line
             return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
 
         note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""

@@ -1,0 +1,267 @@
+"""predict.py and DefenseClassifier on an ensemble of tiny runs: a QLoRA-less decoder's adapters, an encoder, a probe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import make_tiny_decoder, make_tiny_encoder
+
+import command_line
+import ensemble
+import linear_probe
+import modeling
+import predict
+import run_classification
+from classifier import DefenseClassifier
+
+ROOT = Path(__file__).parent.parent
+TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
+
+
+def run_script(main, words: list[object]) -> int:
+    """Run a script in this process, as from its command line; its exit status."""
+    argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, words)]
+    try:
+        command_line.run(main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of an ensemble of three runs of three folds."""
+    place = tmp_path_factory.mktemp("system")
+    decoder, encoder = make_tiny_decoder(place / "decoder"), make_tiny_encoder(place / "encoder")
+    data = ["--train_file", TRAIN, "--test_file", TEST, "--num_folds", 3]
+    train = [
+        "--do_predict",
+        "--num_train_epochs",
+        1,
+        "--max_train_samples",
+        32,
+        "--learning_rate",
+        3e-3,
+        "--bf16",
+        "False",
+    ]
+    for fold in range(3):
+        lora = ["--lora_r", 4, "--max_seq_length", 512, "--max_turns", 8, "--window_stride", 4]
+        words = [
+            "--model_name_or_path",
+            decoder,
+            *data,
+            *train,
+            *lora,
+            "--fold",
+            fold,
+            "--output_dir",
+            place / "lora",
+        ]
+        assert run_script(run_classification.main, words) == 0
+        full = ["--tuning", "full", "--max_seq_length", 48, "--pooling", "mean"]
+        words = [
+            "--model_name_or_path",
+            encoder,
+            *data,
+            *train,
+            *full,
+            "--fold",
+            fold,
+            "--output_dir",
+            place / "full",
+        ]
+        assert run_script(run_classification.main, words) == 0
+    words = ["--model_name_or_path", encoder, *data, "--C", 1, "--output_dir", place / "probe"]
+    assert run_script(linear_probe.main, words) == 0
+    words = [
+        "--runs",
+        place / "lora",
+        place / "full",
+        place / "probe",
+        "--weights",
+        2,
+        1,
+        1,
+        "--method",
+        "prior",
+    ]
+    words += ["--repeats", 1, "--test_file", TEST, "--output_dir", place / "ensemble"]
+    assert run_script(ensemble.main, words) == 0
+    return place / "ensemble"
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path, monkeypatch):
+    loads: list[str] = []
+    load = modeling.load_classifier
+    monkeypatch.setattr(
+        modeling, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
+    )
+    output = tmp_path / "labels.jsonl"
+    words = [
+        "--ensemble",
+        system,
+        "--input",
+        TEST,
+        "--turns",
+        "last",
+        "--output",
+        output,
+        "--rows_per_chunk",
+        7,
+    ]
+    assert run_script(predict.main, words) == 0
+    # Three adapters, one load of their base; three whole models; one frozen encoder.
+    assert sum("decoder" in name for name in loads) == 1 and len(loads) == 5
+    lines, submitted = read_lines(output), json.loads((system / "prediction.json").read_text())
+    assert [line["label"] for line in lines] == [row["label"] for row in submitted]
+    assert [line["dialogue_id"] for line in lines] == [row["id"] for row in submitted]
+    rule = json.loads((system / "ensemble.json").read_text())["decision"]
+    for line in lines:
+        p = np.array(list(line["probabilities"].values()))
+        assert p.sum() == pytest.approx(1, abs=1e-4)
+        gated = rule["threshold"] is not None and p[rule["protected_class"]] >= rule["threshold"]
+        expected = "gate" if gated else "argmax" if p.argmax() == line["label"] else "bias"
+        assert line["decided_by"] == expected
+        assert "text" not in line and "dialogue" not in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.jsonl"]
+
+
+def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp_path: Path, monkeypatch):
+    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
+    words = ["--ensemble", system, "--input", TEST, "--rows_per_chunk", 20, "--output"]
+    assert run_script(predict.main, [*words, whole]) == 0
+    predictions, calls = DefenseClassifier.predictions, []
+
+    def fail_at_third(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predictions(self, rows)
+
+    monkeypatch.setattr(DefenseClassifier, "predictions", fail_at_third)
+    assert run_script(predict.main, [*words, stopped]) == 130
+    part = tmp_path / ".stopped.jsonl.part-0"
+    part.write_bytes(part.read_bytes() + b'[{"id": "half a li')
+    assert run_script(predict.main, [*words, stopped]) == 0
+    seeker_turns = sum(
+        t["speaker"] == "seeker" for row in json.loads(Path(TEST).read_text()) for t in row["dialogue"]
+    )
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert len(read_lines(whole)) == seeker_turns
+    assert sum(calls) - calls[2] == seeker_turns, "no row twice"
+
+
+def test_two_processes_give_the_lines_of_one(system: Path, tmp_path: Path):
+    words = [
+        "--ensemble",
+        str(system),
+        "--input",
+        TEST,
+        "--turns",
+        "last",
+        "--rows_per_chunk",
+        "6",
+        "--use_cpu",
+        "--output",
+    ]
+    assert run_script(predict.main, [*words, tmp_path / "one.jsonl"]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(ROOT / "predict.py"), *words, str(tmp_path / "two.jsonl")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
+    dialogue = [
+        {"speaker": "supporter", "text": "How was the week?"},
+        {"speaker": "seeker", "text": "Fine, I suppose. Nothing ever changes anyway."},
+        {"speaker": "supporter", "text": "What would you like to change?"},
+        {"speaker": "seeker", "text": "I might ask my sister to help with the move."},
+    ]
+    classifier = DefenseClassifier.from_pretrained(str(system))
+    both = classifier(dialogue)
+    assert [prediction.turn for prediction in both] == [1, 3]
+    assert classifier(dialogue, turns="last")[0].label == both[1].label
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "d1", "dialogue": dialogue}) + "\n")
+    output = tmp_path / "out.jsonl"
+    assert (
+        run_script(predict.main, ["--ensemble", system, "--input", tmp_path / "in.jsonl", "--output", output])
+        == 0
+    )
+    assert [line["label_name"] for line in read_lines(output)] == [
+        prediction.label_name for prediction in both
+    ]
+    assert [line["id"] for line in read_lines(output)] == ["d1#1", "d1#3"]
+    with pytest.raises(command_line.InputError, match="turn 1 has unknown speaker 'bot'"):
+        classifier([{"speaker": "bot", "text": "hello"}])
+
+
+def test_refusals(system: Path, tmp_path: Path, capsys):
+    (tmp_path / "cut.json").write_text(Path(TEST).read_text()[:9000])
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "wrong.jsonl").write_text('{"id": "x", "dialogue": [{"speaker": "seeker", "text": " "}]}\n')
+    bundle = json.loads((system / "ensemble.json").read_text())
+
+    def changed(name: str, change) -> Path:
+        """A bundle beside the other one, so that its folders are found, with one thing changed."""
+        folder = system.parent / name
+        folder.mkdir(exist_ok=True)
+        copy = json.loads(json.dumps(bundle))
+        change(copy)
+        (folder / "ensemble.json").write_text(json.dumps(copy))
+        return folder
+
+    cases = [
+        (system, tmp_path / "cut.json", "not valid JSON"),
+        (system, tmp_path / "empty.jsonl", "no turn of speaker 'seeker' to classify"),
+        (system, tmp_path / "wrong.jsonl", "x: dialogue: turn 1 is empty"),
+        (system, tmp_path / "none.jsonl", "no such file"),
+        (tmp_path, TEST, "holds no ensemble.json"),
+        ("nowhere", TEST, "no such folder, nor a repo ORG/NAME"),
+        (changed("a", lambda b: b.update(schema_version=9)), TEST, "schema_version: 9"),
+        (changed("b", lambda b: b["decision"].update(bias=[0.0])), TEST, "bias: expected 9 finite numbers"),
+        (changed("c", lambda b: b["runs"][0].update(model=None)), TEST, "came without its models"),
+        (
+            changed("d", lambda b: b["runs"][0]["model"]["folds"][0].update(subfolder="../x")),
+            TEST,
+            "is not fold-<k>",
+        ),
+        (
+            changed("e", lambda b: b["runs"][1]["loader"].update(trust_remote_code=True)),
+            TEST,
+            "--trust_remote_code",
+        ),
+        (changed("f", lambda b: b["runs"][1].update(prompt_fingerprint="0")), TEST, "renders rows otherwise"),
+        (
+            changed(
+                "g",
+                lambda b: b["runs"][0]["model"]["folds"][0]["sha256"].update(
+                    {"adapter_model.safetensors": "0"}
+                ),
+            ),
+            TEST,
+            "its SHA-256 differs",
+        ),
+    ]
+    for ensemble_dir, source, message in cases:
+        output = tmp_path / "out" / "labels.jsonl"
+        output.parent.mkdir(exist_ok=True)
+        assert (
+            run_script(predict.main, ["--ensemble", ensemble_dir, "--input", source, "--output", output]) == 2
+        ), message
+        lines = [line for line in capsys.readouterr().err.splitlines() if "predict.py: error: " in line]
+        assert len(lines) == 1 and message in lines[0], (message, lines)
+        assert not list(output.parent.iterdir()), message
