@@ -1,30 +1,31 @@
-"""Several runs as one system: lining up their rows, and comparing what two systems predict."""
+"""Several runs as one system: lining up their rows, blending, voting."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import artifacts
 import decoding
 from artifacts import LogitTable, Run
 from command_line import InputError
 from dialogues import NO_LABEL, Row
 
 SHARED_KEYS = ("label_names", "positive_labels", "fold_groups")
-PREDICTIONS_FILE = "oof_predictions.json"
 
 
 # --------------------------------------------------------------------------------------------------------- lining up rows
 
 
-def _check_shared(where: str, info: Mapping[str, Any], first_where: str, first: Mapping[str, Any]) -> None:
+def check_shared(where: str, info: Mapping[str, Any], first_where: str, first: Mapping[str, Any]) -> None:
+    """Refuse a run or system that was made for other labels or other folds than the first.
+
+    Raises:
+        InputError: the first disagreement in `SHARED_KEYS`.
+    """
     for key in SHARED_KEYS:
         if info[key] == first[key]:
             continue
@@ -42,7 +43,7 @@ def _check_shared(where: str, info: Mapping[str, Any], first_where: str, first: 
         )
 
 
-def _positions(where: str, table: LogitTable, first_where: str, first: LogitTable) -> np.ndarray:
+def row_positions(where: str, table: LogitTable, first_where: str, first: LogitTable) -> np.ndarray:
     """Where each row of `first` stands in `table`, after labels and dialogues have been compared.
 
     Raises:
@@ -76,8 +77,8 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
     first = runs[0]
     aligned = []
     for run in runs:
-        _check_shared(run.reference, run.info, first.reference, first.info)
-        aligned.append(run.oof.logits[_positions(run.reference, run.oof, first.reference, first.oof)])
+        check_shared(run.reference, run.info, first.reference, first.info)
+        aligned.append(run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)])
         decoding.check_logits(aligned[-1], run.reference)
     return aligned
 
@@ -104,7 +105,7 @@ def align_test(runs: Sequence[Run], rows: Sequence[Row], test_file: str) -> list
         if (asked.label == NO_LABEL).any() or (table.label == NO_LABEL).any():
             table = LogitTable(table.id, table.dialogue_id, table.fold, asked.label[:0], table.logits)
             table.label = _labels_of(table.id, asked)
-        positions = _positions(where, table, test_file, asked)
+        positions = row_positions(where, table, test_file, asked)
         aligned.append([fold.logits[positions] for fold in run.test])
         for fold in aligned[-1]:
             decoding.check_logits(fold, where)
@@ -125,6 +126,41 @@ def display_names(runs: Sequence[Run]) -> list[str]:
 def test_probabilities(folds: Sequence[np.ndarray], temperature: float) -> np.ndarray:
     """One run's probabilities [n, c] of test rows: the mean over its folds' models (DESIGN 8)."""
     return np.mean([decoding.softmax(logits, temperature) for logits in folds], axis=0)
+
+
+def cross_fitted_scaling(
+    logits: Sequence[np.ndarray],
+    labels: np.ndarray,
+    groups: Sequence[str],
+    weights: np.ndarray,
+    blend: str,
+    num_splits: int,
+    seed: int,
+) -> np.ndarray:
+    """Blended probabilities [n, c], each row's at the temperature that the other folds' dialogues ask for."""
+    folds = decoding.grouped_folds(labels, groups, logits[0].shape[1], num_splits, seed)
+    scaled = np.empty(logits[0].shape)
+    for fold in range(int(folds.max()) + 1):
+        train = folds != fold
+        temperature = decoding.fit_temperature([run[train] for run in logits], labels[train], weights, blend)
+        scaled[~train] = decoding.blend(
+            [decoding.softmax(run[~train], temperature) for run in logits], weights, blend
+        )
+    return scaled
+
+
+def protected_label(run: Run) -> int:
+    """The label that a gate protects and to which a vote's ties go: the run's, or the most frequent one.
+
+    Raises:
+        InputError: the run names one that is no label.
+    """
+    label = run.info.get("protected_label")
+    if label is None:
+        return int(np.bincount(run.oof.label).argmax())
+    if type(label) is not int or not 0 <= label < run.num_labels:
+        raise InputError(f"{run.reference}: protected_label: {label!r} is not one of 0..{run.num_labels - 1}")
+    return label
 
 
 def cohens_kappa(first: np.ndarray, second: np.ndarray, num_labels: int) -> float:
@@ -217,6 +253,7 @@ class Outcome:
         voting: None where the rule decides.
         argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
         before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
+        scaled: the same at a temperature that was fitted on other dialogues.
     """
 
     rule: decoding.Rule
@@ -227,128 +264,5 @@ class Outcome:
     cross_fitted: np.ndarray
     before: np.ndarray
     after: np.ndarray
+    scaled: np.ndarray
     notes: list[str]
-
-
-# ------------------------------------------------------------------------------------------------------------- comparison
-
-
-@dataclass
-class System:
-    """Out-of-fold predictions of a run or an ensemble.
-
-    Attributes:
-        what: how the predictions came about.
-        predictions: int64 [repeats, n]; one repeat where nothing was fitted.
-        table: ids, dialogues and labels; its logits are not used.
-    """
-
-    reference: str
-    what: str
-    info: dict[str, Any]
-    table: LogitTable
-    predictions: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `oof_predictions.json` in an ensemble's folder; `read_system` reads it back."""
-        return {
-            "what": self.what,
-            **{key: self.info[key] for key in SHARED_KEYS},
-            "id": self.table.id,
-            "dialogue_id": self.table.dialogue_id,
-            "label": self.table.label.tolist(),
-            "predictions": self.predictions.tolist(),
-        }
-
-
-def read_system(reference: str) -> System:
-    """What a run (argmax) or an ensemble's output folder (its cross-fitted decision) predicted out of fold.
-
-    Raises:
-        InputError: neither, or not readable.
-    """
-    path = Path(reference) / PREDICTIONS_FILE
-    if not path.is_file():
-        run = artifacts.read_run(reference)
-        return System(reference, "argmax", run.info, run.oof, run.oof.logits.argmax(axis=1)[None])
-    content = artifacts.read_json(path)
-    try:
-        labels, predictions = np.array(content["label"]), np.array(content["predictions"])
-        names, count = content["label_names"], len(content["id"])
-        whole = all(isinstance(text, str) for key in ("id", "dialogue_id") for text in content[key])
-        fits = (
-            whole
-            and len(content["dialogue_id"]) == count == len(set(content["id"]))
-            and labels.shape == (count,)
-            and predictions.shape[1:] == (count,)
-            and count > 0
-            and all(
-                array.dtype.kind == "i" and array.min() >= 0 and array.max() < len(names)
-                for array in (labels, predictions)
-            )
-            and set(content["positive_labels"]) <= set(range(len(names)))
-            and isinstance(content["what"], str)
-            and content["fold_groups"] in artifacts.FOLD_GROUPS
-        )
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise InputError(f"{path}: not what ensemble.py writes")
-    zeros = np.zeros(count, dtype=np.int64)
-    table = LogitTable(content["id"], content["dialogue_id"], zeros, labels, np.zeros((count, 1), np.float32))
-    return System(reference, content["what"], content, table, predictions)
-
-
-@dataclass
-class Comparison:
-    """Two systems on the same rows.
-
-    Attributes:
-        scores: of A and of B, the mean over their repeats.
-        difference: B less A.
-        interval: 95 % interval of the difference, by bootstrap over dialogues, both systems on the same samples.
-        flips: one dict a pair of different labels: `a`, `b`, `rows`, `a_right`, `b_right`, `ids`; most rows first. Of
-            repeated predictions the first repeat counts.
-    """
-
-    scores: tuple[float, float]
-    difference: float
-    interval: tuple[float, float]
-    flips: list[dict[str, Any]]
-
-
-def compare(first: System, second: System, metric: str, seed: int) -> Comparison:
-    """Compare B with A.
-
-    Raises:
-        InputError: the systems disagree in labels, fold groups or rows.
-    """
-    _check_shared(second.reference, second.info, first.reference, first.info)
-    positions = _positions(second.reference, second.table, first.reference, first.table)
-    labels, groups = first.table.label, first.table.dialogue_id
-    both = first.predictions, second.predictions[:, positions]
-    num_labels, positive = len(first.info["label_names"]), first.info["positive_labels"]
-    scores = tuple(decoding.mean_scores(labels, rows, num_labels, positive)[metric] for rows in both)
-    samples = [
-        decoding.bootstrap_scores(
-            labels, rows, groups, num_labels=num_labels, positive_labels=positive, metric=metric, seed=seed
-        )
-        for rows in both
-    ]
-    low, high = np.quantile(samples[1] - samples[0], [0.025, 0.975])
-    a, b = both[0][0], both[1][0]
-    pairs = Counter(zip(a[a != b].tolist(), b[a != b].tolist(), strict=True))
-    flips = []
-    for (of_a, of_b), rows in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
-        here = np.flatnonzero((a == of_a) & (b == of_b))
-        flips.append(
-            {
-                "a": of_a,
-                "b": of_b,
-                "rows": rows,
-                "a_right": int((labels[here] == of_a).sum()),
-                "b_right": int((labels[here] == of_b).sum()),
-                "ids": [first.table.id[row] for row in here],
-            }
-        )
-    return Comparison(scores, scores[1] - scores[0], (float(low), float(high)), flips)

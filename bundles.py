@@ -25,6 +25,7 @@ from typing import Any
 import artifacts
 import decoding
 import hub
+import modeling
 from artifacts import Run
 from blending import Voting
 from command_line import InputError
@@ -264,6 +265,20 @@ def _run_problems(run: Any, pulled: bool) -> Iterator[str]:
             yield f"{run.get('name')} came without its models: its tables were shared alone"
         else:
             yield f"{key}: missing or of a wrong type"
+    if "loader" not in wrong:
+        yield from (f"loader: {problem}" for problem in modeling.loading_problems(run["loader"]))
+    if "window" not in wrong:
+        for name in ("max_turns", "max_seq_length", "window_stride"):
+            if type(run["window"].get(name)) is not int or not 1 <= run["window"][name] <= 1 << 20:
+                yield f"window: {name}: a positive integer expected"
+    if run.get("features") is not None and not (
+        isinstance(run["features"], Mapping) and type(run["features"].get("layer")) is int
+    ):
+        yield "features: layer: an integer expected"
+    if isinstance(run.get("label_scope"), list) and not all(
+        type(label) is int and label >= 0 for label in run["label_scope"]
+    ):
+        yield "label_scope: label numbers expected"
     if "model" not in wrong:
         yield from (f"model: {problem}" for problem in _model_problems(run["model"], pulled))
 

@@ -96,8 +96,8 @@ def parse_arguments(
                 near = difflib.get_close_matches(key, flags, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"{recipe_path}: unknown key {key!r}{hint}")
-            flags[key].required = False
             parser.set_defaults(**{key: _as_flag_value(flags[key], value, f"{recipe_path}: {key}")})
+            flags[key].required = False
     namespace = parser.parse_args(argv)
     instances = []
     for argument_class in argument_classes:
@@ -123,6 +123,8 @@ def _recipe_path(argv: list[str]) -> str | None:
 
 def _as_flag_value(action: Any, value: Any, where: str) -> Any:
     """A recipe's value as the flag would have parsed it: YAML reads 1e-4 as a string and 5 as an int."""
+    if value is None and (action.required or action.default is not None):
+        raise InputError(f"{where}: null is not a valid value; leave the key out for the default")
     if value is None or action.type is None:
         return value
     if isinstance(value, dict):

@@ -470,7 +470,7 @@ def _minimise(
             if new_value <= value + 1e-4 * step * slope or step < 1e-8:
                 break
             step /= 2
-        if not new_value < value - 1e-10 * max(1.0, abs(value)):
+        if not new_value < value - 1e-9 * max(1.0, abs(value)):
             break
         move, change = candidate - point, new_gradient - gradient
         if move @ change > 1e-12:
@@ -909,7 +909,7 @@ def _fit_smooth(problem: _Problem, **_: Any) -> tuple[np.ndarray, float | None]:
 
 
 def _fit_soft(problem: _Problem, label_share: float, sharpness: float) -> tuple[np.ndarray, float | None]:
-    """Maximise `_soft_score` on vector-scaled probabilities from four prior-adjusted starts, then search the gate."""
+    """Maximise `_soft_score` on vector-scaled probabilities from two prior-adjusted starts, then search the gate."""
     slope, offset = _fit_vector(problem.log_p, problem.labels)
     log_q = log_softmax(slope * problem.log_p + offset)
     targets = (1 - label_share) * np.exp(log_q)
@@ -919,7 +919,7 @@ def _fit_soft(problem: _Problem, label_share: float, sharpness: float) -> tuple[
         value, gradient = _soft_score(log_q, targets, bias, sharpness, problem)
         return -value, -gradient
 
-    found = [_minimise(objective, -strength * problem.log_prior) for strength in (0.25, 0.5, 0.75, 1.0)]
+    found = [_minimise(objective, -strength * problem.log_prior) for strength in (0.5, 1.0)]
     bias = (offset + min(found, key=lambda point: objective(point)[0])) / slope
     return bias, None if problem.protected_class is None else _sweep_threshold(problem, bias)[0]
 

@@ -258,12 +258,13 @@ def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]
         raise InputError(f"{source}: no such file or folder, nor a Hub dataset ORG/NAME[:path][@revision]")
     if match["path"] is None:
         return source, _read_dataset(match["repo"], match["revision"], split)
+    import httpx2
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         local = hf_hub_download(match["repo"], match["path"], repo_type="dataset", revision=match["revision"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise InputError(f"{source}: cannot be fetched from the Hub: {_first_line(error)}") from None
     return source, _read_file(Path(local))
 

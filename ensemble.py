@@ -28,6 +28,7 @@ import artifacts
 import blending
 import bundles
 import command_line
+import comparison
 import decoding
 import ensemble_report
 import hub
@@ -35,7 +36,6 @@ import reporting
 from artifacts import Run
 from command_line import InputError
 from dialogues import (
-    NO_LABEL,
     DataArguments,
     Row,
     load_label_guide,
@@ -95,7 +95,7 @@ class EnsembleArguments(DataArguments):
     output_dir: str | None = field(default=None, metadata={"help": "Folder for everything that is written."})
     compare: list[str] | None = field(
         default=None,
-        metadata={"help": "Two runs or output folders A B to compare; nothing is blended.", "nargs": 2},
+        metadata={"help": "Two runs or output folders A B to compare; nothing is blended."},
     )
     seed: int = field(default=42, metadata={"help": "Seed of folds, searches and bootstraps."})
     push_to_hub: bool = field(default=False, metadata={"help": "Publish the bundle as NAMESPACE/NAME."})
@@ -109,6 +109,8 @@ class EnsembleArguments(DataArguments):
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_only) and not (self.hub_namespace and self.hub_name):
             raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
+        if self.compare is not None and len(self.compare) != 2:
+            raise ValueError("--compare: name two, A and B")
         if self.compare is None and not self.output_dir:
             raise ValueError("--output_dir: missing")
         if self.compare is None and not self.push_only and not self.runs:
@@ -157,7 +159,7 @@ def fit_system(
     """Fit or apply the rule, and predict every out-of-fold row in the three ways that the report sets side by side."""
     info, groups, notes = runs[0].info, runs[0].oof.dialogue_id, []
     weights = parse_weights(arguments.weights, len(runs))
-    protected = info.get("protected_label")
+    protected = blending.protected_label(runs[0])
     equal = (1.0,) * len(runs)
     untuned = decoding.check_weights(equal if weights in (None, "search") else weights, len(runs))
     before = decoding.blend([decoding.softmax(run) for run in logits], untuned, arguments.blend)
@@ -172,7 +174,7 @@ def fit_system(
         rule = decoding.Rule(decoding.Decision(np.zeros(len(info["label_names"]))), untuned, arguments.method)
         notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
         return blending.Outcome(
-            rule, untuned, voting, argmax, predictions, predictions[None], before, before, notes
+            rule, untuned, voting, argmax, predictions, predictions[None], before, before, before, notes
         )
     recipe = decoding.Recipe(
         tuple(info["positive_labels"]),
@@ -200,6 +202,11 @@ def fit_system(
         )
     else:
         rule = decoding.fit_rule(recipe, logits, labels, groups)
+        if arguments.method == "auto":
+            notes.append(
+                f"Method auto chose {rule.method} on all rows. The cross-fitted figure includes the choice: it was made "
+                "anew in every fold, and may have been another."
+            )
     num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
     with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
         cross_fitted = decoding.cross_fit(
@@ -218,8 +225,11 @@ def fit_system(
         [decoding.softmax(run, rule.decision.temperature) for run in logits], rule.weights, arguments.blend
     )
     in_sample = decoding.decide(after, rule.decision)
+    scaled = blending.cross_fitted_scaling(
+        logits, labels, groups, untuned, arguments.blend, NUM_SPLITS, arguments.seed
+    )
     return blending.Outcome(
-        rule, untuned, None, argmax, in_sample, cross_fitted.predictions, before, after, notes
+        rule, untuned, None, argmax, in_sample, cross_fitted.predictions, before, after, scaled, notes
     )
 
 
@@ -260,27 +270,6 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
     return list(read_records(arguments.test_file, "test")[1]), rows
 
 
-def score_test(
-    rows: Sequence[Row], predicted: np.ndarray, argmax: np.ndarray, info: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    """`test` for metrics.json: the scores of the rows that have a label; nothing if none has."""
-    labels = np.array([row.label for row in rows])
-    known = labels != NO_LABEL
-    if not known.any():
-        return {}
-    groups = [row.dialogue_id for row, use in zip(rows, known, strict=True) if use]
-    options = {
-        "num_labels": len(info["label_names"]),
-        "positive_labels": info["positive_labels"],
-        "seed": seed,
-    }
-    scores = {
-        stage: reporting.score_predictions(labels[known], labels_of_stage[known], groups, **options)
-        for stage, labels_of_stage in (("argmax", argmax), ("decision", predicted))
-    }
-    return {"test": {"rows": int(known.sum()), **scores}}
-
-
 def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_column: str) -> dict[str, bytes]:
     """`prediction.json`, rows and fields as in the test file and the label besides, and `prediction.zip` with it."""
     predicted = [{**record, label_column: int(label)} for record, label in zip(records, labels, strict=True)]
@@ -294,60 +283,6 @@ def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_colu
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(member, content)
     return {"prediction.json": content, "prediction.zip": buffer.getvalue()}
-
-
-def measure(
-    arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray], outcome: blending.Outcome
-) -> dict:
-    """metrics.json, the test file's part excepted."""
-    info, oof = runs[0].info, runs[0].oof
-    names, labels = blending.display_names(runs), oof.label
-    options = {
-        "num_labels": len(info["label_names"]),
-        "positive_labels": info["positive_labels"],
-        "seed": arguments.seed,
-    }
-    systems = {name: run.argmax(axis=1) for name, run in zip(names, logits, strict=True)}
-    metrics = {
-        "metric": arguments.metric,
-        "method": outcome.rule.method,
-        "fold_groups": info["fold_groups"],
-        "rows": len(labels),
-        "dialogues": len(set(oof.dialogue_id)),
-        "notes": outcome.notes,
-        **{
-            stage: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
-            for stage, predictions in (
-                ("argmax", outcome.argmax),
-                ("in_sample", outcome.in_sample),
-                ("cross_fitted", outcome.cross_fitted),
-            )
-        },
-        "runs": {
-            name: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
-            for name, predictions in systems.items()
-        },
-        "probabilities": {
-            "before_temperature": decoding.probability_quality(outcome.before, labels),
-            "after_temperature_in_sample": decoding.probability_quality(outcome.after, labels),
-        },
-    }
-    if len(runs) > 1:
-        systems["blend, argmax"] = outcome.argmax
-    systems["decision, cross-fitted"] = outcome.cross_fitted[0]
-    metrics["agreement"] = {
-        "systems": list(systems),
-        "cohens_kappa": [
-            [blending.cohens_kappa(one, other, options["num_labels"]) for other in systems.values()]
-            for one in systems.values()
-        ],
-    }
-    if parse_weights(arguments.weights, len(runs)) == "search":
-        search = decoding.search_weights(
-            [decoding.softmax(run) for run in logits], labels, kind=arguments.blend, seed=arguments.seed
-        )
-        metrics["weight_search"] = search.trajectory
-    return metrics
 
 
 def decision_file(
@@ -368,6 +303,7 @@ def decision_file(
         **({"vote": outcome.voting.to_dict()} if outcome.voting else {}),
         "metric": arguments.metric,
         "fold_groups": info["fold_groups"],
+        "seed": arguments.seed,
         "metrics": {stage: metrics[stage] for stage in ("argmax", "in_sample", "cross_fitted")},
     }
 
@@ -391,33 +327,15 @@ def bundle_file(name: str, described: Sequence[dict], decision: dict, info: dict
 
 def compare_systems(arguments: EnsembleArguments) -> None:
     """Print, and with `--output_dir` save, how two systems differ on the same rows."""
-    first, second = (blending.read_system(reference) for reference in arguments.compare)
-    found = blending.compare(first, second, arguments.metric, arguments.seed)
-    names = first.info["label_names"]
+    first, second = (comparison.read_system(reference) for reference in arguments.compare)
+    found = comparison.compare(first, second, arguments.metric, arguments.seed)
     for letter, system, score in zip("AB", (first, second), found.scores, strict=True):
         print(f"{letter}: {system.reference} ({system.what}): {arguments.metric} {score:.4f}")
     low, high = found.interval
     print(
         f"B less A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
     )
-    rows = [
-        [
-            f"{flip['a']} {names[flip['a']]} -> {flip['b']} {names[flip['b']]}",
-            str(flip["rows"]),
-            str(flip["a_right"]),
-            str(flip["b_right"]),
-            ", ".join(flip["ids"][:3]) + (", ..." if flip["rows"] > 3 else ""),
-        ]
-        for flip in found.flips
-    ]
-    total = sum(flip["rows"] for flip in found.flips)
-    print(
-        reporting.Table(
-            f"Rows that flip: {total} of {len(first.table)}",
-            ("A -> B", "rows", "A right", "B right", "ids"),
-            rows,
-        ).text()
-    )
+    print(comparison.flip_table(found, first.info["label_names"], len(first.table)).text())
     if arguments.output_dir:
         content = {
             "metric": arguments.metric,
@@ -515,12 +433,12 @@ def main() -> None:
         part["weight"] = float(weight)
 
     # Evaluate
-    metrics = measure(arguments, runs, logits, outcome)
+    metrics = ensemble_report.measure(runs, logits, outcome, metric=arguments.metric, seed=arguments.seed)
     files: dict[str, bytes] = {}
     if arguments.test_file:
         predicted, argmax = predict_test(outcome, test_folds, arguments.blend)
         files |= submission(records, predicted, arguments.label_column)
-        metrics |= score_test(rows, predicted, argmax, info, arguments.seed)
+        metrics |= ensemble_report.score_test(rows, predicted, argmax, info, arguments.seed)
     decision = decision_file(arguments, described, outcome, metrics, info)
     bundle = bundle_file(name, described, decision, info)
     tables = ensemble_report.make_tables(runs, outcome, metrics)
@@ -529,8 +447,13 @@ def main() -> None:
     for note in metrics["notes"]:
         print(f"\n{note}")
 
+    if parse_weights(arguments.weights, len(runs)) == "search":
+        probabilities = [decoding.softmax(run) for run in logits]
+        search = decoding.search_weights(probabilities, oof.label, kind=arguments.blend, seed=arguments.seed)
+        metrics["weight_search"] = search.trajectory
+
     # Save
-    system = blending.System(
+    system = comparison.System(
         str(output_dir), f"decision ({outcome.rule.method}), cross-fitted", info, oof, outcome.cross_fitted
     )
     card = reporting.ensemble_card(
@@ -547,7 +470,7 @@ def main() -> None:
     for file, content in files.items():
         artifacts.write_bytes(output_dir / file, content)
     for file, content in (
-        (blending.PREDICTIONS_FILE, system.to_dict()),
+        (comparison.PREDICTIONS_FILE, system.to_dict()),
         ("decision.json", decision),
         ("ensemble.json", bundle),
         ("metrics.json", metrics),

@@ -1,4 +1,4 @@
-"""What an ensemble's report shows: its tables, its pictures, and the page that puts them together."""
+"""What an ensemble's report shows: its figures, tables and pictures, and the page that puts them together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,85 @@ import figures
 import reporting
 from artifacts import Run
 from blending import Outcome
+from dialogues import NO_LABEL, Row
 from reporting import Picture, Table
+
+
+def measure(
+    runs: Sequence[Run], logits: Sequence[np.ndarray], outcome: Outcome, *, metric: str, seed: int
+) -> dict[str, Any]:
+    """metrics.json, the test file's part excepted.
+
+    Args:
+        logits: out-of-fold logits [n, c] of every run, in the row order of the first.
+        metric: what the rule was fitted for.
+        seed: of the bootstraps.
+    """
+    info, oof = runs[0].info, runs[0].oof
+    names, labels = blending.display_names(runs), oof.label
+    options = {
+        "num_labels": len(info["label_names"]),
+        "positive_labels": info["positive_labels"],
+        "seed": seed,
+    }
+    systems = {name: run.argmax(axis=1) for name, run in zip(names, logits, strict=True)}
+    metrics = {
+        "metric": metric,
+        "method": outcome.rule.method,
+        "fold_groups": info["fold_groups"],
+        "rows": len(labels),
+        "dialogues": len(set(oof.dialogue_id)),
+        "notes": outcome.notes,
+        **{
+            stage: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
+            for stage, predictions in (
+                ("argmax", outcome.argmax),
+                ("in_sample", outcome.in_sample),
+                ("cross_fitted", outcome.cross_fitted),
+            )
+        },
+        "runs": {
+            name: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
+            for name, predictions in systems.items()
+        },
+        "probabilities": {
+            "before_temperature": decoding.probability_quality(outcome.before, labels),
+            "after_temperature_in_sample": decoding.probability_quality(outcome.after, labels),
+            "after_temperature_cross_fitted": decoding.probability_quality(outcome.scaled, labels),
+        },
+    }
+    if len(runs) > 1:
+        systems["blend, argmax"] = outcome.argmax
+    systems["decision, cross-fitted"] = outcome.cross_fitted[0]
+    metrics["agreement"] = {
+        "systems": list(systems),
+        "cohens_kappa": [
+            [blending.cohens_kappa(one, other, options["num_labels"]) for other in systems.values()]
+            for one in systems.values()
+        ],
+    }
+    return metrics
+
+
+def score_test(
+    rows: Sequence[Row], predicted: np.ndarray, argmax: np.ndarray, info: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """`test` for metrics.json: the scores of the rows that have a label; nothing if none has."""
+    labels = np.array([row.label for row in rows])
+    known = labels != NO_LABEL
+    if not known.any():
+        return {}
+    groups = [row.dialogue_id for row, use in zip(rows, known, strict=True) if use]
+    options = {
+        "num_labels": len(info["label_names"]),
+        "positive_labels": info["positive_labels"],
+        "seed": seed,
+    }
+    scores = {
+        stage: reporting.score_predictions(labels[known], labels_of_stage[known], groups, **options)
+        for stage, labels_of_stage in (("argmax", argmax), ("decision", predicted))
+    }
+    return {"test": {"rows": int(known.sum()), **scores}}
 
 
 def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> dict[str, Table]:
@@ -62,7 +140,8 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
                 [title, *(f"{value:.4f}" for value in metrics["probabilities"][key].values())]
                 for key, title in (
                     ("before_temperature", "before temperature"),
-                    ("after_temperature_in_sample", "after temperature, in-sample (one parameter)"),
+                    ("after_temperature_cross_fitted", "after temperature, cross-fitted"),
+                    ("after_temperature_in_sample", "after temperature, in-sample (tuned on these rows)"),
                 )
             ],
         )
@@ -120,23 +199,19 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
             "runs that are about as good, those that agree less have more to gain from a blend.",
         ),
     ]
-    return pictures if outcome.voting else pictures + _pictures_of_rule(info, labels, outcome, metrics)
+    return pictures if outcome.voting else pictures + _pictures_of_rule(runs[0], outcome, metrics)
 
 
-def _pictures_of_rule(
-    info: Mapping[str, Any], labels: np.ndarray, outcome: Outcome, metrics: Mapping[str, Any]
-) -> list[Picture]:
+def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) -> list[Picture]:
+    info, labels = run.info, run.oof.label
     decision, quality, metric = outcome.rule.decision, metrics["probabilities"], metrics["metric"]
-    eces = [quality[stage]["ece"] for stage in ("before_temperature", "after_temperature_in_sample")]
     texts = (
-        f"before: ECE {eces[0]:.3f}",
-        f"after, temperature {decision.temperature:.2f}: ECE {eces[1]:.3f} (in-sample)",
+        f"before: ECE {quality['before_temperature']['ece']:.3f}",
+        f"after, fitted on other dialogues: ECE {quality['after_temperature_cross_fitted']['ece']:.3f}",
     )
     protected = decision.protected_class
     if protected is None:
-        protected = info.get("protected_label")
-    if protected is None:
-        protected = int(np.bincount(labels).argmax())
+        protected = blending.protected_label(run)
 
     def score(rule: decoding.Decision) -> float:
         predictions = decoding.decide(outcome.after, rule)
@@ -162,7 +237,7 @@ def _pictures_of_rule(
     return [
         Picture(
             "reliability.png",
-            figures.reliability_diagram(outcome.before, outcome.after, labels, texts),
+            figures.reliability_diagram(outcome.before, outcome.scaled, labels, texts),
             "Above the diagonal the blend is too modest, below it too sure of itself. ECE, the expected calibration "
             "error: mean distance to the diagonal.",
         ),

@@ -215,6 +215,6 @@ def agreement(names: Sequence[str], kappa: np.ndarray) -> bytes:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("System (number; the names stand on the left)")
-        figure.colorbar(image, ax=axes, label="Cohen's kappa (1: always the same label)", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="Cohen's kappa", shrink=0.8)
         figure.suptitle("How often two systems choose the same label, beyond chance", fontsize=11)
         return _png(figure)

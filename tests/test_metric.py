@@ -109,6 +109,7 @@ def test_refuses_what_it_cannot_score(arguments, problem):
 def _load_and_score(cache, barrier, answers):
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
         del sys.modules[name]  # loaded by an earlier test, from another cache
+    load_metric.cache_clear()
     evaluate.config.HF_MODULES_CACHE = cache
     barrier.wait()
     scores = load_metric().compute(references=[0, 1], predictions=[0, 1], num_labels=2)

@@ -1,21 +1,32 @@
 """Packed rows have the logits and the gradients that they have one by one, whatever is among them."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tiny_decoder, make_tiny_encoder, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import artifacts
+import classifier
 import modeling
+import run_classification
 from batching import RowBatches
 from command_line import InputError
 from dialogues import Renderer, Row, Turn, load_label_guide, load_rows, parse_label_guide
 from packing import PackedBatches, RowGroups, accept_packed, can_branch, lay_out, tree_mask
 
+ROOT = Path(__file__).resolve().parent.parent
 GUIDE = parse_label_guide(
     {
         "task": "Classify the last seeker turn.",
@@ -325,3 +336,129 @@ def test_too_few_dialogues_for_the_processes(caplog):
     assert "a step has 20.0 rows on average, not 16" in caplog.text
     with pytest.raises(InputError, match="1 dialogues cannot fill the 2 batches of a step"):
         PackedBatches(16, 2, 4096, num_epochs=1).plan(rows, rendered, seed=0)
+
+
+# ------------------------------------------------------------------------------------------ processes and adapters
+
+
+def fold_flags(decoder, output_dir, accumulation):
+    flags = {
+        "model_name_or_path": decoder,
+        "train_file": "data/demo/train.json",
+        "output_dir": output_dir,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lora_target_modules": "q_proj",
+        "max_train_samples": 60,
+        "num_folds": 3,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 8,
+        "rows_per_batch": 8,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": False,
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    return [*words, "--use_cpu", "--keep_checkpoints"]
+
+
+def losses_and_table(output_dir):
+    (checkpoint,) = (output_dir / "fold-0" / "checkpoints").glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return losses, artifacts.read_table(artifacts.table_path(output_dir, "oof", 0))
+
+
+def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
+    """The launch configuration for a CPU starts two processes; the steps are those of one that accumulates."""
+    monkeypatch.chdir(ROOT)
+    flags = fold_flags(decoders["qwen3"], tmp_path / "one", accumulation=2)
+    monkeypatch.setattr(sys, "argv", ["run_classification.py", *flags])
+    run_classification.main()
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+            *("--config_file", "recipes/accelerate/cpu.yaml", "run_classification.py"),
+            *fold_flags(decoders["qwen3"], tmp_path / "two", accumulation=1),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    losses, table = losses_and_table(tmp_path / "one")
+    both_losses, both_table = losses_and_table(tmp_path / "two")
+    assert len(losses) == 8
+    assert max(losses) - min(losses) > 0.1
+    np.testing.assert_allclose(both_losses, losses, atol=1e-5, rtol=0)
+    assert both_table.id == table.id
+    np.testing.assert_allclose(both_table.logits, table.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "run_classification.py"])
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert config.num_processes % config.num_machines == 0
+    assert arguments.num_processes == config.num_processes
+    assert arguments.use_fsdp == (path.stem == "fsdp-qlora")
+    assert arguments.multi_gpu == (path.stem != "fsdp-qlora")
+
+
+def test_adapters_on_one_base_are_the_adapters_each_on_its_own(decoders, tmp_path):
+    base = modeling.find_base_model(decoders["qwen3"], quantization="nf4", dtype="float32")
+    tokenizer = modeling.load_tokenizer(base)
+    for fold in range(2):
+        torch.manual_seed(fold)
+        model = modeling.load_classifier(base, GUIDE.names, PAD)
+        model = modeling.add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        modeling.save_trained(model, tokenizer, base, tmp_path / str(fold))
+    rows = demo_rows(num_dialogues=1)
+    rendered = render(rows, max_turns=10)
+    way = PackedBatches(16, 1, 1200, num_epochs=1)
+
+    def logits(model):
+        batches = way.prediction_batches(rows, rendered)
+        return modeling.predict_logits(model, rendered, batches, way.collate, num_labels=len(GUIDE.labels))
+
+    apart = []
+    for fold in range(2):
+        model = modeling.load_trained(base, tmp_path / str(fold), GUIDE.names, PAD)
+        accept_packed(model)
+        apart.append(logits(model))
+    bases = classifier._Bases(trust_remote_code=False)
+    loaded = [bases.load_fold(base, tmp_path / str(fold), GUIDE, PAD) for fold in range(2)]
+    assert loaded[0][0] is loaded[1][0]
+    for fold in (1, 0, 1):
+        model, adapter = loaded[fold]
+        model.set_adapter(adapter)
+        np.testing.assert_array_equal(logits(model), apart[fold])
+    assert np.abs(apart[0] - apart[1]).max() > 0.1
+
+
+@pytest.mark.soak
+def test_benchmark(tmp_path):
+    flags = {
+        "train_file": "data/demo/train.json",
+        "num_dialogues": 2,
+        "repeats": 1,
+        "batch_sizes": 4,
+        "turns": 20,
+        "output": tmp_path / "result.json",
+    }
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    subprocess.run([sys.executable, "benchmarks/packing.py", *words], cwd=ROOT, check=True)
+    result = json.loads(flags["output"].read_text())
+    packed = [item for item in result["results"] if item["packed"]]
+    assert len(packed) == 4
+    for item in packed:
+        assert item["logit_difference"] <= 1e-5
+        assert item["gradient_difference"] <= 1e-5
+        assert item["tokens"] < result["results"][0]["tokens"]
+        assert item["peak_memory"] > 0

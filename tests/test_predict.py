@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
+import calibrate
 import command_line
 import ensemble
 import linear_probe
@@ -207,6 +208,103 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
     assert [line["id"] for line in read_lines(output)] == ["d1#1", "d1#3"]
     with pytest.raises(command_line.InputError, match="turn 1 has unknown speaker 'bot'"):
         classifier([{"speaker": "bot", "text": "hello"}])
+
+
+def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, hub_here):
+    place = system.parent
+    where = ["--push_only", "--hub_namespace", "team", "--hub_name", "sys"]
+    for run in ("lora", "full"):
+        for fold in range(3):
+            words = [
+                "--model_name_or_path",
+                "x",
+                "--output_dir",
+                place / run,
+                "--fold",
+                fold,
+                "--num_folds",
+                3,
+            ]
+            assert run_script(run_classification.main, [*words, *where]) == 0
+    probe = [
+        "--model_name_or_path",
+        place / "encoder",
+        "--train_file",
+        TRAIN,
+        "--test_file",
+        TEST,
+        "--num_folds",
+        3,
+    ]
+    assert run_script(linear_probe.main, [*probe, "--C", 1, "--output_dir", place / "probe", *where]) == 0
+    words = [
+        "--runs",
+        place / "lora",
+        place / "full",
+        place / "probe",
+        "--weights",
+        2,
+        1,
+        1,
+        "--method",
+        "prior",
+    ]
+    words += [
+        "--repeats",
+        1,
+        "--test_file",
+        TEST,
+        "--output_dir",
+        tmp_path / "pushed",
+        "--push_to_hub",
+        *where[1:],
+    ]
+    assert run_script(ensemble.main, words) == 0
+
+    decisions = []
+    for name, reference in (("here", place / "lora"), ("there", "team/sys-oof:lora")):
+        output = tmp_path / f"{name}.json"
+        assert (
+            run_script(
+                calibrate.main, ["--run", reference, "--method", "prior", "--repeats", 1, "--output", output]
+            )
+            == 0
+        )
+        decision = json.loads(output.read_text())
+        (run,) = decision.pop("runs")
+        decisions.append(decision)
+    assert decisions[0] == decisions[1] and len(run["revision"]) == 40
+
+    for name, first in (("here", place / "lora"), ("there", "team/sys-oof:lora")):
+        words = ["--runs", first, place / "full", "--method", "argmax", "--repeats", 1, "--test_file", TEST]
+        assert run_script(ensemble.main, [*words, "--output_dir", tmp_path / f"ensemble-{name}"]) == 0
+    for file in ("prediction.json", "prediction.zip"):
+        assert (tmp_path / "ensemble-here" / file).read_bytes() == (
+            tmp_path / "ensemble-there" / file
+        ).read_bytes()
+
+    for name, reference in (("here", system), ("there", "team/sys")):
+        words = [
+            "--ensemble",
+            reference,
+            "--input",
+            TEST,
+            "--turns",
+            "last",
+            "--output",
+            tmp_path / f"{name}.jsonl",
+        ]
+        assert run_script(predict.main, words) == 0
+    assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
+
+    texts = [turn["text"].encode() for row in json.loads(Path(TRAIN).read_text()) for turn in row["dialogue"]]
+    long_texts = {text for text in texts if len(text) > 30}
+    for (kind, repo_id), repo in hub_here.repos.items():
+        assert repo.private, repo_id
+        for path, content in hub_here.files(repo_id, kind).items():
+            assert hub_here.writer.encode() not in content, f"{repo_id}/{path} holds the token"
+            if not path.endswith("tokenizer.json"):
+                assert not any(text in content for text in long_texts), f"{repo_id}/{path} holds dialogue"
 
 
 def test_refusals(system: Path, tmp_path: Path, capsys):

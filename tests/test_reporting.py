@@ -22,8 +22,9 @@ STAGE = {
     "macro_f1": 0.8,
     "weighted_f1": 0.76,
     "f1_per_class": [1.0, 0.5, 0.25],
-    "interval": {"macro_f1_positive": [0.5, 0.7]},
+    "interval": {"macro_f1_positive": [0.5, 0.7], "f1_per_class": [[0.9, 1.0], [0.4, 0.6], [0.0, 0.5]]},
 }
+RESULTS = {"folds": {0: STAGE}, "argmax": STAGE, "rows_per_class": [30, 20, 5]}
 METRICS = {"argmax": STAGE, "in_sample": STAGE, "cross_fitted": STAGE, "fold_groups": "dialogue"}
 
 
@@ -71,8 +72,8 @@ def test_tuned_figures_never_stand_alone():
     header = reporting.score_table(METRICS).header
     assert header[1:] == (
         "argmax, nothing tuned",
-        "decision, in-sample (tuned on these rows)",
         "decision, cross-fitted",
+        "decision, in-sample (tuned on these rows)",
     )
     row = reporting.score_table(METRICS).rows[0]
     assert row == ["macro F1, positive labels", *["0.667 [0.500, 0.700]"] * 3]
@@ -184,13 +185,13 @@ Every row was scored by the model that had not seen its fold; .*
 \|---\|---:\|---:\|---:\|
 \| fold 0 \| 0\.6667 \| 0\.7500 \| 0\.8000 \|
 
-### F1 of each label
+### F1 of each label on out-of-fold rows
 
-\| label \| argmax, nothing tuned \|
-\|---\|---:\|
-\| 0 None \| 1\.000 \|
-\| 1 Action \| 0\.500 \|
-\| 2 Denial <b> \| 0\.250 \|
+\| label \| rows \| argmax, nothing tuned \|
+\|---\|---:\|---:\|
+\| 0 None \| 30 \| 1\.000 \[0\.900, 1\.000\] \|
+\| 1 Action \| 20 \| 0\.500 \[0\.400, 0\.600\] \|
+\| 2 Denial <b> \| 5 \| 0\.250 \[0\.000, 0\.500\] \|
 
 ## How to load
 
@@ -230,7 +231,7 @@ Cite .*
 
 
 def test_run_card_whole():
-    card = reporting.run_card(run_info(), {"folds": {0: STAGE}, "argmax": STAGE}, "org/name-anchor")
+    card = reporting.run_card(run_info(), RESULTS, "org/name-anchor")
     assert re.fullmatch(RUN_CARD, card, flags=re.DOTALL), card
     assert "/home" not in card
     data = ModelCard(card).data
@@ -290,4 +291,5 @@ def test_ensemble_card_shows_the_cross_fitted_figure():
     assert "A blend of 2 runs" in card
     assert "![Where rows went](figures/confusion.png)" in card
     assert 'DefenseClassifier.from_pretrained("org/name")' in card
-    assert "0.900 [0.500, 0.700] | 0.667" in card  # in-sample, its cross-fitted one beside it
+    # The in-sample figure, its cross-fitted one beside it.
+    assert "| 0.667 [0.500, 0.700] | 0.900 [0.500, 0.700] |" in card

@@ -399,11 +399,11 @@ def test_a_folder_of_another_run_is_refused(encoder: str, tmp_path: Path, run, c
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "recipe",
+    sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "accelerate"),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_recipe_parses(recipe: Path):
-    if recipe.parent.name == "accelerate":
-        pytest.skip("a configuration of accelerate, tested in test_packing.py")
     words = ["--config", str(recipe), "--bf16", "False"]
     data, model, training = command_line.parse_arguments(
         (

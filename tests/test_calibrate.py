@@ -1,0 +1,208 @@
+"""calibrate.py as a user runs it: on a run folder, from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import artifacts
+import decoding
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["none", "low", "middle", "high"]
+
+
+def make_run(folder, *, change=None, **info):
+    """A run of 240 rows in 40 dialogues whose logits know a little about four skewed labels."""
+    generator = np.random.default_rng(0)
+    shares = np.array([0.15, 0.1, 0.15, 0.6])
+    labels = generator.choice(4, 240, p=shares)
+    labels[:4] = range(4)
+    logits = np.log(shares) + generator.standard_normal((240, 4))
+    logits[np.arange(240), labels] += 1.5
+    dialogue = np.arange(240) // 6
+    fold = dialogue % 3
+    if change is not None:
+        logits, labels, dialogue = change(logits, labels, dialogue)
+    ids = [f"r{row}" for row in range(240)]
+    for number in range(3):
+        rows = np.flatnonzero(fold == number)
+        table = artifacts.LogitTable(
+            [ids[row] for row in rows],
+            [f"d{dialogue[row]}" for row in rows],
+            fold[rows],
+            labels[rows],
+            logits[rows].astype(np.float32),
+        )
+        artifacts.write_table(artifacts.table_path(folder, "oof", number), table)
+    artifacts.write_json(
+        folder / "run.json",
+        {
+            "name": "tiny",
+            "label_names": NAMES,
+            "positive_labels": [1, 2, 3],
+            "num_folds": 3,
+            "fold_seed": 42,
+            "fold_groups": "none" if change is not None else "dialogue",
+            "seed": 0,
+            "base_model": "tiny",
+            "base_revision": None,
+            "recipe": {},
+            "data_fingerprint": "0",
+            "prompt_fingerprint": None,
+            "packages": {},
+            "command": "test",
+            "git_commit": None,
+            **info,
+        },
+    )
+    artifacts.write_folds(
+        folder,
+        {ids[row]: int(fold[row]) for row in range(240)},
+        num_folds=3,
+        fold_seed=42,
+        fold_groups="none" if change is not None else "dialogue",
+    )
+    return folder
+
+
+def calibrate(run, output, *flags):
+    command = [sys.executable, "calibrate.py", "--run", str(run), "--output", str(output), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path):
+    run = make_run(tmp_path / "tiny", protected_label=3)
+    flags = ("--repeats", "1", "--num_splits", "3", "--num_vectors", "50")
+    first = calibrate(run, tmp_path / "one" / "decision.json", *flags)
+    assert first.returncode == 0, first.stderr
+    second = calibrate(run, tmp_path / "two.json", *flags)
+    written = (tmp_path / "one" / "decision.json").read_bytes()
+    assert written == (tmp_path / "two.json").read_bytes() and second.returncode == 0
+
+    content = json.loads(written)
+    decision = decoding.Decision.from_dict(content)
+    assert content["label_names"] == NAMES and content["positive_labels"] == [1, 2, 3]
+    assert content["runs"] == [{"reference": str(run), "revision": None, "weight": 1.0}]
+    assert content["method"] in decoding.METHODS and content["metric"] == "macro_f1_positive"
+    assert content["fold_groups"] == "dialogue" and content["blend"] == "arithmetic"
+    for stage in ("argmax", "in_sample", "cross_fitted"):
+        figures = content["metrics"][stage]
+        assert set(decoding.METRIC_NAMES) < set(figures) and len(figures["f1_per_class"]) == 4
+        low, high = figures["interval"]["macro_f1_positive"]
+        assert 0 <= low <= figures["macro_f1_positive"] <= high <= 1
+
+    # The in-sample figure is that of the rule in the file.
+    table = artifacts.read_run(run).oof
+    predictions = decoding.decide(decoding.softmax(table.logits, decision.temperature), decision)
+    assert content["metrics"]["in_sample"]["macro_f1_positive"] == pytest.approx(
+        decoding.score(table.label, predictions, 4, [1, 2, 3])
+    )
+
+    for method in (*decoding.METHODS, "auto"):
+        assert set(content["methods"][method]) == {"in_sample", "cross_fitted", "interval"}
+        row = next(line for line in first.stdout.splitlines() if line.startswith(method))
+        # in-sample, cross-fitted with its interval, optimism, seconds
+        assert re.search(r" 0\.\d{4}  0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]  +[+-]0\.\d{4} +\d+\.\d\d$", row), row
+    assert all(word in first.stdout for word in ("log loss", "Brier", "ECE", "cross-fitted", "temperature"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "protected"),
+    [(("--protected_label", "2"), 2), ((), 3)],  # neither flag nor run names one: the most frequent label
+)
+def test_random_is_the_papers_search_with_its_gate(tmp_path, flags, protected):
+    run = make_run(tmp_path / "tiny")
+    output = tmp_path / "decision.json"
+    result = calibrate(run, output, "--method", "random", "--repeats", "1", "--num_vectors", "300", *flags)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(output.read_bytes())
+    assert content["method"] == "random" and set(content["methods"]) == {"argmax", "random"}
+    table = artifacts.read_run(run).oof
+    probabilities = decoding.softmax(table.logits, content["temperature"])
+    expected = decoding.fit(
+        "random",
+        probabilities,
+        table.label,
+        table.dialogue_id,
+        positive_labels=[1, 2, 3],
+        protected_class=protected,
+        num_vectors=300,
+    )
+    assert content["bias"] == pytest.approx(list(expected.bias))
+    assert (
+        content["threshold"] == expected.threshold and content["protected_class"] == expected.protected_class
+    )
+
+
+def test_no_gate_and_another_metric(tmp_path):
+    run = make_run(tmp_path / "tiny", protected_label=3)
+    output = tmp_path / "decision.json"
+    flags = ("--method", "exact", "--metric", "accuracy", "--no_gate", "--repeats", "1")
+    result = calibrate(run, output, *flags)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(output.read_bytes())
+    assert content["threshold"] is None and content["protected_class"] is None
+    metrics = content["metrics"]
+    assert metrics["in_sample"]["accuracy"] >= metrics["argmax"]["accuracy"]
+
+
+def replace_labels(logits, labels, dialogue):
+    return logits, np.where(labels == 1, 2, labels), dialogue
+
+
+def flatten(logits, labels, dialogue):
+    return np.full_like(logits, 0.25), labels, dialogue
+
+
+def one_dialogue(logits, labels, dialogue):
+    return logits, labels, np.zeros_like(dialogue)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (replace_labels, (), "label 1 (low) has no row"),
+        (flatten, (), "logits: constant"),
+        (one_dialogue, (), "dialogue_id: one dialogue only"),
+        (None, ("--protected_label", "4"), "protected_label: 4 is not one of 0..3"),
+        (None, ("--protected_label", "3", "--no_gate"), "--no_gate"),
+        (None, ("--repeats", "0"), "--repeats: 0 is below 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, change, flags, message):
+    run = make_run(tmp_path / "tiny", change=change)
+    output = tmp_path / "decision.json"
+    result = calibrate(run, output, *flags)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr and not output.exists()
+
+
+def test_logits_that_are_not_finite_and_a_missing_fold(tmp_path):
+    run = make_run(tmp_path / "tiny")
+    path = artifacts.table_path(run, "oof", 1)
+    table = artifacts.read_table(path)
+    table.logits[3, 1] = np.nan
+    columns = {
+        "id": table.id,
+        "dialogue_id": table.dialogue_id,
+        "fold": table.fold,
+        "label": table.label,
+        "logits": list(table.logits),
+    }
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)  # write_table itself refuses it
+    result = calibrate(run, tmp_path / "decision.json")
+    assert result.returncode == 2 and "logits: not finite" in result.stderr
+    path.unlink()
+    result = calibrate(run, tmp_path / "decision.json")
+    assert result.returncode == 2 and "oof table of fold 1 is missing" in result.stderr
