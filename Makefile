@@ -16,7 +16,7 @@ $(VENV)/.installed: requirements.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python augment.py --train_file $(DEMO) --labels rare --rare_below 12 --k 2 --output_file $(OUT)/demo-augmented.jsonl
+	$(BIN)/python augment.py --train_file $(DEMO) --labels 2 5 8 --k 2 --output_file $(OUT)/demo-augmented.jsonl
 	$(BIN)/python linear_probe.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
 	    --train_file $(DEMO) --test_file $(DEMO_TEST) --output_dir $(OUT)/demo-probe
 	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl
@@ -27,10 +27,10 @@ demo: setup
 	    --test_file $(DEMO_TEST) --output_dir $(OUT)/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not soak" -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 -q
 
 soak: setup
-	$(BIN)/python -m pytest -m soak -q -s
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -q -s
 
 quality: setup
 	$(BIN)/ruff check .
