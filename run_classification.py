@@ -57,6 +57,23 @@ from training import CheckpointSeal, RowDataset, WeightedTrainer
 logger = logging.getLogger(__name__)
 
 
+# What may differ between two launches of one run: where, how loudly, and what TrainingArguments derives from the machine.
+NOT_OF_THE_RUN = (
+    *(
+        "fold",
+        "output_dir",
+        "push_only",
+        "push_to_hub",
+        "hub_namespace",
+        "hub_name",
+        "hub_private_repo",
+        "use_cpu",
+    ),
+    *("disable_tqdm", "report_to", "logging_steps", "logging_strategy", "log_level", "dataloader_pin_memory"),
+    *("dataloader_num_workers", "debug", "include_for_metrics", "accelerator_config", "keep_checkpoints"),
+)
+
+
 @dataclass
 class FoldArguments(DataArguments):
     """Which rows, which fold, and how much of a dialogue a row sees."""
@@ -269,7 +286,7 @@ def resolved_recipe(*argument_sets: Any) -> dict[str, Any]:
                 and not item.name.startswith("_")
             ):
                 recipe[item.name] = getattr(value, "value", value)
-    for key in ("fold", "output_dir", "push_only", "push_to_hub", "hub_namespace", "hub_name", "use_cpu"):
+    for key in NOT_OF_THE_RUN:
         recipe.pop(key, None)
     return json.loads(json.dumps(recipe, default=str))
 

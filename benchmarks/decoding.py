@@ -203,6 +203,8 @@ def compare_methods(arguments: BenchmarkArguments, tables: dict[str, Table]) -> 
             for method in arguments.methods:
                 bar.set_postfix_str(f"{name}, {method}")
                 results[name][method] = measure_table(arguments, table, method, bar)
+            if arguments.output:  # what is measured stays if the rest is interrupted
+                artifacts.write_json(arguments.output, {"tables": results})
     cells = []
     for method in arguments.methods:
         each = [results[name][method] for name in tables]
@@ -350,7 +352,7 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
 
 def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     """Wall seconds of `exact` on many simulated rows, and the process's peak memory in GiB, the rows included."""
-    logits, labels, groups = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 9 + 1)
+    logits, labels, groups = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
     logits, labels, groups = logits[: arguments.scale], labels[: arguments.scale], groups[: arguments.scale]
     probabilities = decoding.softmax(logits)
     del logits

@@ -71,7 +71,7 @@ def kill_a_fold(
                 str(ROOT / "data/demo/train.json"),
             ),
             *("--test_file", str(ROOT / "data/demo/test.json"), "--do_predict", "--output_dir", str(run_dir)),
-            *("--fold", str(fold), "--num_folds", "5", "--num_train_epochs", "3", "--max_seq_length", "48"),
+            *("--fold", str(fold), "--num_folds", "8", "--num_train_epochs", "3", "--max_seq_length", "48"),
             *("--save_strategy", "steps", "--save_steps", "3", "--bf16", "False", "--learning_rate", "1e-3"),
             *("--push_to_hub", "--hub_namespace", "team", "--hub_name", f"system-{run_dir.parent.name}"),
         ]
@@ -88,16 +88,19 @@ def kill_a_fold(
             return "prediction"
         return "training" if list(run_dir.glob(f"fold-{fold}/checkpoints/checkpoint-*")) else "start"
 
+    warm_up = context.Process(target=time.sleep, args=(0,))
+    warm_up.start()
+    warm_up.join()
     rng = random.Random(seed)
     undisturbed, disturbed = tmp_path / "calm" / "run", tmp_path / "killed" / "run"
     died = {"start": 0, "training": 0, "prediction": 0, "push": 0}
-    fold, duration = 0, None
+    fold, duration = 0, float("inf")
     while True:
         began = time.monotonic()
         process = start(undisturbed, fold)
         process.join()
         assert process.exitcode == 0, (tmp_path / "calm.log").read_text()[-3000:]
-        duration = time.monotonic() - began
+        duration = min(duration, time.monotonic() - began)
         stamps: dict[Path, int] = {}
         while sum(died.values()) < kills:
             process = start(disturbed, fold)

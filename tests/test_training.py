@@ -273,9 +273,7 @@ def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, po
 def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
     encoder: str, tmp_path: Path, run, caplog
 ):
-    flags = {"tuning": "full", "num_train_epochs": 4, "max_seq_length": 48, "no_bf16": None}
-    del flags["no_bf16"]
-    flags["bf16"] = "False"
+    flags = {"tuning": "full", "num_train_epochs": 4, "max_seq_length": 48, "bf16": "False"}
     assert run(command(encoder, tmp_path / "whole", **flags)) == 0
     killed = tmp_path / "killed"
     words = command(encoder, killed, **flags)
