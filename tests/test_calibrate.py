@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import artifacts
+import calibrate
+import command_line
 import decoding
 
 ROOT = Path(__file__).parent.parent
@@ -72,19 +76,39 @@ def make_run(folder, *, change=None, **info):
     return folder
 
 
-def calibrate(run, output, *flags):
-    command = [sys.executable, "calibrate.py", "--run", str(run), "--output", str(output), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def command_of(run, output, *flags):
+    return ["calibrate.py", "--run", str(run), "--output", str(output), *flags]
 
 
-def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path):
+@pytest.fixture
+def calibrate_here(monkeypatch, capsys):
+    """The script in this process, its imports paid once: returns exit status and what went to stderr."""
+
+    def start(run, output, *flags):
+        monkeypatch.setattr(sys, "argv", command_of(run, output, *flags))
+        try:
+            command_line.run(calibrate.main)
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return start
+
+
+def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny", protected_label=3)
     flags = ("--repeats", "1", "--num_splits", "3", "--num_vectors", "50")
-    first = calibrate(run, tmp_path / "one" / "decision.json", *flags)
+    first = subprocess.run(
+        [sys.executable, *command_of(run, tmp_path / "one" / "decision.json", *flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert first.returncode == 0, first.stderr
-    second = calibrate(run, tmp_path / "two.json", *flags)
+    status, _ = calibrate_here(run, tmp_path / "two.json", *flags)
     written = (tmp_path / "one" / "decision.json").read_bytes()
-    assert written == (tmp_path / "two.json").read_bytes() and second.returncode == 0
+    assert status == 0 and written == (tmp_path / "two.json").read_bytes()
 
     content = json.loads(written)
     decision = decoding.Decision.from_dict(content)
@@ -117,11 +141,13 @@ def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path
     ("flags", "protected"),
     [(("--protected_label", "2"), 2), ((), 3)],  # neither flag nor run names one: the most frequent label
 )
-def test_random_is_the_papers_search_with_its_gate(tmp_path, flags, protected):
+def test_random_is_the_papers_search_with_its_gate(tmp_path, calibrate_here, flags, protected):
     run = make_run(tmp_path / "tiny")
     output = tmp_path / "decision.json"
-    result = calibrate(run, output, "--method", "random", "--repeats", "1", "--num_vectors", "300", *flags)
-    assert result.returncode == 0, result.stderr
+    status, error = calibrate_here(
+        run, output, "--method", "random", "--repeats", "1", "--num_vectors", "300", *flags
+    )
+    assert status == 0, error
     content = json.loads(output.read_bytes())
     assert content["method"] == "random" and set(content["methods"]) == {"argmax", "random"}
     table = artifacts.read_run(run).oof
@@ -141,12 +167,12 @@ def test_random_is_the_papers_search_with_its_gate(tmp_path, flags, protected):
     )
 
 
-def test_no_gate_and_another_metric(tmp_path):
+def test_no_gate_and_another_metric(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny", protected_label=3)
     output = tmp_path / "decision.json"
     flags = ("--method", "exact", "--metric", "accuracy", "--no_gate", "--repeats", "1")
-    result = calibrate(run, output, *flags)
-    assert result.returncode == 0, result.stderr
+    status, error = calibrate_here(run, output, *flags)
+    assert status == 0, error
     content = json.loads(output.read_bytes())
     assert content["threshold"] is None and content["protected_class"] is None
     metrics = content["metrics"]
@@ -176,16 +202,15 @@ def one_dialogue(logits, labels, dialogue):
         (None, ("--repeats", "0"), "--repeats: 0 is below 1"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, change, flags, message):
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, calibrate_here, change, flags, message):
     run = make_run(tmp_path / "tiny", change=change)
     output = tmp_path / "decision.json"
-    result = calibrate(run, output, *flags)
-    assert result.returncode == 2
-    assert message in result.stderr and result.stderr.count("error:") == 1
-    assert "Traceback" not in result.stderr and not output.exists()
+    status, error = calibrate_here(run, output, *flags)
+    assert status == 2 and not output.exists()
+    assert message in error and error.count("error:") == 1
 
 
-def test_logits_that_are_not_finite_and_a_missing_fold(tmp_path):
+def test_logits_that_are_not_finite_and_a_missing_fold(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny")
     path = artifacts.table_path(run, "oof", 1)
     table = artifacts.read_table(path)
@@ -197,12 +222,9 @@ def test_logits_that_are_not_finite_and_a_missing_fold(tmp_path):
         "label": table.label,
         "logits": list(table.logits),
     }
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table(columns), path)  # write_table itself refuses it
-    result = calibrate(run, tmp_path / "decision.json")
-    assert result.returncode == 2 and "logits: not finite" in result.stderr
+    status, error = calibrate_here(run, tmp_path / "decision.json")
+    assert status == 2 and "logits: not finite" in error
     path.unlink()
-    result = calibrate(run, tmp_path / "decision.json")
-    assert result.returncode == 2 and "oof table of fold 1 is missing" in result.stderr
+    status, error = calibrate_here(run, tmp_path / "decision.json")
+    assert status == 2 and "oof table of fold 1 is missing" in error
