@@ -81,13 +81,28 @@ class CalibrationArguments:
 
 @dataclass(frozen=True)
 class Row:
-    """One way of fitting: the rule fitted on all rows, its scores there and cross-fitted, and the seconds of that fit."""
+    """One way of fitting: the rule fitted on all rows, what it predicts there, and what comes of it when cross-fitted.
+
+    Attributes:
+        in_sample: int64 [n].
+        seconds: of the fit on all rows.
+    """
 
     name: str
     rule: decoding.Rule
-    in_sample: dict[str, Any]
-    cross_fitted: dict[str, Any]
+    in_sample: np.ndarray
+    cross_fitted: decoding.CrossFit
     seconds: float
+
+    def figures(self, run: artifacts.Run, metric: str) -> dict[str, Any]:
+        """The row's scores: `in_sample`, `cross_fitted` and the latter's 95 % `interval`."""
+        return {
+            "in_sample": decoding.score(
+                run.oof.label, self.in_sample, run.num_labels, run.positive_labels, metric
+            ),
+            "cross_fitted": self.cross_fitted.metrics[metric],
+            "interval": list(self.cross_fitted.interval),
+        }
 
 
 def find_protected(arguments: CalibrationArguments, run: artifacts.Run) -> int | None:
@@ -150,26 +165,7 @@ def fit_row(
         seed=arguments.seed,
         progress=bar.update,
     )
-    in_sample = decoding.predict(logits, rule)
-    return Row(
-        name,
-        rule,
-        score_all(run, in_sample, arguments),
-        score_all(run, cross_fitted.predictions, arguments),
-        seconds,
-    )
-
-
-def score_all(run: artifacts.Run, predictions: np.ndarray, arguments: CalibrationArguments) -> dict[str, Any]:
-    """Every score with its interval, of predictions [n] or [repeats, n] of the run's rows."""
-    return reporting.score_predictions(
-        run.oof.label,
-        predictions,
-        run.oof.dialogue_id,
-        num_labels=run.num_labels,
-        positive_labels=run.positive_labels,
-        seed=arguments.seed,
-    )
+    return Row(name, rule, decoding.predict(logits, rule), cross_fitted, seconds)
 
 
 def temperature_quality(run: artifacts.Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:
@@ -214,14 +210,14 @@ def print_tables(
     metric = arguments.metric
     cells = []
     for row in rows:
-        found, low_high = row.cross_fitted[metric], row.cross_fitted["interval"][metric]
+        figures = row.figures(run, metric)
         name = row.name if row.name != "auto" else f"auto ({row.rule.method})"
         cells.append(
             (
                 name + (" + gate" if row.rule.decision.threshold is not None else ""),
-                f"{row.in_sample[metric]:.4f}",
-                reporting.interval_text(found, low_high),
-                f"{row.in_sample[metric] - found:+.4f}",
+                f"{figures['in_sample']:.4f}",
+                reporting.interval_text(figures["cross_fitted"], figures["interval"]),
+                f"{figures['in_sample'] - figures['cross_fitted']:+.4f}",
                 f"{row.seconds:.2f}",
             )
         )
@@ -251,8 +247,12 @@ def decision_content(
     arguments: CalibrationArguments,
 ) -> dict[str, Any]:
     """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
-    chosen, metric = rows[-1], arguments.metric
-    argmax = next((row for row in rows if row.name == "argmax"), None)
+    chosen, argmax = rows[-1], run.oof.logits.argmax(axis=1)
+    stages = {
+        "argmax": argmax,
+        "in_sample": chosen.in_sample,
+        "cross_fitted": chosen.cross_fitted.predictions,
+    }
     return {
         "label_names": run.label_names,
         "positive_labels": run.positive_labels,
@@ -260,22 +260,21 @@ def decision_content(
         "runs": [{"reference": run.reference, "revision": run.revision, "weight": 1.0}],
         "blend": decoding.BLENDS[0],
         "method": chosen.rule.method,
-        "metric": metric,
+        "metric": arguments.metric,
         "fold_groups": run.info["fold_groups"],
         "seed": arguments.seed,
         "metrics": {
-            "argmax": argmax.in_sample,
-            "in_sample": chosen.in_sample,
-            "cross_fitted": chosen.cross_fitted,
+            stage: reporting.score_predictions(
+                run.oof.label,
+                predictions,
+                run.oof.dialogue_id,
+                num_labels=run.num_labels,
+                positive_labels=run.positive_labels,
+                seed=arguments.seed,
+            )
+            for stage, predictions in stages.items()
         },
-        "methods": {
-            row.name: {
-                "in_sample": row.in_sample[metric],
-                "cross_fitted": row.cross_fitted[metric],
-                "interval": row.cross_fitted["interval"][metric],
-            }
-            for row in rows
-        },
+        "methods": {row.name: row.figures(run, arguments.metric) for row in rows},
         "probabilities": quality,
     }
 
