@@ -6,6 +6,7 @@ on the command line win over the recipe, the recipe wins over the defaults.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import importlib.metadata
@@ -82,12 +83,19 @@ def parse_arguments(
     Raises:
         InputError: an unreadable recipe, an unknown key in it, or values that a dataclass refuses.
     """
-    from transformers import HfArgumentParser  # a second of imports, which reading a recipe should not cost
+    # A second of imports, which reading a recipe should not cost.
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(argument_classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")
     flags = {action.dest: action for action in parser._actions}
+    for name, action in flags.items():
+        # Where neither is given the script decides; transformers gives such flags no bare form of their own.
+        if action.type is string_to_bool and action.default is None:
+            action.nargs, action.const = "?", True
+            negative = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
+            parser.add_argument(*negative, dest=name, action="store_false", default=argparse.SUPPRESS)
     recipe_path = _recipe_path(argv)
     if recipe_path is not None:
         recipe = read_recipe(recipe_path)

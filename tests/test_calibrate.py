@@ -97,7 +97,7 @@ def calibrate_here(monkeypatch, capsys):
 
 def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny", protected_label=3)
-    flags = ("--repeats", "1", "--num_splits", "3", "--num_vectors", "50")
+    flags = ("--repeats", "1", "--num_splits", "2", "--num_vectors", "50")
     first = subprocess.run(
         [sys.executable, *command_of(run, tmp_path / "one" / "decision.json", *flags)],
         cwd=ROOT,

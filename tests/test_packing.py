@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import artifacts
 import classifier
+import command_line
 import modeling
 import run_classification
 from batching import RowBatches
@@ -395,6 +396,29 @@ def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
     np.testing.assert_allclose(both_losses, losses, atol=1e-5, rtol=0)
     assert both_table.id == table.id
     np.testing.assert_allclose(both_table.logits, table.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--pack_dialogues"], True),
+        (["--no_pack_dialogues"], False),
+        (["--pack_dialogues", "false"], False),
+    ],
+)
+def test_the_flag(words, value):
+    (data,) = command_line.parse_arguments((run_classification.FoldArguments,), "", words)
+    assert data.pack_dialogues is value
+
+
+def test_an_encoder_is_refused(tmp_path, monkeypatch):
+    encoder = make_tiny_encoder(tmp_path / "encoder")
+    flags = fold_flags(encoder, tmp_path / "run", accumulation=1)
+    monkeypatch.setattr(sys, "argv", ["run_classification.py", *flags, "--pack_dialogues"])
+    with pytest.raises(InputError, match=r"--pack_dialogues: .* reads both ways"):
+        run_classification.main()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.stem)
