@@ -52,6 +52,11 @@ class InputError(Exception):
         return self.problems[: self.shown] + ([f"... and {rest} more like these"] if rest > 0 else [])
 
 
+def first_line(error: Exception) -> str:
+    """An error's first line that says something, for a message of one line; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def read_recipe(path: str) -> dict[str, Any]:
     """The mapping in a recipe file.
 
@@ -180,6 +185,10 @@ def run(main: Callable[[], Any]) -> None:
     except InputError as error:
         for line in error.lines():
             print(f"{script}: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        # A path that the user gave and that cannot be what it is to be; whoever met it first, a library or we.
+        print(f"{script}: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         # An error that is nobody's mistake but expected all the same (a push that failed) brings its exit status along.

@@ -1,4 +1,4 @@
-"""Rows of labelled dialogue: where they come from, what makes them valid, how a model sees them, how they are split.
+"""Rows of labelled dialogue: where they come from, what makes them valid, how a model sees them.
 
 A row is one utterance to classify (the target, the last turn) with the turns before it. See `Row`.
 """
@@ -13,8 +13,6 @@ import json
 import logging
 import os
 import re
-import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from command_line import InputError
+from command_line import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -265,13 +263,8 @@ def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]
     try:
         local = hf_hub_download(match["repo"], match["path"], repo_type="dataset", revision=match["revision"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
-        raise InputError(f"{source}: cannot be fetched from the Hub: {_first_line(error)}") from None
+        raise InputError(f"{source}: cannot be fetched from the Hub: {first_line(error)}") from None
     return source, _read_file(Path(local))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _read_file(path: Path) -> Iterable[Any]:
@@ -351,7 +344,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file: {_first_line(error)}") from None
+        raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
 
 
 def _read_csv(path: Path) -> Iterator[Any]:
@@ -380,7 +373,7 @@ def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:
         else:
             dataset = datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the datasets library raises whatever its readers raise
-        raise InputError(f"{name}: cannot be read as a dataset: {_first_line(error)}") from None
+        raise InputError(f"{name}: cannot be read as a dataset: {first_line(error)}") from None
     if isinstance(dataset, dict):
         if split not in dataset:
             raise InputError(
@@ -751,148 +744,3 @@ def _pair_template(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     body = np.flatnonzero(np.array(example["special_tokens_mask"]) == 0)
     gap = int(np.flatnonzero(np.diff(body) > 1)[0])
     return ids[: body[0]], ids[body[gap] + 1 : body[gap + 1]], ids[body[-1] + 1 :]
-
-
-# ---------------------------------------------------------------------------------------------------------------- folds
-
-
-def assign_folds(
-    rows: Sequence[Row], num_folds: int, fold_seed: int, fold_groups: str = "dialogue"
-) -> dict[str, int]:
-    """The fold in which each original row is validated.
-
-    Args:
-        rows: original rows only.
-        fold_groups: `dialogue` keeps a dialogue in one fold (estimates new dialogues); `none` splits rows (estimates
-            new rows of known dialogues, which is how the official test set was drawn).
-
-    Raises:
-        InputError: too few rows or dialogues for so many folds, or a fold whose training part lacks a class.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    labels = np.array([row.label for row in rows])
-    groups = np.array([row.dialogue_id for row in rows])
-    units = len(set(groups)) if fold_groups == "dialogue" else len(rows)
-    if num_folds < 2 or units < num_folds:
-        raise InputError(
-            f"{num_folds} folds cannot be made of {units} {'dialogues' if fold_groups == 'dialogue' else 'rows'}"
-        )
-    for label in np.unique(labels):
-        of_label = labels == label
-        count = len(set(groups[of_label])) if fold_groups == "dialogue" else int(of_label.sum())
-        if count < num_folds:
-            unit = "dialogues" if fold_groups == "dialogue" else "rows"
-            logger.warning(
-                f"label {label} is in {count} {unit} only, fewer than {num_folds} folds: some folds lack it"
-            )
-    splitter_class = StratifiedGroupKFold if fold_groups == "dialogue" else StratifiedKFold
-    splitter = splitter_class(num_folds, shuffle=True, random_state=fold_seed)
-    folds: dict[str, int] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        try:
-            parts = list(
-                splitter.split(np.zeros(len(rows)), labels, groups if fold_groups == "dialogue" else None)
-            )
-        except ValueError as error:
-            raise InputError(f"cannot make {num_folds} folds: {_first_line(error)}") from None
-    for fold, (_, held_out) in enumerate(parts):
-        folds.update((rows[index].id, fold) for index in held_out)
-    return folds
-
-
-def check_folds(rows: Sequence[Row], folds: dict[str, int], num_folds: int, fold_groups: str) -> None:
-    """Check what every result rests on, at every start.
-
-    Args:
-        rows: original and augmented rows.
-        folds: row id to fold, original rows only.
-
-    Raises:
-        InputError: a row in no fold, a fold of an unknown row, a dialogue in two folds, an augmented row that has a
-            fold of its own, an empty fold, or a class that is missing from a training part.
-    """
-    originals = [row for row in rows if row.augmented_from is None]
-    ids = {row.id for row in originals}
-    problems = [f"folds: row {row.id!r} is in no fold" for row in originals if row.id not in folds]
-    problems += [
-        f"folds: {row_id!r} is no original row of the training file" for row_id in folds if row_id not in ids
-    ]
-    problems += [
-        f"folds: {row_id!r} has fold {fold!r}"
-        for row_id, fold in folds.items()
-        if fold not in range(num_folds)
-    ]
-    if problems:
-        raise InputError(*problems)
-    if fold_groups == "dialogue":
-        fold_of_dialogue: dict[str, int] = {}
-        for row in originals:
-            if fold_of_dialogue.setdefault(row.dialogue_id, folds[row.id]) != folds[row.id]:
-                problems.append(f"folds: dialogue {row.dialogue_id!r} is in two folds")
-    classes = {row.label for row in originals}
-    for fold in range(num_folds):
-        held_out = sum(folds[row.id] == fold for row in originals)
-        if not held_out:
-            problems.append(f"folds: fold {fold} is empty")
-        missing = classes - {row.label for row in originals if folds[row.id] != fold}
-        problems += [
-            f"folds: all rows of label {label} are in fold {fold}: nothing to train on"
-            for label in sorted(missing)
-        ]
-    if problems:
-        raise InputError(*problems)
-
-
-def training_part(rows: Sequence[Row], folds: dict[str, int], fold: int) -> list[Row]:
-    """The rows a fold's model is trained on: originals of the other folds, and variants whose source is among them.
-
-    With `dialogue` folds an augmented row can never show a held-out dialogue. With `none` it may share its dialogue
-    with held-out rows, but never its source.
-    """
-    return [row for row in rows if folds[row.augmented_from or row.id] != fold]
-
-
-def held_out_part(rows: Sequence[Row], folds: dict[str, int], fold: int) -> list[Row]:
-    """The original rows that a fold's model is judged on."""
-    return [row for row in rows if row.augmented_from is None and folds[row.id] == fold]
-
-
-def limit_rows(rows: Sequence[Row], max_samples: int | None) -> list[Row]:
-    """At most `max_samples` rows (a smoke run), taken label by label in turn so that rare labels stay."""
-    if max_samples is None or len(rows) <= max_samples:
-        return list(rows)
-    by_label: dict[int, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        by_label[row.label].append(index)
-    rank = {index: place for indices in by_label.values() for place, index in enumerate(indices)}
-    chosen = sorted(range(len(rows)), key=lambda index: (rank[index], rows[index].label))[:max_samples]
-    return [rows[index] for index in sorted(chosen)]
-
-
-def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int]:
-    """Label numbers from words such as `1-8` or `2`; all labels for None.
-
-    Raises:
-        InputError: a word that is neither, a label outside the guide, or a scope of fewer than two labels.
-    """
-    if scope is None:
-        return set(guide.numbers)
-    labels: set[int] = set()
-    for word in scope:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
-        if match is None:
-            raise InputError(f"--label_scope: {word!r} is neither a label nor a range such as 1-8")
-        labels |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if not labels <= set(guide.numbers):
-        raise InputError(f"--label_scope: {min(labels - set(guide.numbers))} is not in the label guide")
-    if len(labels) < 2:
-        raise InputError("--label_scope: a classifier needs two labels at least")
-    return labels
-
-
-def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
-    """Rows per label, shape (num_labels,)."""
-    counts = Counter(row.label for row in rows)
-    return np.array([counts.get(label, 0) for label in range(num_labels)], dtype=np.int64)

@@ -29,17 +29,7 @@ import modeling
 import probing
 import reporting
 from command_line import InputError
-from dialogues import (
-    DataArguments,
-    LabelGuide,
-    Row,
-    assign_folds,
-    check_folds,
-    data_fingerprint,
-    load_label_guide,
-    load_rows,
-    parse_label_scope,
-)
+from folds import FoldDataArguments, read_run_data
 from losses import CLASS_WEIGHTS
 
 logger = logging.getLogger(__name__)
@@ -58,40 +48,11 @@ NOT_IN_RECIPE = (
 
 
 @dataclass
-class ProbeArguments(DataArguments):
+class ProbeArguments(FoldDataArguments):
     """Rows, folds, the frozen model and the head."""
 
     model_name_or_path: str = field(metadata={"help": "Frozen model: a Hub id or a folder."}, kw_only=True)
     output_dir: str = field(metadata={"help": "The run's folder."}, kw_only=True)
-    train_file: str = field(
-        default="AIMH/PsyDefConv:Splits/train.json",
-        metadata={"help": "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."},
-    )
-    augmented_file: str | None = field(
-        default=None, metadata={"help": "Variants made by augment.py; trained on only where their source is."}
-    )
-    test_file: str | None = field(
-        default=None, metadata={"help": "Rows to predict besides; labels optional."}
-    )
-    num_folds: int = field(default=5, metadata={"help": "Folds of the run. 5, as in the paper."})
-    fold_seed: int = field(
-        default=42,
-        metadata={"help": "Seed of the folds; kept apart from --seed so that runs line up row by row."},
-    )
-    fold_groups: str = field(
-        default="dialogue",
-        metadata={
-            "help": "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
-            "choices": list(artifacts.FOLD_GROUPS),
-        },
-    )
-    max_turns: int = field(default=30, metadata={"help": "Turns a row sees at most, its own included."})
-    max_seq_length: int = field(
-        default=1024, metadata={"help": "Tokens at most: of a row (decoders), of a single turn (encoders)."}
-    )
-    window_stride: int = field(
-        default=10, metadata={"help": "Turns by which a long dialogue's window moves (decoders)."}
-    )
     model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a Hub model."}
     )
@@ -125,9 +86,6 @@ class ProbeArguments(DataArguments):
             "help": "Of the head's loss, from the fold's training rows: 1/n, 1/sqrt(n) or none.",
             "choices": list(CLASS_WEIGHTS),
         },
-    )
-    label_scope: list[str] | None = field(
-        default=None, metadata={"help": "Specialist: labels to train on, such as 1-8 or 1 2 3. Default: all."}
     )
     C: list[float] = field(
         default_factory=lambda: [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
@@ -175,25 +133,6 @@ def check_same_run(run_dir: Path, recipe: dict[str, Any]) -> None:
             raise InputError(
                 f"{path}: {key}: {present.get(key)!r} there, {value!r} asked for; use another output_dir"
             )
-
-
-def read_data(arguments: ProbeArguments, guide: LabelGuide) -> tuple[list[Row], list[Row], list[Row]]:
-    """Original, augmented and test rows, all checked before a model is loaded."""
-    read = {"label_guide": guide, "columns": arguments.columns}
-    originals = load_rows(arguments.train_file, **read)
-    problems = [
-        f"{arguments.train_file}: {row.id}: augmented_from: variants belong in --augmented_file"
-        for row in originals
-        if row.augmented_from
-    ]
-    if problems:
-        raise InputError(*problems)
-    augmented, test = [], []
-    if arguments.augmented_file:
-        augmented = load_rows(arguments.augmented_file, **read, sources_of_augmented=originals)
-    if arguments.test_file:
-        test = load_rows(arguments.test_file, **read, require_labels=False, split="test")
-    return originals, augmented, test
 
 
 def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
@@ -270,15 +209,8 @@ def train_folds(
     started = time.perf_counter()
 
     # Data
-    guide = load_label_guide(arguments.label_guide)
-    originals, augmented, test = read_data(arguments, guide)
-    scope = sorted(parse_label_scope(arguments.label_scope, guide))
-    split = {name: getattr(arguments, name) for name in ("num_folds", "fold_seed", "fold_groups")}
-    folds = assign_folds(originals, **split)
-    if (run_dir / "folds.json").exists():
-        folds = artifacts.write_folds(run_dir, folds, **split)
-    rows = originals + augmented
-    check_folds(rows, folds, arguments.num_folds, arguments.fold_groups)
+    data = read_run_data(arguments, run_dir)
+    rows = data.originals + data.augmented
 
     # Model
     base = modeling.find_base_model(
@@ -289,34 +221,28 @@ def train_folds(
         attn_implementation=arguments.attn_implementation,
         trust_remote_code=arguments.trust_remote_code,
     )
-    window = {name: getattr(arguments, name) for name in ("max_turns", "max_seq_length", "window_stride")}
     frozen = probing.FrozenFeatures(
         base,
-        guide,
+        data.guide,
         layer=arguments.layer,
-        window=window,
+        window=arguments.window,
         batch_size=arguments.per_device_eval_batch_size,
         bf16=arguments.bf16,
     )
-    features = frozen.extract(rows + test)
+    features = frozen.extract(rows + data.test)
     feature_seconds = time.perf_counter() - started
     logger.info(f"{features.shape[1]} features of {len(features)} rows in {feature_seconds:.1f} s")
     run_info = {
         "name": run_name,
-        "label_names": guide.names,
-        "positive_labels": list(guide.positive),
-        "protected_label": guide.protected,
-        "label_scope": None if arguments.label_scope is None else scope,
-        "label_guide": guide.to_dict(),
-        **split,
+        **data.describe(),
+        **arguments.split,
         "seed": arguments.seed,
         "base_model": base.name,
         "base_revision": base.revision,
         "loader": base.loader | {"bf16": arguments.bf16},
-        "window": window,
+        "window": arguments.window,
         "features": {"layer": frozen.layer, "parts": list(frozen.parts)},
         "recipe": recipe,
-        "data_fingerprint": data_fingerprint(originals),
         "prompt_fingerprint": frozen.renderer.fingerprint if frozen.renderer else None,
         **command_line.provenance(),
     }
@@ -325,15 +251,15 @@ def train_folds(
     labels = np.array([row.label for row in rows])
     groups = np.array([row.dialogue_id for row in rows])
     is_variant = np.array([row.augmented_from is not None for row in rows])
-    fold_of = np.array([folds[row.augmented_from or row.id] for row in rows])
+    fold_of = np.array([data.folds[row.augmented_from or row.id] for row in rows])
     fitting = {
-        "num_labels": len(guide.labels),
+        "num_labels": len(data.guide.labels),
         "blocks": probing.block_sizes(features.shape[1], frozen.is_encoder),
         "weights": arguments.class_weights,
     }
     for fold in missing:
         fold_started = time.perf_counter()
-        train = np.flatnonzero((fold_of != fold) & np.isin(labels, scope))
+        train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
         held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
         part = (features[train], labels[train])
         C, inner_losses = probing.choose_C(
@@ -341,19 +267,19 @@ def train_folds(
         )
         head = probing.fit_head(*part, C=C, **fitting)
         if fold == missing[0]:  # the first thing written: a mistake in the input leaves no folder behind
-            artifacts.write_folds(run_dir, folds, **split)
+            artifacts.write_folds(run_dir, data.folds, **arguments.split)
             artifacts.write_run_info(run_dir, run_info)
         head.save(artifacts.metrics_path(run_dir, fold).with_name("head.safetensors"))
         oof = artifacts.make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
         artifacts.write_table(artifacts.table_path(run_dir, "oof", fold), oof)
-        if test:
-            table = artifacts.make_table(test, fold, head.logits(features[len(rows) :]))
+        if data.test:
+            table = artifacts.make_table(data.test, fold, head.logits(features[len(rows) :]))
             artifacts.write_table(artifacts.table_path(run_dir, "test", fold), table)
         scores = reporting.load_metric().compute(
             predictions=oof.logits.argmax(axis=1),
             references=oof.label,
-            positive_labels=list(guide.positive),
-            num_labels=len(guide.labels),
+            positive_labels=list(data.guide.positive),
+            num_labels=len(data.guide.labels),
         )
         fold_metrics = {
             **scores,

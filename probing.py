@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import artifacts
 import modeling
 import packing
+from artifacts import OUT_OF_SCOPE_LOGIT
 from command_line import InputError
 from decoding import log_softmax
 from dialogues import LabelGuide, Renderer, Row, fold_whitespace
@@ -34,8 +35,6 @@ logger = logging.getLogger(__name__)
 ENCODER_PARTS = ("target", "context", "history", "previous")
 INNER_FOLDS = 3
 TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
-# The logit of a label that a head was not trained on: finite, so that tables and averages stay finite.
-ABSENT_LOGIT = -1e4
 
 # ------------------------------------------------------------------------------------------------------------- features
 
@@ -234,7 +233,7 @@ class LinearHead:
 
     Attributes:
         coef: float32 (num_labels, features); zero for a label that was not trained on.
-        intercept: float32 (num_labels,); `ABSENT_LOGIT` for such a label.
+        intercept: float32 (num_labels,); `OUT_OF_SCOPE_LOGIT` for such a label.
         mean, scale: float32 (features,).
         C: inverse strength of the L2 penalty.
     """
@@ -319,7 +318,7 @@ def fit_head(
             np.concatenate([-intercept / 2, intercept / 2]),
         )
     all_coef = np.zeros((num_labels, features.shape[1]), dtype=np.float32)
-    all_intercept = np.full(num_labels, ABSENT_LOGIT, dtype=np.float32)
+    all_intercept = np.full(num_labels, OUT_OF_SCOPE_LOGIT, dtype=np.float32)
     all_coef[classes], all_intercept[classes] = coef, intercept
     return LinearHead(all_coef, all_intercept, mean, scale, float(C))
 

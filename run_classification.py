@@ -34,23 +34,8 @@ import packing
 import reporting
 from batching import RowBatches, with_labels
 from command_line import InputError
-from dialogues import (
-    DataArguments,
-    LabelGuide,
-    Rendered,
-    Renderer,
-    Row,
-    assign_folds,
-    check_folds,
-    data_fingerprint,
-    held_out_part,
-    label_counts,
-    limit_rows,
-    load_label_guide,
-    load_rows,
-    parse_label_scope,
-    training_part,
-)
+from dialogues import Rendered, Renderer, Row, data_fingerprint
+from folds import FoldDataArguments, RunData, label_counts, limit_rows, read_run_data
 from losses import CLASS_WEIGHTS, class_weights
 from training import CheckpointSeal, RowDataset, WeightedTrainer
 
@@ -75,40 +60,10 @@ NOT_OF_THE_RUN = (
 
 
 @dataclass
-class FoldArguments(DataArguments):
-    """Which rows, which fold, and how much of a dialogue a row sees."""
+class FoldArguments(FoldDataArguments):
+    """The run's rows, the fold of this process, and how rows share a forward pass."""
 
-    train_file: str = field(
-        default="AIMH/PsyDefConv:Splits/train.json",
-        metadata={"help": "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."},
-    )
-    augmented_file: str | None = field(
-        default=None, metadata={"help": "Variants made by augment.py; trained on only where their source is."}
-    )
-    test_file: str | None = field(
-        default=None, metadata={"help": "Rows to predict with --do_predict; labels optional."}
-    )
     fold: int = field(default=0, metadata={"help": "The fold to hold out, counted from 0."})
-    num_folds: int = field(default=5, metadata={"help": "Folds of the run. 5, as in the paper."})
-    fold_seed: int = field(
-        default=42,
-        metadata={"help": "Seed of the folds; kept apart from --seed so that runs line up row by row."},
-    )
-    fold_groups: str = field(
-        default="dialogue",
-        metadata={
-            "help": "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
-            "choices": list(artifacts.FOLD_GROUPS),
-        },
-    )
-    max_turns: int = field(default=30, metadata={"help": "Turns a row sees at most, its own included."})
-    max_seq_length: int = field(
-        default=1024, metadata={"help": "Tokens of a row at most; the oldest turns go first."}
-    )
-    window_stride: int = field(
-        default=10,
-        metadata={"help": "Turns by which a long dialogue's window moves; 1 is the paper's sliding window."},
-    )
     pack_dialogues: bool | None = field(
         default=None,
         metadata={"help": "One pass a dialogue (packing.py). Default: yes for decoders, no for encoders."},
@@ -177,9 +132,6 @@ class ModelArguments:
             "help": "Of the loss, from the fold's training rows: 1/sqrt(n), 1/n or none.",
             "choices": list(CLASS_WEIGHTS),
         },
-    )
-    label_scope: list[str] | None = field(
-        default=None, metadata={"help": "Specialist: labels to train on, such as 1-8 or 1 2 3. Default: all."}
     )
 
     def __post_init__(self) -> None:
@@ -251,27 +203,6 @@ def check_arguments(data: FoldArguments, training: FoldTrainingArguments) -> Non
         raise InputError("--do_predict needs a --test_file")
 
 
-def read_data(data: FoldArguments, guide: LabelGuide) -> tuple[list[Row], list[Row], list[Row]]:
-    """Original, augmented and test rows, all checked before a model is loaded."""
-    originals = load_rows(data.train_file, guide, columns=data.columns)
-    problems = [
-        f"{data.train_file}: {row.id}: augmented_from: variants belong in --augmented_file"
-        for row in originals
-        if row.augmented_from
-    ]
-    if problems:
-        raise InputError(*problems)
-    augmented: list[Row] = []
-    if data.augmented_file:
-        augmented = load_rows(
-            data.augmented_file, guide, columns=data.columns, sources_of_augmented=originals
-        )
-    test: list[Row] = []
-    if data.test_file:
-        test = load_rows(data.test_file, guide, columns=data.columns, require_labels=False, split="test")
-    return originals, augmented, test
-
-
 def resolved_recipe(*argument_sets: Any) -> dict[str, Any]:
     """The arguments that differ from their defaults, or that have none: enough to run the run again, no token."""
     recipe: dict[str, Any] = {}
@@ -304,19 +235,99 @@ def push_fold(run_dir: Path, fold: int, training: FoldTrainingArguments) -> None
         print(f"pushed fold {fold} to {pushed} at {sha}")
 
 
+def prepare_model(
+    options: ModelArguments, base: modeling.BaseModel, data: RunData, pad_token_id: int, saved: Path
+) -> torch.nn.Module:
+    """The model to train, or the trained one where a fold was cut off after its training."""
+    if saved.exists():
+        return modeling.load_trained(base, saved, data.guide.names, pad_token_id)
+    model = modeling.load_classifier(base, data.guide.names, pad_token_id)
+    if options.tuning == "full":
+        return model
+    lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    return modeling.add_lora(model, **lora, target_modules=options.lora_target_modules)
+
+
+def prepare_batches(
+    arguments: FoldArguments,
+    training: FoldTrainingArguments,
+    model: torch.nn.Module,
+    longest: int,
+    pad_token_id: int,
+    segments: str | None,
+) -> RowBatches | packing.PackedBatches:
+    """How rows become forward passes: a dialogue at a time, or rows of like length."""
+    micro_batches = training.gradient_accumulation_steps * training.world_size
+    if not arguments.pack_dialogues:
+        rows_per_step = training.train_batch_size * micro_batches
+        return RowBatches(
+            pad_token_id, rows_per_step, micro_batches, training.per_device_eval_batch_size, segments
+        )
+    branches = packing.can_branch(model, longest)
+    packing.accept_packed(model)
+    return packing.PackedBatches(
+        arguments.rows_per_batch * micro_batches,
+        micro_batches,
+        arguments.tokens_per_batch,
+        math.ceil(training.num_train_epochs),
+        branches,
+    )
+
+
+def decide_packing(
+    arguments: FoldArguments, training: FoldTrainingArguments, base: modeling.BaseModel, encoder: bool
+) -> None:
+    """Settle the flags whose defaults hang on the architecture.
+
+    Raises:
+        InputError: packing asked for where rows share nothing.
+    """
+    if arguments.pack_dialogues is None:
+        arguments.pack_dialogues = not encoder
+    if not arguments.pack_dialogues:
+        return
+    if encoder:
+        raise InputError(
+            f"--pack_dialogues: {base.name} reads both ways, so its rows share nothing; leave it out"
+        )
+    if arguments.rows_per_batch is None:
+        arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
+        training.gradient_accumulation_steps = 1
+
+
+def train_unless_saved(
+    trainer: WeightedTrainer,
+    base: modeling.BaseModel,
+    tokenizer: Any,
+    saved: Path,
+    checkpoint: str | None,
+    is_main: bool,
+) -> float | None:
+    """Train from the checkpoint, if any, and save the adapter; the mean training loss, or None if it was saved before."""
+    if saved.exists():
+        return None
+    with artifacts.disk_errors(saved.parent.parent):
+        loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+        if is_main:
+            trained = trainer.accelerator.unwrap_model(trainer.model)
+            modeling.save_trained(trained, tokenizer, base, saved, state)
+    return loss
+
+
 def main() -> None:
     # Arguments
     classes = (FoldArguments, ModelArguments, FoldTrainingArguments)
-    data, options, training = command_line.parse_arguments(classes, __doc__)
-    check_arguments(data, training)
-    run_dir = Path(training.output_dir)
-    fold_dir = run_dir / f"fold-{data.fold}"
+    arguments, options, training = command_line.parse_arguments(classes, __doc__)
+    check_arguments(arguments, training)
+    fold, run_dir = arguments.fold, Path(training.output_dir)
+    fold_dir = run_dir / f"fold-{fold}"
     run_name = artifacts.check_name(training.run_name or run_dir.resolve().name, "--run_name")
     push, is_main = training.push_to_hub or training.push_only, training.process_index == 0
     # What the Trainer itself would do with these is not what a fold wants.
     training.push_to_hub, training.run_name, training.remove_unused_columns = False, run_name, False
     training.output_dir = str(fold_dir / "checkpoints")
-    recipe = resolved_recipe(data, options, training)
+    recipe = resolved_recipe(arguments, options, training)
 
     # Logging
     logging.basicConfig(
@@ -327,66 +338,42 @@ def main() -> None:
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(fold_dir / "logs"))
 
-    if artifacts.fold_is_complete(run_dir, data.fold, training.do_predict):
-        logger.info(f"fold {data.fold} of {run_dir} is complete: nothing to train")
+    if artifacts.fold_is_complete(run_dir, fold, training.do_predict):
+        logger.info(f"fold {fold} of {run_dir} is complete: nothing to train")
         if push and is_main:
-            push_fold(run_dir, data.fold, training)
+            push_fold(run_dir, fold, training)
         return
     if training.push_only:
-        raise InputError(f"{run_dir}: fold {data.fold} is not complete, so there is nothing to push")
+        raise InputError(f"{run_dir}: fold {fold} is not complete, so there is nothing to push")
 
     # Seed
     set_seed(training.seed)
     started = time.perf_counter()
 
     # Data
-    guide = load_label_guide(data.label_guide)
-    originals, augmented, test = read_data(data, guide)
-    scope = sorted(parse_label_scope(options.label_scope, guide))
-    split = {"num_folds": data.num_folds, "fold_seed": data.fold_seed, "fold_groups": data.fold_groups}
-    folds = assign_folds(originals, **split)
-    if (run_dir / "folds.json").exists():
-        folds = artifacts.write_folds(run_dir, folds, **split)
-    check_folds(originals + augmented, folds, data.num_folds, data.fold_groups)
-    train = [row for row in training_part(originals + augmented, folds, data.fold) if row.label in scope]
-    train = limit_rows(train, data.max_train_samples)
-    held_out = held_out_part(originals, folds, data.fold)
-    counts = label_counts(train, len(guide.labels))
+    data = read_run_data(arguments, run_dir)
+    train = limit_rows(data.training_part(fold), arguments.max_train_samples)
+    held_out, num_labels = data.held_out_part(fold), len(data.guide.labels)
+    counts = label_counts(train, num_labels)
 
     # Model
-    base = modeling.find_base_model(
-        options.model_name_or_path,
-        options.model_revision,
-        **{name: getattr(options, name) for name in modeling.LOADING},
-    )
+    loading = {name: getattr(options, name) for name in modeling.LOADING}
+    base = modeling.find_base_model(options.model_name_or_path, options.model_revision, **loading)
     encoder = modeling.is_encoder(modeling.load_config(base))
-    pack = data.pack_dialogues if data.pack_dialogues is not None else not encoder
-    if pack and encoder:
-        raise InputError(
-            f"--pack_dialogues: {base.name} reads both ways, so its rows share nothing; leave it out"
-        )
-    if pack and data.rows_per_batch is None:
-        data.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
-        training.gradient_accumulation_steps = 1
+    decide_packing(arguments, training, base, encoder)
     tokenizer = modeling.load_tokenizer(base)
-    window = {name: getattr(data, name) for name in ("max_turns", "max_seq_length", "window_stride")}
-    renderer = Renderer(tokenizer, guide, is_encoder=encoder, **window)
-    train_rendered, held_out_rendered, test_rendered = map(renderer.render, (train, held_out, test))
+    renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
+    train_rendered, held_out_rendered, test_rendered = map(renderer.render, (train, held_out, data.test))
     run_info = {
         "name": run_name,
-        "label_names": guide.names,
-        "positive_labels": list(guide.positive),
-        "protected_label": guide.protected,
-        "label_scope": None if options.label_scope is None else scope,
-        "label_guide": guide.to_dict(),
-        **split,
+        **data.describe(),
+        **arguments.split,
         "seed": training.seed,
         "base_model": base.name,
         "base_revision": base.revision,
         "loader": base.loader | {"bf16": training.bf16, "tuning": options.tuning},
-        "window": window,
+        "window": arguments.window,
         "recipe": recipe,
-        "data_fingerprint": data_fingerprint(originals),
         "prompt_fingerprint": renderer.fingerprint,
         **command_line.provenance(),
     }
@@ -399,57 +386,31 @@ def main() -> None:
     ]
     seal = CheckpointSeal(hashlib.sha256(json.dumps(decides).encode()).hexdigest())
     checkpoint = seal.last(fold_dir / "checkpoints")
-    saved = artifacts.adapter_dir(run_dir, data.fold)
-    if saved.exists():
-        model = modeling.load_trained(base, saved, guide.names, tokenizer.pad_token_id)
-    else:
-        model = modeling.load_classifier(base, guide.names, tokenizer.pad_token_id)
-        if options.tuning == "lora":
-            lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-            model = modeling.add_lora(model, **lora, target_modules=options.lora_target_modules)
+    saved = artifacts.adapter_dir(run_dir, fold)
+    model = prepare_model(options, base, data, tokenizer.pad_token_id, saved)
     trainable, total = modeling.count_parameters(model)
-    logger.info(f"fold {data.fold}: {len(train)} training rows {counts.tolist()}, {len(held_out)} held out")
+    logger.info(f"fold {fold}: {len(train)} training rows {counts.tolist()}, {len(held_out)} held out")
     logger.info(f"{base.name}: {trainable:,} of {total:,} parameters are trained")
     if is_main:
-        artifacts.write_folds(run_dir, folds, **split)
+        artifacts.write_folds(run_dir, data.folds, **arguments.split)
         artifacts.write_run_info(run_dir, run_info)
 
     # Train
-    micro_batches = training.gradient_accumulation_steps * training.world_size
-    if pack:
-        longest = max(map(len, train_rendered + held_out_rendered + test_rendered))
-        branches = packing.can_branch(model, longest)
-        packing.accept_packed(model)
-        epochs = math.ceil(training.num_train_epochs)
-        budget = (data.rows_per_batch * micro_batches, micro_batches, data.tokens_per_batch, epochs)
-        batches = packing.PackedBatches(*budget, branches)
-    else:
-        rows_per_step = training.train_batch_size * micro_batches
-        segments = modeling.segment_name(base, tokenizer) if encoder else None
-        budget = (rows_per_step, micro_batches, training.per_device_eval_batch_size)
-        batches = RowBatches(tokenizer.pad_token_id, *budget, segments)
-    metric = functools.partial(
-        reporting.load_metric().compute, positive_labels=list(guide.positive), num_labels=len(guide.labels)
-    )
+    longest = max(map(len, train_rendered + held_out_rendered + test_rendered))
+    segments = modeling.segment_name(base, tokenizer) if encoder else None
+    batches = prepare_batches(arguments, training, model, longest, tokenizer.pad_token_id, segments)
     trainer = WeightedTrainer(
         model=model,
         args=training,
         data_collator=functools.partial(with_labels, batches.collate),
         train_dataset=RowDataset(train_rendered, [row.label for row in train]),
         class_weights=class_weights(counts, options.class_weights),
-        label_scope=scope,
+        label_scope=data.scope,
         plan=batches.plan(train, train_rendered, training.seed),
         callbacks=[seal],
     )
-    train_loss = None
-    if not saved.exists():
-        with artifacts.disk_errors(run_dir):
-            train_loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-            shards = trainer.is_fsdp_enabled
-            state = trainer.accelerator.get_state_dict(trainer.model) if shards else None
-            if is_main:
-                trained = trainer.accelerator.unwrap_model(trainer.model)
-                modeling.save_trained(trained, tokenizer, base, saved, state)
+    metric = reporting.load_metric()
+    train_loss = train_unless_saved(trainer, base, tokenizer, saved, checkpoint, is_main)
 
     # Evaluate and save
     def predict(rows: list[Row], rendered: list[Rendered], name: str) -> artifacts.LogitTable:
@@ -458,25 +419,31 @@ def main() -> None:
             rendered,
             batches.prediction_batches(rows, rendered),
             batches.collate,
-            num_labels=len(guide.labels),
+            num_labels=num_labels,
             bf16=training.bf16,
-            description=f"fold {data.fold}: {name}",
+            description=f"fold {fold}: {name}",
         )
-        logits[:, [label for label in guide.numbers if label not in scope]] = artifacts.OUT_OF_SCOPE_LOGIT
-        table = artifacts.make_table(rows, data.fold, logits)
+        outside = [label for label in data.guide.numbers if label not in data.scope]
+        logits[:, outside] = artifacts.OUT_OF_SCOPE_LOGIT
+        table = artifacts.make_table(rows, fold, logits)
         if is_main:
-            artifacts.write_table(artifacts.table_path(run_dir, name, data.fold), table)
+            artifacts.write_table(artifacts.table_path(run_dir, name, fold), table)
         return table
 
     oof = predict(held_out, held_out_rendered, "oof")
     if training.do_predict:
-        predict(test, test_rendered, "test")
+        predict(data.test, test_rendered, "test")
     if not is_main:
         return
-    scores = metric(predictions=oof.logits.argmax(1), references=oof.label)
+    scores = metric.compute(
+        predictions=oof.logits.argmax(1),
+        references=oof.label,
+        positive_labels=list(data.guide.positive),
+        num_labels=num_labels,
+    )
     fold_metrics = {
         **scores,
-        "fold": data.fold,
+        "fold": fold,
         "train_rows": len(train),
         "held_out_rows": len(held_out),
         "trainable_parameters": trainable,
@@ -484,16 +451,16 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": modeling.peak_memory(),
     }
-    artifacts.write_json(artifacts.metrics_path(run_dir, data.fold), fold_metrics)
+    artifacts.write_json(artifacts.metrics_path(run_dir, fold), fold_metrics)
     if not training.keep_checkpoints:
         shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
     print(
-        f"fold {data.fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}"
+        f"fold {fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}"
     )
 
     # Push
     if push:
-        push_fold(run_dir, data.fold, training)
+        push_fold(run_dir, fold, training)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import artifacts  # noqa: E402
 import command_line  # noqa: E402
 import decoding  # noqa: E402
 import dialogues  # noqa: E402
+import folds  # noqa: E402
 import reporting  # noqa: E402
 from command_line import InputError  # noqa: E402
 
@@ -100,8 +101,8 @@ def text_tables(train_file: str) -> dict[str, Table]:
     """Out-of-fold tables of tf-idf features of the target utterance, on the folds that runs have by default."""
     guide = dialogues.load_label_guide("label_guides/dmrs.yaml")
     rows = dialogues.load_rows(train_file, guide)
-    folds = dialogues.assign_folds(rows, num_folds=5, fold_seed=42, fold_groups="dialogue")
-    fold, labels = np.array([folds[row.id] for row in rows]), np.array([row.label for row in rows])
+    fold_of = folds.assign_folds(rows, num_folds=5, fold_seed=42, fold_groups="dialogue")
+    fold, labels = np.array([fold_of[row.id] for row in rows]), np.array([row.label for row in rows])
     texts = np.array([row.turns[-1].text for row in rows], dtype=object)
     tables = {}
     for name, (features, head) in TEXT_TABLES.items():

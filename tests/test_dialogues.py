@@ -1,4 +1,4 @@
-"""dialogues.py: what is read, what is refused and in which words, how rows become tokens, how folds are made."""
+"""dialogues.py: what is read, what is refused and in which words, how rows become tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import tracemalloc
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +25,11 @@ from dialogues import (
     Renderer,
     Row,
     Turn,
-    assign_folds,
-    check_folds,
     data_fingerprint,
-    held_out_part,
-    label_counts,
-    limit_rows,
     load_label_guide,
     load_rows,
     parse_label_guide,
-    parse_label_scope,
     render_instruction,
-    training_part,
     window_start,
 )
 
@@ -367,19 +360,6 @@ def test_a_label_guide_survives_a_round_trip(tmp_path):
         load_label_guide(tmp_path / "absent.yaml")
 
 
-def test_label_scope():
-    assert parse_label_scope(None, GUIDE) == set(range(9))
-    assert parse_label_scope(["1-3", "7"], GUIDE) == {1, 2, 3, 7}
-    for words, problem in (
-        (["1-9"], "9 is not in the label guide"),
-        (["x"], "'x' is neither a label nor a range such as 1-8"),
-        (["7"], "a classifier needs two labels at least"),
-    ):
-        with pytest.raises(InputError) as caught:
-            parse_label_scope(words, GUIDE)
-        assert caught.value.lines() == [f"--label_scope: {problem}"]
-
-
 # ------------------------------------------------------------------------------------------------------------ rendering
 
 
@@ -513,115 +493,6 @@ def test_an_encoder_gets_the_pair_of_target_and_context(demo, encoder_tokenizer,
         cls, sep = encoder_tokenizer.cls_token_id, encoder_tokenizer.sep_token_id
         assert rendered.input_ids.tolist() == [cls, *target, sep, *context, sep]
         assert rendered.segment_ids.tolist() == [0] * (len(target) + 2) + [1] * (len(context) + 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------- folds
-
-
-def with_variants(rows: list[Row]) -> list[Row]:
-    return [
-        Row(f"{row.id}#aug{number}", row.dialogue_id, row.turns, row.label, row.id)
-        for row in rows
-        if row.label in (2, 5, 8)
-        for number in range(2)
-    ]
-
-
-@pytest.mark.parametrize("fold_seed", [0, 42])
-@pytest.mark.parametrize("fold_groups", ["dialogue", "none"])
-def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups, fold_seed):
-    folds = assign_folds(demo, 5, fold_seed, fold_groups)
-    assert folds == assign_folds(demo, 5, fold_seed, fold_groups)
-    variants = with_variants(demo)
-    rows = demo + variants
-    check_folds(rows, folds, 5, fold_groups)
-    held_out = [row.id for fold in range(5) for row in held_out_part(rows, folds, fold)]
-    assert Counter(held_out) == Counter(row.id for row in demo)
-    trained_on = Counter()
-    for fold in range(5):
-        train, judged = training_part(rows, folds, fold), held_out_part(rows, folds, fold)
-        judged_ids = {row.id for row in judged}
-        assert not judged_ids & {row.augmented_from or row.id for row in train}
-        assert {row.label for row in train} == set(range(9))
-        assert all(row.augmented_from is None for row in judged)
-        if fold_groups == "dialogue":
-            assert not {row.dialogue_id for row in train} & {row.dialogue_id for row in judged}
-        trained_on.update(row.id for row in train)
-        shares = label_counts(judged, 9)[7] / len(judged)
-        assert abs(shares - 109 / 230) < 0.12  # stratified as far as whole dialogues allow
-    assert set(trained_on.values()) == {4} and len(trained_on) == len(rows)
-
-
-def test_another_fold_seed_gives_other_folds(demo):
-    assert assign_folds(demo, 5, 42) != assign_folds(demo, 5, 43)
-
-
-def test_few_dialogues_of_a_class_are_a_warning_with_the_count(caplog):
-    rows = [
-        Row(f"{number}", f"d{number}", (Turn("x", "seeker"),), 3 if number < 3 else 7) for number in range(20)
-    ]
-    folds = assign_folds(rows, 5, 42)
-    assert caplog.messages == ["label 3 is in 3 dialogues only, fewer than 5 folds: some folds lack it"]
-    check_folds(rows, folds, 5, "dialogue")
-
-
-def test_folds_that_cannot_be_made():
-    rows = [Row(f"{number}", "d1", (Turn("x", "seeker"),), number % 2) for number in range(8)]
-    with pytest.raises(InputError, match=r"^5 folds cannot be made of 1 dialogues$"):
-        assign_folds(rows, 5, 42)
-    assert set(assign_folds(rows, 4, 42, "none").values()) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda folds: folds.pop("a"), "folds: row 'a' is in no fold"),
-        (lambda folds: folds.update(zz=0), "folds: 'zz' is no original row of the training file"),
-        (lambda folds: folds.update(a=5), "folds: 'a' has fold 5"),
-        (
-            lambda folds: folds.update({"a#aug0": 0}),
-            "folds: 'a#aug0' is no original row of the training file",
-        ),
-        (lambda folds: folds.update(b=1), "folds: dialogue 'd1' is in two folds"),
-        (lambda folds: folds.update(dict.fromkeys("cd", 0)), "folds: fold 1 is empty"),
-    ],
-)
-def test_folds_of_a_file_are_checked(change, problem):
-    turns = (Turn("x", "seeker"),)
-    rows = [
-        Row("a", "d1", turns, 0),
-        Row("b", "d1", turns, 1),
-        Row("c", "d2", turns, 0),
-        Row("d", "d2", turns, 1),
-    ]
-    rows += [Row("e", "d3", turns, 0), Row("f", "d3", turns, 1), Row("a#aug0", "d1", turns, 0, "a")]
-    folds = {"a": 0, "b": 0, "c": 1, "d": 1, "e": 2, "f": 2}
-    check_folds(rows, folds, 3, "dialogue")
-    change(folds)
-    with pytest.raises(InputError) as caught:
-        check_folds(rows, folds, 3, "dialogue")
-    assert caught.value.lines()[0] == problem
-
-
-def test_a_class_that_no_training_part_has():
-    turns = (Turn("x", "seeker"),)
-    rows = [Row("a", "d1", turns, 8), Row("b", "d2", turns, 1), Row("c", "d3", turns, 1)]
-    with pytest.raises(InputError) as caught:
-        check_folds(rows, {"a": 0, "b": 1, "c": 1}, 2, "dialogue")
-    assert caught.value.lines() == [
-        "folds: all rows of label 1 are in fold 1: nothing to train on",
-        "folds: all rows of label 8 are in fold 0: nothing to train on",
-    ] or caught.value.lines() == [
-        "folds: all rows of label 8 are in fold 0: nothing to train on",
-        "folds: all rows of label 1 are in fold 1: nothing to train on",
-    ]
-
-
-def test_a_smoke_run_keeps_rare_labels_and_the_order(demo):
-    few = limit_rows(demo, 27)
-    assert label_counts(few, 9).tolist() == [3] * 9
-    assert few == [row for row in demo if row in few]
-    assert limit_rows(demo, None) == demo and limit_rows(demo, 10_000) == demo
 
 
 def test_the_fingerprint_sees_every_field_and_not_the_order(demo):

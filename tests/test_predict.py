@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import run_classification
 from classifier import DefenseClassifier
 
 ROOT = Path(__file__).parent.parent
+NUM_FOLDS = 5
 TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
 
 
@@ -38,10 +40,10 @@ def run_script(main, words: list[object]) -> int:
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of an ensemble of three runs of three folds."""
+    """The output folder of an ensemble of three runs of five folds."""
     place = tmp_path_factory.mktemp("system")
     decoder, encoder = make_tiny_decoder(place / "decoder"), make_tiny_encoder(place / "encoder")
-    data = ["--train_file", TRAIN, "--test_file", TEST, "--num_folds", 3]
+    data = ["--train_file", TRAIN, "--test_file", TEST, "--num_folds", NUM_FOLDS]
     train = [
         "--do_predict",
         "--num_train_epochs",
@@ -53,7 +55,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--bf16",
         "False",
     ]
-    for fold in range(3):
+    for fold in range(NUM_FOLDS):
         lora = ["--lora_r", 4, "--max_seq_length", 512, "--max_turns", 8, "--window_stride", 4]
         words = [
             "--model_name_or_path",
@@ -123,8 +125,8 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
         7,
     ]
     assert run_script(predict.main, words) == 0
-    # Three adapters, one load of their base; three whole models; one frozen encoder.
-    assert sum("decoder" in name for name in loads) == 1 and len(loads) == 5
+    # Five adapters, one load of their base; five whole models; one frozen encoder.
+    assert sum("decoder" in name for name in loads) == 1 and len(loads) == 1 + NUM_FOLDS + 1
     lines, submitted = read_lines(output), json.loads((system / "prediction.json").read_text())
     assert [line["label"] for line in lines] == [row["label"] for row in submitted]
     assert [line["dialogue_id"] for line in lines] == [row["id"] for row in submitted]
@@ -140,8 +142,10 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
 
 
 def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp_path: Path, monkeypatch):
-    whole, stopped = tmp_path / "whole.jsonl", tmp_path / "stopped.jsonl"
-    words = ["--ensemble", system, "--input", TEST, "--rows_per_chunk", 20, "--output"]
+    whole, stopped, source = (tmp_path / name for name in ("whole.jsonl", "stopped.jsonl", "few.json"))
+    dialogues = json.loads(Path(TEST).read_text())[:20]
+    source.write_text(json.dumps(dialogues))
+    words = ["--ensemble", system, "--input", source, "--rows_per_chunk", 20, "--output"]
     assert run_script(predict.main, [*words, whole]) == 0
     predictions, calls = DefenseClassifier.predictions, []
 
@@ -156,12 +160,45 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
     part = tmp_path / ".stopped.jsonl.part-0"
     part.write_bytes(part.read_bytes() + b'[{"id": "half a li')
     assert run_script(predict.main, [*words, stopped]) == 0
-    seeker_turns = sum(
-        t["speaker"] == "seeker" for row in json.loads(Path(TEST).read_text()) for t in row["dialogue"]
-    )
+    seeker_turns = sum(t["speaker"] == "seeker" for row in dialogues for t in row["dialogue"])
     assert stopped.read_bytes() == whole.read_bytes()
     assert len(read_lines(whole)) == seeker_turns
     assert sum(calls) - calls[2] == seeker_turns, "no row twice"
+
+
+def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int:
+    """Bytes, of predict.py in a process of its own, over all turns of the source."""
+    program = (
+        "import resource, predict, command_line; command_line.run(predict.main); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    words = ["--ensemble", str(system), "--input", str(source), "--output", str(output), "--use_cpu"]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return int(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.soak
+def test_ten_thousand_rows_need_the_memory_of_a_thousand(system: Path, tmp_path: Path):
+    dialogues = json.loads(Path(TEST).read_text())
+    peaks = []
+    for num_rows in (1_000, 10_000):
+        source, output = tmp_path / f"{num_rows}.jsonl", tmp_path / f"{num_rows}.out.jsonl"
+        written = 0
+        with open(source, "w") as file:
+            for number in itertools.count():
+                row = dialogues[number % len(dialogues)]
+                turns = sum(turn["speaker"] == "seeker" for turn in row["dialogue"])
+                if written + turns > num_rows:
+                    break
+                file.write(json.dumps({"id": f"{row['id']}-{number}", "dialogue": row["dialogue"]}) + "\n")
+                written += turns
+        peaks.append(peak_memory_of_a_prediction(system, source, output))
+        assert len(read_lines(output)) == written > num_rows - 50
+    print(f"\npeak memory: 1,000 rows {peaks[0] / 2**20:.0f} MiB, 10,000 rows {peaks[1] / 2**20:.0f} MiB")
+    assert peaks[1] <= 1.1 * peaks[0]
 
 
 def test_two_processes_give_the_lines_of_one(system: Path, tmp_path: Path):
@@ -214,7 +251,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
     place = system.parent
     where = ["--push_only", "--hub_namespace", "team", "--hub_name", "sys"]
     for run in ("lora", "full"):
-        for fold in range(3):
+        for fold in range(NUM_FOLDS):
             words = [
                 "--model_name_or_path",
                 "x",
@@ -223,7 +260,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
                 "--fold",
                 fold,
                 "--num_folds",
-                3,
+                NUM_FOLDS,
             ]
             assert run_script(run_classification.main, [*words, *where]) == 0
     probe = [
@@ -234,7 +271,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
         "--test_file",
         TEST,
         "--num_folds",
-        3,
+        NUM_FOLDS,
     ]
     assert run_script(linear_probe.main, [*probe, "--C", 1, "--output_dir", place / "probe", *where]) == 0
     words = [

@@ -22,7 +22,8 @@ import command_line
 import modeling
 import run_classification
 from batching import RowBatches, StepBatchSampler, plan_rows, with_labels
-from dialogues import Renderer, assign_folds, held_out_part, load_label_guide, load_rows
+from dialogues import Renderer, load_label_guide, load_rows
+from folds import assign_folds, held_out_part
 from losses import WeightedCrossEntropy, class_weights
 from training import RowDataset, WeightedTrainer
 
