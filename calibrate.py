@@ -39,7 +39,7 @@ class CalibrationArguments:
     method: str = field(
         default="auto",
         metadata={
-            "help": "How the rule is fitted. auto: the simplest method within one standard error of the best.",
+            "help": "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best.",
             "choices": ["auto", *decoding.METHODS],
         },
     )

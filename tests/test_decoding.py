@@ -477,6 +477,24 @@ def test_auto_keeps_argmax_where_nothing_helps_and_leaves_it_where_much_does():
     assert decoding.score(labels, decoding.predict([tilted], rule), 4, range(4)) > 0.8
 
 
+def test_one_standard_error_is_by_tier_and_the_best_of_a_tier_is_taken():
+    noise = np.random.default_rng(0).standard_normal(300)
+
+    def choose(means: dict[str, float], tiers: list[list[str]]) -> str:
+        # The samples of the last candidate move by 0.01 where those of the others do not move at all.
+        found = {(name, False): (mean, np.full(300, mean)) for name, mean in means.items()}
+        last = list(found)[-1]
+        found[last] = (found[last][0], found[last][0] + 0.01 * noise / noise.std())
+        return decoding._simplest_within_one_error(found, [[(name, False) for name in t] for t in tiers])[0]
+
+    tiers = [["argmax", "expected"], ["prior"], ["exact"]]
+    means = {"argmax": 0.195, "expected": 0.196, "prior": 0.2, "exact": 0.205}
+    assert choose(means, tiers) == "expected"  # .009 below, the standard error is .010
+    assert choose(means | {"argmax": 0.196}, tiers) == "argmax"  # as good, and named first
+    assert choose(means | {"expected": 0.194, "argmax": 0.1}, tiers) == "prior"
+    assert choose(dict.fromkeys(means, 0.194) | {"exact": 0.205}, tiers) == "exact"
+
+
 # ------------------------------------------------------------------------------------------------- blends and weights
 
 
