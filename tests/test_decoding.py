@@ -438,6 +438,44 @@ def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
     assert found.metrics["macro_f1_positive"] == 1 and found.interval == (1.0, 1.0)
 
 
+def test_the_cross_fitted_score_is_true_and_its_interval_covers():
+    """Against the score of the fitted rule on many fresh rows of the same model; `--simulate` of the benchmark at size."""
+    shares = np.array([0.4, 0.3, 0.2, 0.1])
+
+    def draw_dialogues(
+        generator: np.random.Generator, count: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        dialogue = np.repeat(np.arange(count), generator.integers(1, 12, count))
+        labels = generator.choice(4, len(dialogue), p=shares)
+        shift = 0.5 * generator.standard_normal((count, 4))
+        logits = np.log(shares) + shift[dialogue] + generator.standard_normal((len(dialogue), 4))
+        logits[np.arange(len(labels)), labels] += 1.2
+        return logits, labels, dialogue
+
+    generator = np.random.default_rng(5)
+    fresh_logits, fresh_labels, _ = draw_dialogues(generator, 20_000)
+    positive, covered, optimism = (1, 2, 3), 0, []
+    recipe = decoding.Recipe(positive_labels=positive, method="expected")
+    for _ in range(20):
+        logits, labels, dialogue = draw_dialogues(generator, 80)
+        data = ([logits], labels, dialogue.tolist())
+        rule = decoding.fit_rule(recipe, *data)
+        truth = decoding.score(fresh_labels, decoding.predict([fresh_logits], rule), 4, positive)
+        fitted = decoding.cross_fit(
+            decoding.rule_fitter(recipe, *data),
+            labels,
+            data[2],
+            num_labels=4,
+            positive_labels=positive,
+            repeats=1,
+        )
+        low, high = fitted.interval
+        covered += low <= truth <= high
+        optimism.append(fitted.metrics["macro_f1_positive"] - truth)
+    assert covered >= 16  # of 20 at 95 %: fewer by chance once in 400
+    assert abs(np.mean(optimism)) < 3 * np.std(optimism) / np.sqrt(20) + 0.005
+
+
 def test_a_method_that_learns_nothing_is_not_flattered():
     # Probabilities that know nothing of the labels: in-sample the search gains much, cross-fitted nothing.
     generator = np.random.default_rng(8)
