@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -406,13 +407,30 @@ def bootstrap_scores(
         groups: dialogue ids [n].
         num_samples: bootstrap samples.
     """
+    counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
+    return score_of(_resampled_counts(counts, num_samples, seed))
+
+
+def _dialogue_counts(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    groups: Sequence[Hashable],
+    num_labels: int,
+    positive_labels: Sequence[int],
+    metric: str,
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Each dialogue's counts [num_groups, k], and the metric of sums of such counts [samples, k] -> [samples]."""
     labels, predictions = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
     group_indices, num_groups = _group_indices(groups)
     counts = np.concatenate(
         [_group_counts(labels, row, group_indices, num_groups, num_labels) for row in predictions], axis=1
     )
-    sums = _resampled_counts(counts, num_samples, seed).reshape(num_samples, len(predictions), 3, num_labels)
-    return _score_counts(metric, sums[:, :, 0], sums[:, :, 1], sums[:, :, 2], positive_labels).mean(axis=1)
+
+    def score_of(sums: np.ndarray) -> np.ndarray:
+        hits, support, predicted = np.moveaxis(sums.reshape(len(sums), -1, 3, num_labels), 2, 0)
+        return _score_counts(metric, hits, support, predicted, positive_labels).mean(axis=1)
+
+    return counts, score_of
 
 
 def bootstrap_interval(
@@ -427,18 +445,34 @@ def bootstrap_interval(
     seed: int = 42,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`."""
-    samples = bootstrap_scores(
-        labels,
-        predictions,
-        groups,
-        num_labels=num_labels,
-        positive_labels=positive_labels,
-        metric=metric,
-        num_samples=num_samples,
-        seed=seed,
-    )
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    """Interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`.
+
+    Bias-corrected and accelerated (Efron, 1987): macro F1 of few rows is a biased and skewed statistic, and plain
+    percentiles miss a truth above them five times as often as one below them (docs/BENCHMARKS.md).
+    """
+    counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
+    samples = score_of(_resampled_counts(counts, num_samples, seed))
+    total = counts.sum(axis=0)
+    return _accelerated_interval(samples, float(score_of(total[None])[0]), score_of(total - counts), level)
+
+
+def _accelerated_interval(
+    samples: np.ndarray, estimate: float, left_out: np.ndarray, level: float
+) -> tuple[float, float]:
+    """BCa interval from bootstrap samples [b], the estimate, and the estimates with one dialogue left out each [g]."""
+    normal = NormalDist()
+    below = (samples < estimate - SCORE_TOLERANCE).mean() + (samples <= estimate + SCORE_TOLERANCE).mean()
+    edge = 0.5 / len(samples)
+    bias = normal.inv_cdf(float(np.clip(below / 2, edge, 1 - edge)))
+    spread = left_out.mean() - left_out
+    squares = float((spread**2).sum())
+    acceleration = float((spread**3).sum()) / (6 * squares**1.5) if squares > SCORE_TOLERANCE**2 else 0.0
+    quantiles = []
+    for tail in ((1 - level) / 2, (1 + level) / 2):
+        shifted = bias + normal.inv_cdf(tail)
+        # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
+        quantiles.append(normal.cdf(bias + shifted / max(1 - acceleration * shifted, 0.05)))
+    low, high = np.quantile(samples, quantiles)
     return float(low), float(high)
 
 

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
@@ -101,6 +102,37 @@ def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
         labels, labels, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
     )
     assert twice == pytest.approx((found + perfect) / 2)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_interval_is_that_of_scipy(repeats):
+    probabilities, labels, groups = draw(3, rows=300, num_groups=40)
+    generator = np.random.default_rng(0)
+    predictions = np.stack(
+        [(np.log(probabilities) + 0.3 * generator.standard_normal(4)).argmax(1) for _ in range(repeats)]
+    )
+    facts = {"num_labels": 4, "positive_labels": [0, 1, 2]}
+    low, high = decoding.bootstrap_interval(labels, predictions, groups, **facts, num_samples=20_000)
+    names = np.array(sorted(set(groups)))
+    rows_of = [np.flatnonzero(np.array(groups) == name) for name in names]
+
+    def statistic(sample):
+        rows = np.concatenate([rows_of[int(number)] for number in sample])
+        return np.mean([decoding.score(labels[rows], row[rows], 4, [0, 1, 2]) for row in predictions])
+
+    reference = scipy.stats.bootstrap(
+        (np.arange(len(names)),), statistic, n_resamples=4_000, vectorized=False, method="BCa", rng=1
+    ).confidence_interval
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.003)
+    plain = np.quantile(
+        decoding.bootstrap_scores(labels, predictions, groups, **facts, num_samples=20_000), [0.025, 0.975]
+    )
+    assert abs(plain - [low, high]).max() > 0.005  # another interval, or this test would show nothing
+
+
+def test_the_interval_of_what_cannot_vary_is_a_point():
+    labels, groups = np.array([0, 1, 1, 0]), ["a", "a", "b", "b"]
+    assert decoding.bootstrap_interval(labels, labels, groups, num_labels=2, positive_labels=[0, 1]) == (1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rule
