@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from running import run_script
 from sklearn.metrics import cohen_kappa_score
 
 import artifacts
 import blending
 import bundles
-import command_line
 import decoding
 import ensemble
 import reporting
@@ -153,14 +153,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def call(*words: object) -> int:
     """The script in this process, as from its command line; its exit status."""
-    argv, sys.argv = sys.argv, ["ensemble.py", *map(str, words)]
-    try:
-        command_line.run(ensemble.main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = argv
-    return 0
+    return run_script(ensemble.main, *words)
 
 
 GIVEN = ["--runs", "a", "b", "--weights", "0.3", "0.7", "--decision", "decision.json", "--repeats", "1"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from running import words_of
 from tiny_models import make_tiny_encoder
 
 import artifacts
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("start", "training", "prediction", "push")
 
 
-def run_script(words: list[str], log: str) -> None:
+def run_fold(words: list[str], log: str) -> None:
     """A child process: the script, as from its command line."""
     import torch
 
@@ -63,23 +64,26 @@ def kill_a_fold(
     model = make_tiny_encoder(tmp_path / "encoder")
 
     def start(run_dir: Path, fold: int) -> multiprocessing.process.BaseProcess:
-        words = [
-            *(
-                "--model_name_or_path",
-                model,
-                "--tuning",
-                "full",
-                "--train_file",
-                str(ROOT / "data/demo/train.json"),
-            ),
-            *("--test_file", str(ROOT / "data/demo/test.json"), "--do_predict", "--output_dir", str(run_dir)),
-            *("--fold", str(fold), "--num_folds", "8", "--num_train_epochs", "3", "--max_seq_length", "48"),
-            *("--save_strategy", "steps", "--save_steps", "3", "--bf16", "False", "--learning_rate", "1e-3"),
-            *("--push_to_hub", "--hub_namespace", "team", "--hub_name", f"system-{run_dir.parent.name}"),
-        ]
-        process = context.Process(
-            target=run_script, args=(words, str(tmp_path / f"{run_dir.parent.name}.log"))
+        words = words_of(
+            model_name_or_path=model,
+            tuning="full",
+            train_file=ROOT / "data/demo/train.json",
+            test_file=ROOT / "data/demo/test.json",
+            do_predict=True,
+            output_dir=run_dir,
+            fold=fold,
+            num_folds=8,
+            num_train_epochs=3,
+            max_seq_length=48,
+            save_strategy="steps",
+            save_steps=3,
+            bf16=False,
+            learning_rate=1e-3,
+            push_to_hub=True,
+            hub_namespace="team",
+            hub_name=f"system-{run_dir.parent.name}",
         )
+        process = context.Process(target=run_fold, args=(words, str(tmp_path / f"{run_dir.parent.name}.log")))
         process.start()
         return process
 
@@ -176,27 +180,15 @@ def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path)
     ).returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        model = make_tiny_encoder(tmp_path / "encoder")
-        words = [
-            *(
-                "--model_name_or_path",
-                model,
-                "--tuning",
-                "full",
-                "--train_file",
-                str(ROOT / "data/demo/train.json"),
-            ),
-            *(
-                "--output_dir",
-                str(disk / "run"),
-                "--num_train_epochs",
-                "1",
-                "--max_seq_length",
-                "32",
-                "--num_folds",
-                "3",
-            ),
-        ]
+        words = words_of(
+            model_name_or_path=make_tiny_encoder(tmp_path / "encoder"),
+            tuning="full",
+            train_file=ROOT / "data/demo/train.json",
+            output_dir=disk / "run",
+            num_train_epochs=1,
+            max_seq_length=32,
+            num_folds=3,
+        )
         command = [sys.executable, str(ROOT / "run_classification.py"), *words]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr[-3000:]

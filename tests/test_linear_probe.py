@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import run_script, words_of
 from sklearn.linear_model import LogisticRegression
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -44,30 +45,13 @@ def demo() -> list[Row]:
 
 
 def words(model: str, output_dir: Path, **flags: object) -> list[str]:
-    """The words of a command line; a flag's list gives several values."""
     settings = {"model_name_or_path": model, "train_file": TRAIN, "output_dir": output_dir, "num_folds": 3}
-    settings |= {"C": [1, 10]} | flags
-    return [
-        str(word)
-        for name, value in settings.items()
-        if value is not None
-        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
+    return words_of(**settings | {"C": [1, 10]} | flags)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
-    """Run the script in this process, as from its command line: gives its exit status."""
-
-    def run_script(model: str, output_dir: Path, **flags: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["linear_probe.py", *words(model, output_dir, **flags)])
-        try:
-            command_line.run(linear_probe.main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return run_script
+def run(model: str, output_dir: Path, **flags: object) -> int:
+    """The script in this process, as from its command line; its exit status."""
+    return run_script(linear_probe.main, *words(model, output_dir, **flags))
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -82,7 +66,7 @@ def frozen_features(model: str, **options: object) -> probing.FrozenFeatures:
 # ------------------------------------------------------------------------------------------------------ the command line
 
 
-def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp_path, run, capsys):
+def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp_path, capsys):
     run_dir = tmp_path / "probe"
     command = [sys.executable, ROOT / "linear_probe.py", *words(encoder, run_dir, test_file=TEST, seed=7)]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -117,7 +101,7 @@ def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp
     np.testing.assert_allclose(artifacts.read_run(run_dir).oof.logits, made_run.oof.logits, atol=0.02)
 
 
-def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path, run, capsys):
+def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path, capsys):
     assert run(encoder, tmp_path / "run") == 0
     made = files_under(tmp_path / "run")
     capsys.readouterr()
@@ -137,7 +121,7 @@ def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path,
     np.testing.assert_allclose(later, before, atol=0.02)
 
 
-def test_the_same_seed_gives_the_same_bytes(decoder, tmp_path, run):
+def test_the_same_seed_gives_the_same_bytes(decoder, tmp_path):
     for name in ("a", "b"):
         assert run(decoder, tmp_path / name, run_name="run", max_turns=4, window_stride=4) == 0
     one, other = files_under(tmp_path / "a"), files_under(tmp_path / "b")
@@ -146,7 +130,7 @@ def test_the_same_seed_gives_the_same_bytes(decoder, tmp_path, run):
         assert one[name] == other[name] or Path(name).name in ("metrics.json", "run.json"), name
 
 
-def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_path, run, demo):
+def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_path, demo):
     assert run(encoder, tmp_path / "run", test_file=TEST) == 0
     made = artifacts.read_run(tmp_path / "run")
     test = load_rows(str(TEST), GUIDE, require_labels=False)
@@ -170,7 +154,7 @@ def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_pat
 
 
 @pytest.mark.parametrize("scope", [["1-8"], ["2", "7"]])
-def test_a_specialist_learns_its_labels_and_predicts_all_rows(scope, encoder, tmp_path, run):
+def test_a_specialist_learns_its_labels_and_predicts_all_rows(scope, encoder, tmp_path):
     assert run(encoder, tmp_path / "run", label_scope=scope) == 0
     made = artifacts.read_run(tmp_path / "run")
     labels = list(range(1, 9)) if scope == ["1-8"] else [2, 7]
@@ -187,7 +171,7 @@ def test_a_specialist_learns_its_labels_and_predicts_all_rows(scope, encoder, tm
         assert metrics["held_out_rows"] == (made.oof.fold == fold).sum()
 
 
-def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encoder, tmp_path, run, demo):
+def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encoder, tmp_path, demo):
     records = json.loads(TRAIN.read_text(encoding="utf-8"))
     variants = []
     for row in records:
@@ -230,7 +214,7 @@ def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encode
         ({"run_name": "a/b"}, "--run_name 'a/b': letters, digits, '_', '.', '-' only"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(flags, line, encoder, tmp_path, run, capsys, monkeypatch):
+def test_a_mistake_is_one_line_and_leaves_nothing(flags, line, encoder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(encoder, tmp_path / "run", **flags) == 2
     errors = [shown for shown in capsys.readouterr().err.splitlines() if "error" in shown]
@@ -238,7 +222,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, line, encoder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, run, capsys):
+def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, capsys):
     assert run(encoder, tmp_path / "run", layer=4) == 2
     assert f"--layer 4: {encoder} has layers 1 to 3\n" in capsys.readouterr().err
     assert run(decoder, tmp_path / "run", max_seq_length=100) == 2
@@ -255,7 +239,7 @@ def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, run
     artifacts.read_run(tmp_path / "run")
 
 
-def test_a_run_is_pushed_and_read_back(encoder, tmp_path, run, hub_here, capsys):
+def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys):
     where = {"hub_namespace": "lab", "hub_name": "sys"}
     assert run(encoder, tmp_path / "probe", **where, push_only="true") == 2
     assert "fold 0 is not complete, so there is nothing to push" in capsys.readouterr().err

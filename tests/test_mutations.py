@@ -6,7 +6,6 @@ import copy
 import json
 import random
 import shutil
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from running import run_script
 
 import artifacts
 import augment
@@ -138,15 +138,7 @@ def test_two_hundred_damaged_inputs(run_dir: Path, tmp_path: Path, monkeypatch, 
     test_file = run_dir.parent / "test.json"
     words = ["--run", run_dir, "--method", "prior", "--repeats", 1, "--output", tmp_path / "decision.json"]
 
-    def run(main: Callable[[], None], words: list[object]) -> int:
-        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, words)])
-        try:
-            command_line.run(main)
-        except SystemExit as stop:
-            return stop.code or 0
-        return 0
-
-    assert run(calibrate.main, words) == 0
+    assert run_script(calibrate.main, *words) == 0
     decision = json.loads((tmp_path / "decision.json").read_text())
     words = [
         "--runs",
@@ -158,7 +150,7 @@ def test_two_hundred_damaged_inputs(run_dir: Path, tmp_path: Path, monkeypatch, 
         "--test_file",
         test_file,
     ]
-    assert run(ensemble.main, [*words, "--output_dir", tmp_path / "whole"]) == 0
+    assert run_script(ensemble.main, *words, output_dir=tmp_path / "whole") == 0
     bundle = json.loads((tmp_path / "whole" / "ensemble.json").read_text())
     bundle["runs"][0]["model"] = {"folder": "../x", "folds": [{"subfolder": "fold-0", "sha256": {}}]}
     bundle["runs"][0] |= {
@@ -254,7 +246,7 @@ def test_two_hundred_damaged_inputs(run_dir: Path, tmp_path: Path, monkeypatch, 
             main, words = prepare(make(random.Random(f"{kind} {number}")), place)
             capsys.readouterr()
             try:
-                status = run(main, words)
+                status = run_script(main, *words)
             except Exception as error:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 escaped.append(

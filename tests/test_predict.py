@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
 import calibrate
@@ -26,79 +27,40 @@ NUM_FOLDS = 5
 TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
 
 
-def run_script(main, words: list[object]) -> int:
-    """Run a script in this process, as from its command line; its exit status."""
-    argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, words)]
-    try:
-        command_line.run(main)
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        sys.argv = argv
-    return 0
-
-
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of an ensemble of three runs of five folds."""
     place = tmp_path_factory.mktemp("system")
     decoder, encoder = make_tiny_decoder(place / "decoder"), make_tiny_encoder(place / "encoder")
-    data = ["--train_file", TRAIN, "--test_file", TEST, "--num_folds", NUM_FOLDS]
-    train = [
-        "--do_predict",
-        "--num_train_epochs",
-        1,
-        "--max_train_samples",
-        32,
-        "--learning_rate",
-        3e-3,
-        "--bf16",
-        "False",
-    ]
+    data = {"train_file": TRAIN, "test_file": TEST, "num_folds": NUM_FOLDS}
+    train = data | {
+        "do_predict": True,
+        "num_train_epochs": 1,
+        "max_train_samples": 32,
+        "learning_rate": 3e-3,
+        "bf16": False,
+    }
+    window = {"max_seq_length": 512, "max_turns": 8, "window_stride": 4}
     for fold in range(NUM_FOLDS):
-        lora = ["--lora_r", 4, "--max_seq_length", 512, "--max_turns", 8, "--window_stride", 4]
-        words = [
-            "--model_name_or_path",
-            decoder,
-            *data,
-            *train,
-            *lora,
-            "--fold",
-            fold,
-            "--output_dir",
-            place / "lora",
-        ]
-        assert run_script(run_classification.main, words) == 0
-        full = ["--tuning", "full", "--max_seq_length", 48, "--pooling", "mean"]
-        words = [
-            "--model_name_or_path",
-            encoder,
-            *data,
-            *train,
-            *full,
-            "--fold",
-            fold,
-            "--output_dir",
-            place / "full",
-        ]
-        assert run_script(run_classification.main, words) == 0
-    words = ["--model_name_or_path", encoder, *data, "--C", 1, "--output_dir", place / "probe"]
-    assert run_script(linear_probe.main, words) == 0
-    words = [
-        "--runs",
-        place / "lora",
-        place / "full",
-        place / "probe",
-        "--weights",
-        2,
-        1,
-        1,
-        "--method",
-        "prior",
-    ]
-    words += ["--repeats", 1, "--test_file", TEST, "--output_dir", place / "ensemble"]
-    assert run_script(ensemble.main, words) == 0
+        lora = {"model_name_or_path": decoder, "lora_r": 4, "output_dir": place / "lora"}
+        assert run_script(run_classification.main, **train, **window, **lora, fold=fold) == 0
+        full = {"model_name_or_path": encoder, "tuning": "full", "pooling": "mean", "max_seq_length": 48}
+        assert run_script(run_classification.main, **train, **full, output_dir=place / "full", fold=fold) == 0
+    probe = {"model_name_or_path": encoder, "C": 1, "output_dir": place / "probe"}
+    assert run_script(linear_probe.main, **data, **probe) == 0
+    assert run_script(ensemble.main, **three_runs(place), output_dir=place / "ensemble") == 0
     return place / "ensemble"
+
+
+def three_runs(place: Path) -> dict[str, object]:
+    """Flags of ensemble.py for the runs in a folder."""
+    return {
+        "runs": [place / "lora", place / "full", place / "probe"],
+        "weights": [2, 1, 1],
+        "method": "prior",
+        "repeats": 1,
+        "test_file": TEST,
+    }
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -112,19 +74,8 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
         modeling, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
     )
     output = tmp_path / "labels.jsonl"
-    words = [
-        "--ensemble",
-        system,
-        "--input",
-        TEST,
-        "--turns",
-        "last",
-        "--output",
-        output,
-        "--rows_per_chunk",
-        7,
-    ]
-    assert run_script(predict.main, words) == 0
+    flags = {"ensemble": system, "input": TEST, "turns": "last", "output": output, "rows_per_chunk": 7}
+    assert run_script(predict.main, **flags) == 0
     # Five adapters, one load of their base; five whole models; one frozen encoder.
     assert sum("decoder" in name for name in loads) == 1 and len(loads) == 1 + NUM_FOLDS + 1
     lines, submitted = read_lines(output), json.loads((system / "prediction.json").read_text())
@@ -145,8 +96,8 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
     whole, stopped, source = (tmp_path / name for name in ("whole.jsonl", "stopped.jsonl", "few.json"))
     dialogues = json.loads(Path(TEST).read_text())[:20]
     source.write_text(json.dumps(dialogues))
-    words = ["--ensemble", system, "--input", source, "--rows_per_chunk", 20, "--output"]
-    assert run_script(predict.main, [*words, whole]) == 0
+    flags = {"ensemble": system, "input": source, "rows_per_chunk": 20}
+    assert run_script(predict.main, **flags, output=whole) == 0
     predictions, calls = DefenseClassifier.predictions, []
 
     def fail_at_third(self, rows):
@@ -156,10 +107,10 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
         return predictions(self, rows)
 
     monkeypatch.setattr(DefenseClassifier, "predictions", fail_at_third)
-    assert run_script(predict.main, [*words, stopped]) == 130
+    assert run_script(predict.main, **flags, output=stopped) == 130
     part = tmp_path / ".stopped.jsonl.part-0"
     part.write_bytes(part.read_bytes() + b'[{"id": "half a li')
-    assert run_script(predict.main, [*words, stopped]) == 0
+    assert run_script(predict.main, **flags, output=stopped) == 0
     seeker_turns = sum(t["speaker"] == "seeker" for row in dialogues for t in row["dialogue"])
     assert stopped.read_bytes() == whole.read_bytes()
     assert len(read_lines(whole)) == seeker_turns
@@ -172,7 +123,7 @@ def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int
         "import resource, predict, command_line; command_line.run(predict.main); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
-    words = ["--ensemble", str(system), "--input", str(source), "--output", str(output), "--use_cpu"]
+    words = words_of(ensemble=system, input=source, output=output, use_cpu=True)
     ended = subprocess.run(
         [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -202,21 +153,10 @@ def test_ten_thousand_rows_need_the_memory_of_a_thousand(system: Path, tmp_path:
 
 
 def test_two_processes_give_the_lines_of_one(system: Path, tmp_path: Path):
-    words = [
-        "--ensemble",
-        str(system),
-        "--input",
-        TEST,
-        "--turns",
-        "last",
-        "--rows_per_chunk",
-        "6",
-        "--use_cpu",
-        "--output",
-    ]
-    assert run_script(predict.main, [*words, tmp_path / "one.jsonl"]) == 0
+    flags = {"ensemble": system, "input": TEST, "turns": "last", "rows_per_chunk": 6, "use_cpu": True}
+    assert run_script(predict.main, **flags, output=tmp_path / "one.jsonl") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(ROOT / "predict.py"), *words, str(tmp_path / "two.jsonl")]
+    command = [*torchrun, str(ROOT / "predict.py"), *words_of(**flags, output=tmp_path / "two.jsonl")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
@@ -235,10 +175,7 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
     assert classifier(dialogue, turns="last")[0].label == both[1].label
     (tmp_path / "in.jsonl").write_text(json.dumps({"id": "d1", "dialogue": dialogue}) + "\n")
     output = tmp_path / "out.jsonl"
-    assert (
-        run_script(predict.main, ["--ensemble", system, "--input", tmp_path / "in.jsonl", "--output", output])
-        == 0
-    )
+    assert run_script(predict.main, ensemble=system, input=tmp_path / "in.jsonl", output=output) == 0
     assert [line["label_name"] for line in read_lines(output)] == [
         prediction.label_name for prediction in both
     ]
@@ -249,89 +186,49 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
 
 def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, hub_here):
     place = system.parent
-    where = ["--push_only", "--hub_namespace", "team", "--hub_name", "sys"]
+    where = {"hub_namespace": "team", "hub_name": "sys"}
     for run in ("lora", "full"):
         for fold in range(NUM_FOLDS):
-            words = [
-                "--model_name_or_path",
-                "x",
-                "--output_dir",
-                place / run,
-                "--fold",
-                fold,
-                "--num_folds",
-                NUM_FOLDS,
-            ]
-            assert run_script(run_classification.main, [*words, *where]) == 0
-    probe = [
-        "--model_name_or_path",
-        place / "encoder",
-        "--train_file",
-        TRAIN,
-        "--test_file",
-        TEST,
-        "--num_folds",
-        NUM_FOLDS,
-    ]
-    assert run_script(linear_probe.main, [*probe, "--C", 1, "--output_dir", place / "probe", *where]) == 0
-    words = [
-        "--runs",
-        place / "lora",
-        place / "full",
-        place / "probe",
-        "--weights",
-        2,
-        1,
-        1,
-        "--method",
-        "prior",
-    ]
-    words += [
-        "--repeats",
-        1,
-        "--test_file",
-        TEST,
-        "--output_dir",
-        tmp_path / "pushed",
-        "--push_to_hub",
-        *where[1:],
-    ]
-    assert run_script(ensemble.main, words) == 0
+            flags = {
+                "model_name_or_path": "x",
+                "output_dir": place / run,
+                "fold": fold,
+                "num_folds": NUM_FOLDS,
+            }
+            assert run_script(run_classification.main, **flags, **where, push_only=True) == 0
+    probe = {
+        "model_name_or_path": place / "encoder",
+        "train_file": TRAIN,
+        "test_file": TEST,
+        "num_folds": NUM_FOLDS,
+        "C": 1,
+        "output_dir": place / "probe",
+    }
+    assert run_script(linear_probe.main, **probe, **where, push_only=True) == 0
+    flags = three_runs(place) | {"output_dir": tmp_path / "pushed", "push_to_hub": True}
+    assert run_script(ensemble.main, **flags, **where) == 0
 
     decisions = []
     for name, reference in (("here", place / "lora"), ("there", "team/sys-oof:lora")):
         output = tmp_path / f"{name}.json"
-        assert (
-            run_script(
-                calibrate.main, ["--run", reference, "--method", "prior", "--repeats", 1, "--output", output]
-            )
-            == 0
-        )
+        flags = {"run": reference, "method": "prior", "repeats": 1, "output": output}
+        assert run_script(calibrate.main, **flags) == 0
         decision = json.loads(output.read_text())
         (run,) = decision.pop("runs")
         decisions.append(decision)
     assert decisions[0] == decisions[1] and len(run["revision"]) == 40
 
     for name, first in (("here", place / "lora"), ("there", "team/sys-oof:lora")):
-        words = ["--runs", first, place / "full", "--method", "argmax", "--repeats", 1, "--test_file", TEST]
-        assert run_script(ensemble.main, [*words, "--output_dir", tmp_path / f"ensemble-{name}"]) == 0
+        flags = {"runs": [first, place / "full"], "method": "argmax", "repeats": 1, "test_file": TEST}
+        assert run_script(ensemble.main, **flags, output_dir=tmp_path / f"ensemble-{name}") == 0
     for file in ("prediction.json", "prediction.zip"):
         assert (tmp_path / "ensemble-here" / file).read_bytes() == (
             tmp_path / "ensemble-there" / file
         ).read_bytes()
 
     for name, reference in (("here", system), ("there", "team/sys")):
-        words = [
-            "--ensemble",
-            reference,
-            "--input",
-            TEST,
-            "--turns",
-            "last",
-            "--output",
-            tmp_path / f"{name}.jsonl",
-        ]
-        assert run_script(predict.main, words) == 0
+        flags = {"ensemble": reference, "input": TEST, "turns": "last", "output": tmp_path / f"{name}.jsonl"}
+        assert run_script(predict.main, **flags) == 0
     assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
 
     texts = [turn["text"].encode() for row in json.loads(Path(TRAIN).read_text()) for turn in row["dialogue"]]
@@ -394,9 +291,8 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
     for ensemble_dir, source, message in cases:
         output = tmp_path / "out" / "labels.jsonl"
         output.parent.mkdir(exist_ok=True)
-        assert (
-            run_script(predict.main, ["--ensemble", ensemble_dir, "--input", source, "--output", output]) == 2
-        ), message
+        flags = {"ensemble": ensemble_dir, "input": source, "output": output}
+        assert run_script(predict.main, **flags) == 2, message
         lines = [line for line in capsys.readouterr().err.splitlines() if "predict.py: error: " in line]
         assert len(lines) == 1 and message in lines[0], (message, lines)
         assert not list(output.parent.iterdir()), message

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 from transformers import TrainerCallback, TrainingArguments
 
@@ -30,7 +31,7 @@ from training import RowDataset, WeightedTrainer
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
 GUIDE = load_label_guide("label_guides/dmrs.yaml")
-SMALL = {"--max_train_samples": 48, "--num_train_epochs": 2, "--learning_rate": 3e-3, "--num_folds": 3}
+SMALL = {"max_train_samples": 48, "num_train_epochs": 2, "learning_rate": 3e-3, "num_folds": 3}
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +45,20 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(model: str, output_dir: Path, **flags: object) -> list[str]:
-    """The words after `python run_classification.py`; a flag's value None gives a bare flag."""
-    settings = {"--model_name_or_path": model, "--train_file": TRAIN, "--output_dir": output_dir, **SMALL}
-    settings |= {f"--{name}": value for name, value in flags.items()}
-    return [
-        str(word) for name, value in settings.items() for word in ([name] if value is None else [name, value])
-    ]
+    """The words after `python run_classification.py`, see `words_of`."""
+    settings = {"model_name_or_path": model, "train_file": TRAIN, "output_dir": output_dir, **SMALL}
+    return words_of(**settings | flags)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):
     """Run the script in this process, as from its command line: gives its exit status."""
 
-    def run_script(words: list[str]) -> int:
+    def run_here(words: list[str]) -> int:
         monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-        monkeypatch.setattr(sys, "argv", ["run_classification.py", *words])
-        try:
-            command_line.run(run_classification.main)
-        except SystemExit as stop:
-            return stop.code
-        return 0
+        return run_script(run_classification.main, *words)
 
-    return run_script
+    return run_here
 
 
 # ----------------------------------------------------------------------------------------------------- loss and batches
@@ -193,7 +186,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
 def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: Path, run, capsys):
     run_dir = tmp_path / "qlora"
     words = command(
-        decoder, run_dir, quantization="nf4", lora_r=4, lora_alpha=8, test_file=TEST, do_predict=None, logging_steps=1,
+        decoder, run_dir, quantization="nf4", lora_r=4, lora_alpha=8, test_file=TEST, do_predict=True, logging_steps=1,
         report_to="tensorboard", gradient_checkpointing="True", max_seq_length=512, max_turns=6, window_stride=2,
     )  # fmt: skip
     assert run(words) == 0
@@ -360,7 +353,7 @@ def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object],
         "recipe value": ({"config": tmp_path / "type.yaml"}, "num_train_epochs: 'many' is not a valid value"),
         "other guide": ({"label_guide": tmp_path / "guide.yaml"}, "is not in the label guide (0 to 1)"),
         "fold": ({"fold": 7}, "--fold 7 is not one of 0 to 2"),
-        "no test file": ({"do_predict": None}, "--do_predict needs a --test_file"),
+        "no test file": ({"do_predict": True}, "--do_predict needs a --test_file"),
         "packed encoder": ({"pack_dialogues": "True"}, "--pack_dialogues"),
         "no model": ({"model_name_or_path": tmp_path / "nothing"}, "no such model folder"),
         "best model": ({"load_best_model_at_end": "True"}, "--load_best_model_at_end"),
@@ -369,7 +362,7 @@ def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object],
         "window": ({"max_seq_length": 6}, "max_seq_length 6 leaves"),
         "push": ({"push_to_hub": "True"}, "--push_to_hub needs --hub_namespace and --hub_name"),
         "nothing to push": (
-            {"push_only": None, "hub_namespace": "a", "hub_name": "b"},
+            {"push_only": True, "hub_namespace": "a", "hub_name": "b"},
             "fold 0 is not complete",
         ),
         "run name": ({"run_name": "../x"}, "--run_name"),

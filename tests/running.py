@@ -1,0 +1,30 @@
+"""Scripts as a user runs them, in this process, where the imports are paid once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import command_line
+
+
+def words_of(**flags: object) -> list[str]:
+    """The words of a command line: True is a bare flag, None is left out, a list gives several values."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def run_script(main: Callable[[], None], *words: object, **flags: object) -> int:
+    """The exit status of `python SCRIPT words flags`."""
+    argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, words), *words_of(**flags)]
+    try:
+        command_line.run(main)
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = argv
+    return 0
