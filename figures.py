@@ -34,7 +34,8 @@ def label_texts(label_names: Sequence[str], width: int = 22) -> list[str]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    # The constrained layout knows tick labels by their first guess; what they grew by since would be cut off.
+    figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     return buffer.getvalue()
 
 
