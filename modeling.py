@@ -282,14 +282,14 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
     try:
         if isinstance(config, SegmentMeanConfig):
-            return SegmentMeanClassifier.from_pretrained(base.path, **arguments)
+            return _aligned(SegmentMeanClassifier.from_pretrained(base.path, **arguments))
         if base.pooling == "mean":
             encoder = AutoModel.from_pretrained(base.path, **arguments)
             encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
             mean_config = SegmentMeanConfig(
                 encoder.config, attn_implementation=encoder.config._attn_implementation, **head
             )
-            return SegmentMeanClassifier(mean_config, encoder)
+            return _aligned(SegmentMeanClassifier(mean_config, encoder))
         for name, value in (head | {"use_cache": False}).items():
             setattr(config, name, value)
         model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
@@ -302,6 +302,19 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         )
         new.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
         model.score = new
+    return _aligned(model)
+
+
+def _aligned(model: nn.Module) -> nn.Module:
+    """The model, its weights where torch would have put them.
+
+    On a CPU, safetensors gives views into the mapped file at whatever offset they have there. Kernels sum in another
+    order where weights are not aligned: a model that was just trained and the same one loaded again would differ in the
+    last bit. And a file that is replaced would change under the model.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.device.type == "cpu" and weight.data_ptr() % 64:
+            weight.data = weight.data.clone()
     return model
 
 

@@ -451,9 +451,10 @@ def main() -> None:
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": modeling.peak_memory(),
     }
-    artifacts.write_json(artifacts.metrics_path(run_dir, fold), fold_metrics)
+    # Before the metrics, which make the fold complete: a complete fold is not looked at again.
     if not training.keep_checkpoints:
         shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
+    artifacts.write_json(artifacts.metrics_path(run_dir, fold), fold_metrics)
     print(
         f"fold {fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}"
     )

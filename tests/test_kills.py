@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,22 @@ import artifacts
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("start", "training", "prediction", "push")
+WEIGHTS = (
+    1,
+    4,
+    3,
+    2,
+    2,
+)  # of the next kill's stage among those that are not over; the last: to let the fold end
+NUM_FOLDS = 20
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """One for all tests here: the process that children are forked from has read its address once and for all."""
+    with HubServer() as server:
+        server.env = server.environment(tmp_path_factory.mktemp("hub") / "hf-home")
+        yield server
 
 
 def run_fold(words: list[str], log: str) -> None:
@@ -49,7 +66,7 @@ def kill_a_fold(
     """Kill a fold at random moments until it has died `kills` times, then let it end; compare all that it left.
 
     A moment is drawn in two steps, a stage and then a time within it, because prediction and push are short beside the
-    training and would hardly ever be hit. A fold that completes before its number is up is followed by the next one.
+    training and would hardly ever be hit. A fold that ends before the number is up is followed by the next one.
 
     Returns:
         How often the process died, by what it was last seen doing, and how many folds it took.
@@ -72,7 +89,7 @@ def kill_a_fold(
             do_predict=True,
             output_dir=run_dir,
             fold=fold,
-            num_folds=8,
+            num_folds=NUM_FOLDS,
             num_train_epochs=3,
             max_seq_length=48,
             save_strategy="steps",
@@ -81,7 +98,7 @@ def kill_a_fold(
             learning_rate=1e-3,
             push_to_hub=True,
             hub_namespace="team",
-            hub_name=f"system-{run_dir.parent.name}",
+            hub_name=f"{run_dir.parent.name}-{kills}",
         )
         process = context.Process(target=run_fold, args=(words, str(tmp_path / f"{run_dir.parent.name}.log")))
         process.start()
@@ -114,11 +131,12 @@ def kill_a_fold(
         seconds = [min(filter(None, pair), default=0.0) for pair in zip(spent, seconds, strict=True)]
         stamps: dict[Path, int] = {}
         while sum(died.values()) < kills:
+            reached = doing(disturbed, fold)
+            (stage,) = rng.choices(range(reached, len(WEIGHTS)), WEIGHTS[reached:])
             process = start(disturbed, fold)
-            stage = rng.choices(range(len(STAGES)), (1, 4, 3, 3))[0]
             while process.is_alive() and doing(disturbed, fold) < stage:
                 time.sleep(0.002)
-            process.join(rng.uniform(0.0, 0.9) * seconds[doing(disturbed, fold)])
+            process.join(rng.uniform(0.0, 0.6) * seconds[doing(disturbed, fold)])
             if process.exitcode is not None:
                 break
             process.kill()
@@ -147,8 +165,9 @@ def kill_a_fold(
         if sum(died.values()) >= kills:
             break
 
-    hub_files = hub.files("team/system-killed-run") | {
-        f"tables/{path}": content for path, content in hub.files("team/system-killed-oof", "dataset").items()
+    hub_files = hub.files(f"team/killed-{kills}-run") | {
+        f"tables/{path}": content
+        for path, content in hub.files(f"team/killed-{kills}-oof", "dataset").items()
     }
     for done in range(fold):
         folder = artifacts.adapter_dir(disturbed, done)
