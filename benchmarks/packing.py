@@ -247,9 +247,9 @@ class Bench:
     def prepare(self, setting: Setting, training: bool = True) -> None:
         self.model.train(training)
         if setting.checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
         self.model.zero_grad()
 
     def measure(self, setting: Setting, epoch: int = 0) -> dict[str, float]:

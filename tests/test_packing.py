@@ -216,7 +216,7 @@ def test_in_bf16(tmp_path, attn_implementation, autocast):
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_lora_with_gradient_checkpointing(decoders, quantization):
+def test_lora_with_activation_checkpointing(decoders, quantization):
     rows = demo_rows(num_dialogues=3)
     torch.manual_seed(0)
     base = modeling.find_base_model(decoders["qwen3"], quantization=quantization, dtype="float32")
@@ -226,7 +226,7 @@ def test_lora_with_gradient_checkpointing(decoders, quantization):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     accept_packed(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
     logit_difference, gradient_difference = compare(model, rows, render(rows, max_turns=10))

@@ -187,7 +187,7 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     run_dir = tmp_path / "qlora"
     words = command(
         decoder, run_dir, quantization="nf4", lora_r=4, lora_alpha=8, test_file=TEST, do_predict=True, logging_steps=1,
-        report_to="tensorboard", gradient_checkpointing="True", max_seq_length=512, max_turns=6, window_stride=2,
+        report_to="tensorboard", activation_checkpointing=True, max_seq_length=512, max_turns=6, window_stride=2,
     )  # fmt: skip
     assert run(words) == 0
     assert "fold 0: macro_f1_positive" in capsys.readouterr().out
