@@ -448,7 +448,7 @@ def bootstrap_interval(
     """Interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`.
 
     Bias-corrected and accelerated (Efron, 1987): macro F1 of few rows is a biased and skewed statistic, and plain
-    percentiles miss a truth above them five times as often as one below them (docs/BENCHMARKS.md).
+    percentiles miss a truth above them five times as often as one below them (docs/LOG.md).
     """
     counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
     samples = score_of(_resampled_counts(counts, num_samples, seed))
