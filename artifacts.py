@@ -419,15 +419,15 @@ def check_run_info(info: Any, where: str) -> dict[str, Any]:
     return info
 
 
-def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
-    """Write `run.json`, once: another fold of the same run finds it there and must be of one mind with it.
+def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
+    """Refuse a folder that holds another run; a folder without a run is fine.
 
     Raises:
         InputError: the folder holds a run with other labels, folds, base model or data.
     """
     path = Path(run_dir) / "run.json"
-    check_run_info(info, str(path))
-    write_json(path, info, overwrite=False)
+    if not path.exists():
+        return
     present = check_run_info(read_json(path), str(path))
     for key in SHARED_KEYS:
         if present[key] != info[key]:
@@ -435,6 +435,18 @@ def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
                 f"{path}: {key}: the folder holds a run with {_short(present[key])}, this one has {_short(info[key])}; "
                 "use another output_dir"
             )
+
+
+def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
+    """Write `run.json`, once: another fold of the same run finds it there and must be of one mind with it.
+
+    Raises:
+        InputError: see `check_same_run`.
+    """
+    path = Path(run_dir) / "run.json"
+    check_run_info(info, str(path))
+    write_json(path, info, overwrite=False)
+    check_same_run(run_dir, info)
 
 
 def _short(value: Any) -> str:

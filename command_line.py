@@ -188,7 +188,9 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(2)
     except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         # A path that the user gave and that cannot be what it is to be; whoever met it first, a library or we.
-        print(f"{script}: error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        if error.filename is None:
+            raise
+        print(f"{script}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         # An error that is nobody's mistake but expected all the same (a push that failed) brings its exit status along.

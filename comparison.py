@@ -116,13 +116,9 @@ def compare(first: System, second: System, metric: str, seed: int) -> Comparison
     both = first.predictions, second.predictions[:, positions]
     num_labels, positive = len(first.info["label_names"]), first.info["positive_labels"]
     scores = tuple(decoding.mean_scores(labels, rows, num_labels, positive)[metric] for rows in both)
-    samples = [
-        decoding.bootstrap_scores(
-            labels, rows, groups, num_labels=num_labels, positive_labels=positive, metric=metric, seed=seed
-        )
-        for rows in both
-    ]
-    low, high = np.quantile(samples[1] - samples[0], [0.025, 0.975])
+    interval = decoding.difference_interval(
+        labels, *both, groups, num_labels=num_labels, positive_labels=positive, metric=metric, seed=seed
+    )
     a, b = both[0][0], both[1][0]
     pairs = Counter(zip(a[a != b].tolist(), b[a != b].tolist(), strict=True))
     flips = []
@@ -138,7 +134,7 @@ def compare(first: System, second: System, metric: str, seed: int) -> Comparison
                 "ids": [first.table.id[row] for row in here],
             }
         )
-    return Comparison(scores, scores[1] - scores[0], (float(low), float(high)), flips)
+    return Comparison(scores, scores[1] - scores[0], interval, flips)
 
 
 def flip_table(found: Comparison, label_names: Sequence[str], num_rows: int) -> Table:

@@ -451,15 +451,50 @@ def bootstrap_interval(
     percentiles miss a truth above them five times as often as one below them (docs/LOG.md).
     """
     counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
-    samples = score_of(_resampled_counts(counts, num_samples, seed))
-    total = counts.sum(axis=0)
-    return _accelerated_interval(samples, float(score_of(total[None])[0]), score_of(total - counts), level)
+    return _accelerated_interval(counts, score_of, num_samples, seed, level)
+
+
+def difference_interval(
+    labels: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    groups: Sequence[Hashable],
+    *,
+    num_labels: int,
+    positive_labels: Sequence[int],
+    metric: str = "macro_f1_positive",
+    num_samples: int = 2000,
+    seed: int = 42,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
+
+    Arguments as `bootstrap_scores`; `first` and `second` may have different numbers of repeats.
+    """
+    rest = (groups, num_labels, positive_labels, metric)
+    first_counts, first_score = _dialogue_counts(labels, first, *rest)
+    second_counts, second_score = _dialogue_counts(labels, second, *rest)
+    border = first_counts.shape[1]
+    return _accelerated_interval(
+        np.concatenate([first_counts, second_counts], axis=1),
+        lambda sums: second_score(sums[:, border:]) - first_score(sums[:, :border]),
+        num_samples,
+        seed,
+        level,
+    )
 
 
 def _accelerated_interval(
-    samples: np.ndarray, estimate: float, left_out: np.ndarray, level: float
+    counts: np.ndarray,
+    score_of: Callable[[np.ndarray], np.ndarray],
+    num_samples: int,
+    seed: int,
+    level: float,
 ) -> tuple[float, float]:
-    """BCa interval from bootstrap samples [b], the estimate, and the estimates with one dialogue left out each [g]."""
+    """BCa interval of a score of summed counts, the dialogues' being `counts` [g, k]."""
+    total = counts.sum(axis=0)
+    samples = score_of(_resampled_counts(counts, num_samples, seed))
+    estimate, left_out = float(score_of(total[None])[0]), score_of(total - counts)
     normal = NormalDist()
     below = (samples < estimate - SCORE_TOLERANCE).mean() + (samples <= estimate + SCORE_TOLERANCE).mean()
     edge = 0.5 / len(samples)

@@ -118,7 +118,7 @@ class ProbeArguments(FoldDataArguments):
             self.bf16 = self.dtype == "float32" and modeling.has_fast_bf16()
 
 
-def check_same_run(run_dir: Path, recipe: dict[str, Any]) -> None:
+def check_same_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
     """Refuse to mix folds of two recipes in one run.
 
     Raises:
@@ -175,7 +175,7 @@ def main() -> None:
     run_dir = Path(arguments.output_dir)
     run_name = artifacts.check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
     recipe = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in NOT_IN_RECIPE}
-    check_same_run(run_dir, recipe)
+    check_same_recipe(run_dir, recipe)
     missing = [
         fold
         for fold in range(arguments.num_folds)
@@ -229,9 +229,6 @@ def train_folds(
         batch_size=arguments.per_device_eval_batch_size,
         bf16=arguments.bf16,
     )
-    features = frozen.extract(rows + data.test)
-    feature_seconds = time.perf_counter() - started
-    logger.info(f"{features.shape[1]} features of {len(features)} rows in {feature_seconds:.1f} s")
     run_info = {
         "name": run_name,
         **data.describe(),
@@ -246,6 +243,10 @@ def train_folds(
         "prompt_fingerprint": frozen.renderer.fingerprint if frozen.renderer else None,
         **command_line.provenance(),
     }
+    artifacts.check_same_run(run_dir, run_info)  # before the features are computed
+    features = frozen.extract(rows + data.test)
+    feature_seconds = time.perf_counter() - started
+    logger.info(f"{features.shape[1]} features of {len(features)} rows in {feature_seconds:.1f} s")
 
     # Train, evaluate, save
     labels = np.array([row.label for row in rows])

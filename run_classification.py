@@ -377,6 +377,7 @@ def main() -> None:
         "prompt_fingerprint": renderer.fingerprint,
         **command_line.provenance(),
     }
+    artifacts.check_same_run(run_dir, run_info)  # before a large model is loaded
     decides = [
         recipe,
         data_fingerprint(train),

@@ -130,6 +130,19 @@ def test_the_interval_is_that_of_scipy(repeats):
     assert abs(plain - [low, high]).max() > 0.005  # another interval, or this test would show nothing
 
 
+def test_the_interval_of_a_difference_is_paired():
+    probabilities, labels, groups = draw(3, rows=300, num_groups=40)
+    first, facts = probabilities.argmax(1), {"num_labels": 4, "positive_labels": [0, 1, 2]}
+    assert decoding.difference_interval(labels, first, first, groups, **facts) == (0, 0)
+    # Against predictions that are always wrong, which score 0 on every sample, it is the interval of the score alone.
+    wrong = np.where(labels == 3, 2, 3)
+    alone = decoding.bootstrap_interval(labels, first, groups, **facts)
+    assert decoding.difference_interval(labels, wrong, first, groups, **facts) == pytest.approx(alone)
+    twice = np.stack([first, first])
+    assert decoding.difference_interval(labels, wrong, twice, groups, **facts) == pytest.approx(alone)
+    assert decoding.difference_interval(labels, first, wrong, groups, **facts)[1] < 0
+
+
 def test_the_interval_of_what_cannot_vary_is_a_point():
     labels, groups = np.array([0, 1, 1, 0]), ["a", "a", "b", "b"]
     assert decoding.bootstrap_interval(labels, labels, groups, num_labels=2, positive_labels=[0, 1]) == (1, 1)
