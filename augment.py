@@ -18,13 +18,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import artifacts
-import command_line
-import hub
-import reporting
-from command_line import InputError
-from dialogues import Columns, DataArguments, LabelGuide, Row, load_label_guide, load_rows
-from variants import augment_text
+from rareturn.command_line import parse_arguments, run
+from rareturn.data.label_guide import LabelGuide, load_label_guide
+from rareturn.data.rows import Columns, DataArguments, Row, load_rows
+from rareturn.data.variants import augment_text
+from rareturn.errors import InputError
+from rareturn.files import write_bytes
+from rareturn.reports.tables import Table
+from rareturn.runs.hub import push_files
+from rareturn.runs.references import check_name
 
 DATASET_CARD = """---
 configs:
@@ -172,7 +174,7 @@ def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, 
         (f"{label.number} {label.name}", before[label.number], added[label.number]) for label in guide.labels
     ]
     cells.append(("total", len(rows), added.total()))
-    table = reporting.Table(
+    table = Table(
         "Rows before and after",
         ("label", "before", "variants", "after"),
         [(name, str(had), str(new), str(had + new)) for name, had, new in cells],
@@ -191,10 +193,10 @@ def push(rows: Sequence[Row], columns: Columns, arguments: ScriptArguments) -> N
         InputError: a name that no repo can have.
         PushError: the Hub does not take it; the output file stays.
     """
-    namespace = artifacts.check_name(arguments.hub_namespace, "hub_namespace")
-    repo_id = f"{namespace}/{artifacts.check_name(f'{arguments.hub_name}-augmented', 'hub_name: repo')}"
+    namespace = check_name(arguments.hub_namespace, "hub_namespace")
+    repo_id = f"{namespace}/{check_name(f'{arguments.hub_name}-augmented', 'hub_name: repo')}"
     readme = DATASET_CARD.format(rows=len(rows), sources=len({row.augmented_from for row in rows}))
-    sha = hub.push_files(
+    sha = push_files(
         repo_id,
         {"augmented.parquet": file_bytes(rows, columns, ".parquet"), "README.md": readme.encode()},
         message=f"{len(rows)} augmented rows",
@@ -207,7 +209,7 @@ def push(rows: Sequence[Row], columns: Columns, arguments: ScriptArguments) -> N
 
 def main() -> None:
     # Arguments and logging
-    arguments, data = command_line.parse_arguments((ScriptArguments, DataArguments), __doc__)
+    arguments, data = parse_arguments((ScriptArguments, DataArguments), __doc__)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     # Data
@@ -241,7 +243,7 @@ def main() -> None:
 
     # Save and push
     content = file_bytes(variants, data.columns, Path(arguments.output_file).suffix)
-    artifacts.write_bytes(arguments.output_file, content)
+    write_bytes(arguments.output_file, content)
     print(summary(originals, made, arguments.k, guide))
     print(f"wrote {len(variants)} variants to {arguments.output_file}")
     if arguments.push_to_hub:
@@ -249,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

@@ -21,11 +21,31 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import artifacts
-import command_line
-import decoding
-import reporting
-from command_line import InputError
+from rareturn import command_line
+from rareturn.command_line import parse_arguments
+from rareturn.decisions.cross_fitting import (
+    CrossFit,
+    Recipe,
+    Rule,
+    cross_fit,
+    fit_rule,
+    grouped_folds,
+    predict,
+    rule_fitter,
+)
+from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
+from rareturn.decisions.probabilities import (
+    BLENDS,
+    check_logits,
+    fit_temperature,
+    probability_quality,
+    softmax,
+)
+from rareturn.decisions.rules import METHODS
+from rareturn.errors import InputError
+from rareturn.files import write_json
+from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, interval_text
+from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +60,14 @@ class CalibrationArguments:
         default="auto",
         metadata={
             "help": "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best.",
-            "choices": ["auto", *decoding.METHODS],
+            "choices": ["auto", *METHODS],
         },
     )
     metric: str = field(
         default="macro_f1_positive",
         metadata={
             "help": "Score to maximise. The shared task's by default.",
-            "choices": list(decoding.METRIC_NAMES),
+            "choices": list(METRIC_NAMES),
         },
     )
     protected_label: int | None = field(
@@ -89,23 +109,21 @@ class Row:
     """
 
     name: str
-    rule: decoding.Rule
+    rule: Rule
     in_sample: np.ndarray
-    cross_fitted: decoding.CrossFit
+    cross_fitted: CrossFit
     seconds: float
 
-    def figures(self, run: artifacts.Run, metric: str) -> dict[str, Any]:
+    def figures(self, run: Run, metric: str) -> dict[str, Any]:
         """The row's scores: `in_sample`, `cross_fitted` and the latter's 95 % `interval`."""
         return {
-            "in_sample": decoding.score(
-                run.oof.label, self.in_sample, run.num_labels, run.positive_labels, metric
-            ),
+            "in_sample": score(run.oof.label, self.in_sample, run.num_labels, run.positive_labels, metric),
             "cross_fitted": self.cross_fitted.metrics[metric],
             "interval": list(self.cross_fitted.interval),
         }
 
 
-def find_protected(arguments: CalibrationArguments, run: artifacts.Run) -> int | None:
+def find_protected(arguments: CalibrationArguments, run: Run) -> int | None:
     """The gate's label: the flag's, the run's, the most frequent one; None without a gate."""
     if not arguments.gate:
         if arguments.protected_label is not None:
@@ -121,9 +139,9 @@ def find_protected(arguments: CalibrationArguments, run: artifacts.Run) -> int |
     return label
 
 
-def table_recipes(arguments: CalibrationArguments, run: artifacts.Run) -> dict[str, decoding.Recipe]:
+def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe]:
     """What the table compares, the method asked for last: with `auto` every method, the gate left to `auto`."""
-    asked = decoding.Recipe(
+    asked = Recipe(
         tuple(run.positive_labels),
         metric=arguments.metric,
         method=arguments.method,
@@ -132,7 +150,7 @@ def table_recipes(arguments: CalibrationArguments, run: artifacts.Run) -> dict[s
         num_splits=arguments.num_splits,
         seed=arguments.seed,
     )
-    others = decoding.METHODS if arguments.method == "auto" else ("argmax",)
+    others = METHODS if arguments.method == "auto" else ("argmax",)
     recipes = {
         method: dataclasses.replace(
             asked, method=method, protected_class=asked.protected_class if method == "random" else None
@@ -143,18 +161,16 @@ def table_recipes(arguments: CalibrationArguments, run: artifacts.Run) -> dict[s
     return {**recipes, arguments.method: asked}
 
 
-def fit_row(
-    name: str, recipe: decoding.Recipe, run: artifacts.Run, arguments: CalibrationArguments, bar: tqdm
-) -> Row:
+def fit_row(name: str, recipe: Recipe, run: Run, arguments: CalibrationArguments, bar: tqdm) -> Row:
     """Fit on all rows, score there, and cross-fit."""
     logits, labels, groups = [run.oof.logits], run.oof.label, run.oof.dialogue_id
     bar.set_postfix_str(name)
     started = time.perf_counter()
-    rule = decoding.fit_rule(recipe, logits, labels, groups)
+    rule = fit_rule(recipe, logits, labels, groups)
     seconds = time.perf_counter() - started
     bar.update()
-    cross_fitted = decoding.cross_fit(
-        decoding.rule_fitter(recipe, logits, labels, groups),
+    cross_fitted = cross_fit(
+        rule_fitter(recipe, logits, labels, groups),
         labels,
         groups,
         num_labels=run.num_labels,
@@ -165,32 +181,26 @@ def fit_row(
         seed=arguments.seed,
         progress=bar.update,
     )
-    return Row(name, rule, decoding.predict(logits, rule), cross_fitted, seconds)
+    return Row(name, rule, predict(logits, rule), cross_fitted, seconds)
 
 
-def temperature_quality(run: artifacts.Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:
+def temperature_quality(run: Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:
     """Log loss, Brier score and ECE before a temperature, after it, and after one fitted on the other dialogues."""
     logits, labels = run.oof.logits, run.oof.label
-    folds = decoding.grouped_folds(
-        labels, run.oof.dialogue_id, run.num_labels, arguments.num_splits, arguments.seed
-    )
+    folds = grouped_folds(labels, run.oof.dialogue_id, run.num_labels, arguments.num_splits, arguments.seed)
     scaled = np.empty(logits.shape)
     for fold in range(int(folds.max()) + 1):
         train = folds != fold
-        scaled[~train] = decoding.softmax(
-            logits[~train], decoding.fit_temperature([logits[train]], labels[train])
-        )
-    temperature = decoding.fit_temperature([logits], labels)
+        scaled[~train] = softmax(logits[~train], fit_temperature([logits[train]], labels[train]))
+    temperature = fit_temperature([logits], labels)
     return {
-        "before_temperature": decoding.probability_quality(decoding.softmax(logits), labels),
-        "after_temperature_in_sample": decoding.probability_quality(
-            decoding.softmax(logits, temperature), labels
-        ),
-        "after_temperature_cross_fitted": decoding.probability_quality(scaled, labels),
+        "before_temperature": probability_quality(softmax(logits), labels),
+        "after_temperature_in_sample": probability_quality(softmax(logits, temperature), labels),
+        "after_temperature_cross_fitted": probability_quality(scaled, labels),
     }
 
 
-def describe(rule: decoding.Rule, label_names: Sequence[str]) -> str:
+def describe(rule: Rule, label_names: Sequence[str]) -> str:
     """The rule in words."""
     decision = rule.decision
     bias = ", ".join(f"{name} {value:+.2f}" for name, value in zip(label_names, decision.bias, strict=True))
@@ -203,7 +213,7 @@ def describe(rule: decoding.Rule, label_names: Sequence[str]) -> str:
 def print_tables(
     rows: Sequence[Row],
     quality: dict[str, dict[str, float]],
-    run: artifacts.Run,
+    run: Run,
     arguments: CalibrationArguments,
 ) -> None:
     """The methods' table and the one of the probabilities."""
@@ -216,18 +226,18 @@ def print_tables(
             (
                 name + (" + gate" if row.rule.decision.threshold is not None else ""),
                 f"{figures['in_sample']:.4f}",
-                reporting.interval_text(figures["cross_fitted"], figures["interval"]),
+                interval_text(figures["cross_fitted"], figures["interval"]),
                 f"{figures['in_sample'] - figures['cross_fitted']:+.4f}",
                 f"{row.seconds:.2f}",
             )
         )
     note = (
         f"Rows {len(run.oof)}, dialogues {len(set(run.oof.dialogue_id))}; the run has "
-        f"{reporting.FOLD_TEXTS[run.info['fold_groups']]}. Cross-fitted by dialogue, {arguments.repeats} times "
+        f"{FOLD_TEXTS[run.info['fold_groups']]}. Cross-fitted by dialogue, {arguments.repeats} times "
         f"{arguments.num_splits} folds; what a row chooses (method, gate, temperature) is chosen inside the folds."
     )
     header = ("method", "in-sample", "cross-fitted (95 %)", "optimism", "seconds")
-    print(reporting.Table(f"{reporting.SCORE_TITLES[metric]}: {run.reference}", header, cells, note).text())
+    print(Table(f"{SCORE_TITLES[metric]}: {run.reference}", header, cells, note).text())
     stages = {
         "before": quality["before_temperature"],
         "after, in-sample": quality["after_temperature_in_sample"],
@@ -235,7 +245,7 @@ def print_tables(
     }
     numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages.items()]
     print()
-    print(reporting.Table("Probabilities, temperature", ("", "log loss", "Brier", "ECE"), numbers).text())
+    print(Table("Probabilities, temperature", ("", "log loss", "Brier", "ECE"), numbers).text())
     print()
     print(describe(rows[-1].rule, run.label_names))
 
@@ -243,7 +253,7 @@ def print_tables(
 def decision_content(
     rows: Sequence[Row],
     quality: dict[str, dict[str, float]],
-    run: artifacts.Run,
+    run: Run,
     arguments: CalibrationArguments,
 ) -> dict[str, Any]:
     """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
@@ -258,13 +268,13 @@ def decision_content(
         "positive_labels": run.positive_labels,
         **chosen.rule.decision.to_dict(),
         "runs": [{"reference": run.reference, "revision": run.revision, "weight": 1.0}],
-        "blend": decoding.BLENDS[0],
+        "blend": BLENDS[0],
         "method": chosen.rule.method,
         "metric": arguments.metric,
         "fold_groups": run.info["fold_groups"],
         "seed": arguments.seed,
         "metrics": {
-            stage: reporting.score_predictions(
+            stage: score_predictions(
                 run.oof.label,
                 predictions,
                 run.oof.dialogue_id,
@@ -281,16 +291,14 @@ def decision_content(
 
 def main() -> None:
     """Run the script; see the module's docstring."""
-    (arguments,) = command_line.parse_arguments((CalibrationArguments,), __doc__)
+    (arguments,) = parse_arguments((CalibrationArguments,), __doc__)
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
     )
 
-    run = artifacts.read_run(arguments.run)
-    decoding.check_logits(run.oof.logits, run.reference)
-    decoding.check_labels(
-        run.oof.label, run.oof.dialogue_id, run.label_names, run.positive_labels, run.reference
-    )
+    run = read_run(arguments.run)
+    check_logits(run.oof.logits, run.reference)
+    check_labels(run.oof.label, run.oof.dialogue_id, run.label_names, run.positive_labels, run.reference)
     recipes = table_recipes(arguments, run)
 
     num_fits = 1 + arguments.repeats * min(arguments.num_splits, len(set(run.oof.dialogue_id)))
@@ -299,7 +307,7 @@ def main() -> None:
     quality = temperature_quality(run, arguments)
     print_tables(rows, quality, run, arguments)
 
-    artifacts.write_json(arguments.output, decision_content(rows, quality, run, arguments))
+    write_json(arguments.output, decision_content(rows, quality, run, arguments))
     logger.info("wrote %s", arguments.output)
 
 

@@ -24,25 +24,35 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-import artifacts
-import blending
-import bundles
-import command_line
-import comparison
-import decoding
-import ensemble_report
-import hub
-import reporting
-from artifacts import Run
-from command_line import InputError
-from dialogues import (
-    DataArguments,
-    Row,
-    load_label_guide,
-    load_rows,
-    parse_label_guide,
-    read_records,
+from rareturn import command_line
+from rareturn.command_line import parse_arguments
+from rareturn.data.label_guide import load_label_guide, parse_label_guide
+from rareturn.data.readers import read_records
+from rareturn.data.rows import DataArguments, Row, load_rows
+from rareturn.decisions import probabilities as probabilities_module
+from rareturn.decisions.cross_fitting import (
+    Recipe,
+    Rule,
+    cross_fit,
+    cross_fitted_scaling,
+    fit_rule,
+    rule_fitter,
+    search_weights,
 )
+from rareturn.decisions.metrics import METRIC_NAMES, check_labels
+from rareturn.decisions.probabilities import BLENDS, check_weights, softmax, test_probabilities
+from rareturn.decisions.rules import METHODS, Decision, decide
+from rareturn.errors import InputError
+from rareturn.files import read_json, write_bytes, write_json
+from rareturn.reports import comparison
+from rareturn.reports.cards import ensemble_card
+from rareturn.reports.comparison import PREDICTIONS_FILE, System, flip_table, read_system
+from rareturn.reports.ensemble import Outcome, make_page, make_pictures, make_tables, measure, score_test
+from rareturn.runs.alignment import align_runs, align_test, make_voting, protected_label
+from rareturn.runs.bundle import SCHEMA_VERSION, describe_run, refer_to_hub
+from rareturn.runs.hub import add_to_collection, push_files
+from rareturn.runs.reading import Run, read_run
+from rareturn.runs.references import check_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +77,7 @@ class EnsembleArguments(DataArguments):
     )
     blend: str = field(
         default="arithmetic",
-        metadata={"help": "Kind of weighted mean of the probabilities.", "choices": list(decoding.BLENDS)},
+        metadata={"help": "Kind of weighted mean of the probabilities.", "choices": list(BLENDS)},
     )
     decision: str | None = field(
         default=None,
@@ -78,12 +88,12 @@ class EnsembleArguments(DataArguments):
         metadata={
             "help": "How the rule is fitted; auto chooses inside the cross-fitting. vote and soft_vote: gatekeepers "
             "decide one label, runs with a label_scope share the rest, in votes or in probabilities.",
-            "choices": ["auto", *decoding.METHODS, *VOTES],
+            "choices": ["auto", *METHODS, *VOTES],
         },
     )
     metric: str = field(
         default="macro_f1_positive",
-        metadata={"help": "Score that the rule is fitted for.", "choices": list(decoding.METRIC_NAMES)},
+        metadata={"help": "Score that the rule is fitted for.", "choices": list(METRIC_NAMES)},
     )
     repeats: int = field(
         default=5,
@@ -135,18 +145,18 @@ def parse_weights(given: Sequence[str] | None, num_runs: int) -> tuple[float, ..
         weights = tuple(map(float, given))
     except ValueError:
         raise InputError(f"--weights {' '.join(given)}: numbers, or the one word search") from None
-    decoding.check_weights(weights, num_runs)
+    check_weights(weights, num_runs)
     return weights
 
 
-def read_decision(path: str, runs: Sequence[Run]) -> tuple[decoding.Decision, dict[str, Any]]:
+def read_decision(path: str, runs: Sequence[Run]) -> tuple[Decision, dict[str, Any]]:
     """A decision for these runs' labels, and the file's whole content.
 
     Raises:
         InputError: an unreadable file, or one for other labels.
     """
-    content = artifacts.read_json(path)
-    decision = decoding.Decision.from_dict(content, path)
+    content = read_json(path)
+    decision = Decision.from_dict(content, path)
     names = runs[0].label_names
     if content["label_names"] != names:
         raise InputError(f"{path}: label_names: {content['label_names']}, but {names} in {runs[0].reference}")
@@ -155,28 +165,28 @@ def read_decision(path: str, runs: Sequence[Run]) -> tuple[decoding.Decision, di
 
 def fit_system(
     arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray], labels: np.ndarray
-) -> blending.Outcome:
+) -> Outcome:
     """Fit or apply the rule, and predict every out-of-fold row in the three ways that the report sets side by side."""
     info, groups, notes = runs[0].info, runs[0].oof.dialogue_id, []
     weights = parse_weights(arguments.weights, len(runs))
-    protected = blending.protected_label(runs[0])
+    protected = protected_label(runs[0])
     equal = (1.0,) * len(runs)
-    untuned = decoding.check_weights(equal if weights in (None, "search") else weights, len(runs))
-    before = decoding.blend([decoding.softmax(run) for run in logits], untuned, arguments.blend)
+    untuned = check_weights(equal if weights in (None, "search") else weights, len(runs))
+    before = probabilities_module.blend([softmax(run) for run in logits], untuned, arguments.blend)
     argmax = before.argmax(axis=1)
     if weights not in (None, "search") and abs(sum(weights) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
     if arguments.method in VOTES:
-        voting = blending.make_voting(runs, protected, soft=arguments.method == "soft_vote")
-        predictions = voting.predict([decoding.softmax(run) for run in logits])
-        rule = decoding.Rule(decoding.Decision(np.zeros(len(info["label_names"]))), untuned, arguments.method)
+        voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
+        predictions = voting.predict([softmax(run) for run in logits])
+        rule = Rule(Decision(np.zeros(len(info["label_names"]))), untuned, arguments.method)
         notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
-        return blending.Outcome(
+        return Outcome(
             rule, untuned, voting, argmax, predictions, predictions[None], before, before, before, notes
         )
-    recipe = decoding.Recipe(
+    recipe = Recipe(
         tuple(info["positive_labels"]),
         metric=arguments.metric,
         method=arguments.method,
@@ -190,10 +200,10 @@ def fit_system(
         method = content.get("method")
         if weights == "search":
             raise InputError("--weights search: a given --decision belongs to given weights")
-        rule = decoding.Rule(decision, untuned, str(method))
+        rule = Rule(decision, untuned, str(method))
         recipe = dataclasses.replace(
             recipe,
-            method=method if method in decoding.METHODS else arguments.method,
+            method=method if method in METHODS else arguments.method,
             protected_class=protected if decision.protected_class is None else decision.protected_class,
         )
         notes.append(
@@ -201,7 +211,7 @@ def fit_system(
             f"these rows; the cross-fitted one is that of the method {recipe.method!r} fitted anew on other dialogues."
         )
     else:
-        rule = decoding.fit_rule(recipe, logits, labels, groups)
+        rule = fit_rule(recipe, logits, labels, groups)
         if arguments.method == "auto":
             notes.append(
                 f"Method auto chose {rule.method} on all rows. The cross-fitted figure includes the choice: it was made "
@@ -209,8 +219,8 @@ def fit_system(
             )
     num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
     with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-        cross_fitted = decoding.cross_fit(
-            decoding.rule_fitter(recipe, logits, labels, groups),
+        cross_fitted = cross_fit(
+            rule_fitter(recipe, logits, labels, groups),
             labels,
             groups,
             num_labels=len(info["label_names"]),
@@ -221,32 +231,34 @@ def fit_system(
             seed=arguments.seed,
             progress=bar.update,
         )
-    after = decoding.blend(
-        [decoding.softmax(run, rule.decision.temperature) for run in logits], rule.weights, arguments.blend
+    after = probabilities_module.blend(
+        [softmax(run, rule.decision.temperature) for run in logits], rule.weights, arguments.blend
     )
-    in_sample = decoding.decide(after, rule.decision)
-    scaled = blending.cross_fitted_scaling(
+    in_sample = decide(after, rule.decision)
+    scaled = cross_fitted_scaling(
         logits, labels, groups, untuned, arguments.blend, NUM_SPLITS, arguments.seed
     )
-    return blending.Outcome(
+    return Outcome(
         rule, untuned, None, argmax, in_sample, cross_fitted.predictions, before, after, scaled, notes
     )
 
 
 def predict_test(
-    outcome: blending.Outcome, folds: Sequence[Sequence[np.ndarray]], blend: str
+    outcome: Outcome, folds: Sequence[Sequence[np.ndarray]], blend: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels [n] of the test rows by the decision and by argmax.
 
     Args:
         folds: logits [n, c] of every run's every fold.
     """
-    plain = [blending.test_probabilities(run, 1.0) for run in folds]
-    argmax = decoding.blend(plain, outcome.untuned_weights, blend).argmax(axis=1)
+    plain = [test_probabilities(run, 1.0) for run in folds]
+    argmax = probabilities_module.blend(plain, outcome.untuned_weights, blend).argmax(axis=1)
     if outcome.voting is not None:
         return outcome.voting.predict(plain), argmax
-    scaled = [blending.test_probabilities(run, outcome.rule.decision.temperature) for run in folds]
-    return decoding.decide(decoding.blend(scaled, outcome.rule.weights, blend), outcome.rule.decision), argmax
+    scaled = [test_probabilities(run, outcome.rule.decision.temperature) for run in folds]
+    return decide(
+        probabilities_module.blend(scaled, outcome.rule.weights, blend), outcome.rule.decision
+    ), argmax
 
 
 def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Row]]:
@@ -288,7 +300,7 @@ def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_colu
 def decision_file(
     arguments: EnsembleArguments,
     described: Sequence[dict],
-    outcome: blending.Outcome,
+    outcome: Outcome,
     metrics: dict,
     info: dict,
 ) -> dict:
@@ -312,7 +324,7 @@ def bundle_file(name: str, described: Sequence[dict], decision: dict, info: dict
     """ensemble.json; see bundles.py."""
     rule = ("bias", "protected_class", "threshold", "temperature")
     return {
-        "schema_version": bundles.SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "name": name,
         "label_names": info["label_names"],
         "positive_labels": info["positive_labels"],
@@ -327,7 +339,7 @@ def bundle_file(name: str, described: Sequence[dict], decision: dict, info: dict
 
 def compare_systems(arguments: EnsembleArguments) -> None:
     """Print, and with `--output_dir` save, how two systems differ on the same rows."""
-    first, second = (comparison.read_system(reference) for reference in arguments.compare)
+    first, second = (read_system(reference) for reference in arguments.compare)
     found = comparison.compare(first, second, arguments.metric, arguments.seed)
     for letter, system, score in zip("AB", (first, second), found.scores, strict=True):
         print(f"{letter}: {system.reference} ({system.what}): {arguments.metric} {score:.4f}")
@@ -335,7 +347,7 @@ def compare_systems(arguments: EnsembleArguments) -> None:
     print(
         f"B less A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
     )
-    print(comparison.flip_table(found, first.info["label_names"], len(first.table)).text())
+    print(flip_table(found, first.info["label_names"], len(first.table)).text())
     if arguments.output_dir:
         content = {
             "metric": arguments.metric,
@@ -345,7 +357,7 @@ def compare_systems(arguments: EnsembleArguments) -> None:
             "interval": list(found.interval),
             "flips": found.flips,
         }
-        artifacts.write_json(Path(arguments.output_dir) / "comparison.json", content)
+        write_json(Path(arguments.output_dir) / "comparison.json", content)
 
 
 def publish(arguments: EnsembleArguments, repo_id: str) -> None:
@@ -359,7 +371,7 @@ def publish(arguments: EnsembleArguments, repo_id: str) -> None:
     names = ["ensemble.json", "decision.json", "metrics.json", "report.html", "README.md"]
     files = {name: output_dir / name for name in names}
     files |= {f"figures/{path.name}": path for path in sorted((output_dir / "figures").glob("*.png"))}
-    bundle = artifacts.read_json(files["ensemble.json"])
+    bundle = read_json(files["ensemble.json"])
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
         raise InputError(f"{output_dir}: {', '.join(missing)}: missing")
@@ -372,14 +384,14 @@ def publish(arguments: EnsembleArguments, repo_id: str) -> None:
             f"{files['ensemble.json']}: names runs on this disk ({', '.join(local)}); use --push_to_hub"
         )
     private = arguments.hub_private_repo
-    sha = hub.push_files(repo_id, files, message="Ensemble", kept_in=output_dir, private=private)
-    hub.add_to_collection(arguments.hub_namespace, arguments.hub_name, [(repo_id, "model")], private=private)
+    sha = push_files(repo_id, files, message="Ensemble", kept_in=output_dir, private=private)
+    add_to_collection(arguments.hub_namespace, arguments.hub_name, [(repo_id, "model")], private=private)
     print(f"pushed {repo_id} at {sha}")
 
 
 def main() -> None:
     # Arguments
-    (arguments,) = command_line.parse_arguments((EnsembleArguments,), __doc__)
+    (arguments,) = parse_arguments((EnsembleArguments,), __doc__)
 
     # Logging
     logging.basicConfig(
@@ -396,8 +408,8 @@ def main() -> None:
         name = arguments.hub_name
         repo_id = "/".join(
             (
-                artifacts.check_name(arguments.hub_namespace, "hub_namespace"),
-                artifacts.check_name(name, "hub_name"),
+                check_name(arguments.hub_namespace, "hub_namespace"),
+                check_name(name, "hub_name"),
             )
         )
     if arguments.push_only:
@@ -409,23 +421,17 @@ def main() -> None:
         )
 
     # Data
-    runs = [
-        artifacts.read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs
-    ]
-    logits = blending.align_runs(runs)
+    runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
+    logits = align_runs(runs)
     info, oof = runs[0].info, runs[0].oof
-    decoding.check_labels(
-        oof.label, oof.dialogue_id, info["label_names"], info["positive_labels"], runs[0].reference
-    )
+    check_labels(oof.label, oof.dialogue_id, info["label_names"], info["positive_labels"], runs[0].reference)
     if arguments.test_file:
         records, rows = read_test(arguments, runs)
-        test_folds = blending.align_test(runs, rows, arguments.test_file)
-    described = [bundles.describe_run(run, output_dir) for run in runs]
+        test_folds = align_test(runs, rows, arguments.test_file)
+    described = [describe_run(run, output_dir) for run in runs]
     if push:
         where = arguments.hub_namespace, name
-        described = [
-            bundles.refer_to_hub(part, run, *where) for part, run in zip(described, runs, strict=True)
-        ]
+        described = [refer_to_hub(part, run, *where) for part, run in zip(described, runs, strict=True)]
 
     # Decide
     outcome = fit_system(arguments, runs, logits, oof.label)
@@ -433,30 +439,30 @@ def main() -> None:
         part["weight"] = float(weight)
 
     # Evaluate
-    metrics = ensemble_report.measure(runs, logits, outcome, metric=arguments.metric, seed=arguments.seed)
+    metrics = measure(runs, logits, outcome, metric=arguments.metric, seed=arguments.seed)
     files: dict[str, bytes] = {}
     if arguments.test_file:
         predicted, argmax = predict_test(outcome, test_folds, arguments.blend)
         files |= submission(records, predicted, arguments.label_column)
-        metrics |= ensemble_report.score_test(rows, predicted, argmax, info, arguments.seed)
+        metrics |= score_test(rows, predicted, argmax, info, arguments.seed)
     decision = decision_file(arguments, described, outcome, metrics, info)
     bundle = bundle_file(name, described, decision, info)
-    tables = ensemble_report.make_tables(runs, outcome, metrics)
-    pictures = ensemble_report.make_pictures(runs, outcome, metrics)
+    tables = make_tables(runs, outcome, metrics)
+    pictures = make_pictures(runs, outcome, metrics)
     print("\n\n".join(table.text() for table in tables.values()))
     for note in metrics["notes"]:
         print(f"\n{note}")
 
     if parse_weights(arguments.weights, len(runs)) == "search":
-        probabilities = [decoding.softmax(run) for run in logits]
-        search = decoding.search_weights(probabilities, oof.label, kind=arguments.blend, seed=arguments.seed)
+        probabilities = [softmax(run) for run in logits]
+        search = search_weights(probabilities, oof.label, kind=arguments.blend, seed=arguments.seed)
         metrics["weight_search"] = search.trajectory
 
     # Save
-    system = comparison.System(
+    system = System(
         str(output_dir), f"decision ({outcome.rule.method}), cross-fitted", info, oof, outcome.cross_fitted
     )
-    card = reporting.ensemble_card(
+    card = ensemble_card(
         bundle,
         [run.info for run in runs],
         metrics,
@@ -464,18 +470,18 @@ def main() -> None:
         pictures,
         repo_id if push else None,
     )
-    page = ensemble_report.make_page(name, metrics, tables, pictures)
+    page = make_page(name, metrics, tables, pictures)
     files |= {f"figures/{picture.name}": picture.png for picture in pictures}
     files |= {"report.html": page.encode(), "README.md": card.encode()}
     for file, content in files.items():
-        artifacts.write_bytes(output_dir / file, content)
+        write_bytes(output_dir / file, content)
     for file, content in (
-        (comparison.PREDICTIONS_FILE, system.to_dict()),
+        (PREDICTIONS_FILE, system.to_dict()),
         ("decision.json", decision),
         ("ensemble.json", bundle),
         ("metrics.json", metrics),
     ):
-        artifacts.write_json(output_dir / file, content)
+        write_json(output_dir / file, content)
     print(f"\nwrote {output_dir}: open {output_dir / 'report.html'}")
 
     # Push

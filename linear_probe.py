@@ -23,14 +23,23 @@ from typing import Any
 import numpy as np
 import transformers
 
-import artifacts
-import command_line
-import modeling
-import probing
-import reporting
-from command_line import InputError
-from folds import FoldDataArguments, read_run_data
-from losses import CLASS_WEIGHTS
+from rareturn.command_line import parse_arguments, provenance, run
+from rareturn.data.folds import FoldDataArguments, read_run_data, write_folds
+from rareturn.decisions.metrics import load_metric
+from rareturn.errors import InputError
+from rareturn.files import read_json, write_json
+from rareturn.models.inference import has_fast_bf16, peak_memory
+from rareturn.models.loading import find_base_model
+from rareturn.models.probing import FrozenFeatures, block_sizes, choose_C, fit_head
+from rareturn.models.training import CLASS_WEIGHTS
+from rareturn.reports.cards import run_card, run_results
+from rareturn.reports.tables import Table
+from rareturn.runs import publish
+from rareturn.runs.folder import check_same_run, fold_is_complete, metrics_path, table_path, write_run_info
+from rareturn.runs.publish import push_fold
+from rareturn.runs.references import check_name, model_repo
+from rareturn.runs.schemas import check_run_info
+from rareturn.runs.tables import make_table, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +124,7 @@ class ProbeArguments(FoldDataArguments):
             raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
         self.C = sorted(set(self.C))
         if self.bf16 is None:
-            self.bf16 = self.dtype == "float32" and modeling.has_fast_bf16()
+            self.bf16 = self.dtype == "float32" and has_fast_bf16()
 
 
 def check_same_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
@@ -127,7 +136,7 @@ def check_same_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
     path = run_dir / "run.json"
     if not path.exists():
         return
-    present = artifacts.check_run_info(artifacts.read_json(path), str(path))["recipe"]
+    present = check_run_info(read_json(path), str(path))["recipe"]
     for key, value in recipe.items():
         if key not in FREE_FLAGS and present.get(key) != value:
             raise InputError(
@@ -137,7 +146,7 @@ def check_same_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:
 
 def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Print a line a fold and one over all rows, and return the scores over all rows."""
-    results = reporting.run_results(run_dir, info)
+    results = run_results(run_dir, info)
 
     def cells(name: str, of: dict[str, Any]) -> list[str]:
         return [
@@ -152,7 +161,7 @@ def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
     total = sum(metrics["held_out_rows"] for metrics in results["folds"].values())
     rows.append(cells("all folds", results["argmax"] | {"held_out_rows": total}))
     header = ("", "rows", "C", "macro_f1_positive", "accuracy")
-    print(reporting.Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
+    print(Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
     return results["argmax"]
 
 
@@ -160,26 +169,26 @@ def push_run(run_dir: Path, arguments: ProbeArguments) -> None:
     """Push every fold, then what belongs to the whole run."""
     where = (arguments.hub_namespace, arguments.hub_name)
     private = arguments.hub_private_repo
-    info = artifacts.read_json(run_dir / "run.json")
+    info = read_json(run_dir / "run.json")
     for fold in range(info["num_folds"]):
-        artifacts.push_fold(run_dir, fold, *where, private=private)
-    repo = artifacts.model_repo(*where, info["name"])
-    card = reporting.run_card(info, reporting.run_results(run_dir, info), repo)
-    for pushed, sha in artifacts.push_run(run_dir, *where, model_card=card, private=private).items():
+        push_fold(run_dir, fold, *where, private=private)
+    repo = model_repo(*where, info["name"])
+    card = run_card(info, run_results(run_dir, info), repo)
+    for pushed, sha in publish.push_run(run_dir, *where, model_card=card, private=private).items():
         print(f"pushed {info['name']} to {pushed} at {sha}")
 
 
 def main() -> None:
     # Arguments
-    (arguments,) = command_line.parse_arguments((ProbeArguments,), __doc__)
+    (arguments,) = parse_arguments((ProbeArguments,), __doc__)
     run_dir = Path(arguments.output_dir)
-    run_name = artifacts.check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
+    run_name = check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
     recipe = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in NOT_IN_RECIPE}
     check_same_recipe(run_dir, recipe)
     missing = [
         fold
         for fold in range(arguments.num_folds)
-        if not artifacts.fold_is_complete(run_dir, fold, arguments.test_file is not None)
+        if not fold_is_complete(run_dir, fold, arguments.test_file is not None)
     ]
 
     # Logging
@@ -189,7 +198,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     if not missing:
         logger.info(f"{run_dir} is complete: nothing to train")
-        print_closing_table(run_dir, artifacts.read_json(run_dir / "run.json"))
+        print_closing_table(run_dir, read_json(run_dir / "run.json"))
     elif arguments.push_only:
         raise InputError(f"{run_dir}: fold {missing[0]} is not complete, so there is nothing to push")
     else:
@@ -213,7 +222,7 @@ def train_folds(
     rows = data.originals + data.augmented
 
     # Model
-    base = modeling.find_base_model(
+    base = find_base_model(
         arguments.model_name_or_path,
         arguments.model_revision,
         quantization=arguments.quantization,
@@ -221,7 +230,7 @@ def train_folds(
         attn_implementation=arguments.attn_implementation,
         trust_remote_code=arguments.trust_remote_code,
     )
-    frozen = probing.FrozenFeatures(
+    frozen = FrozenFeatures(
         base,
         data.guide,
         layer=arguments.layer,
@@ -241,9 +250,9 @@ def train_folds(
         "features": {"layer": frozen.layer, "parts": list(frozen.parts)},
         "recipe": recipe,
         "prompt_fingerprint": frozen.renderer.fingerprint if frozen.renderer else None,
-        **command_line.provenance(),
+        **provenance(),
     }
-    artifacts.check_same_run(run_dir, run_info)  # before the features are computed
+    check_same_run(run_dir, run_info)  # before the features are computed
     features = frozen.extract(rows + data.test)
     feature_seconds = time.perf_counter() - started
     logger.info(f"{features.shape[1]} features of {len(features)} rows in {feature_seconds:.1f} s")
@@ -255,7 +264,7 @@ def train_folds(
     fold_of = np.array([data.folds[row.augmented_from or row.id] for row in rows])
     fitting = {
         "num_labels": len(data.guide.labels),
-        "blocks": probing.block_sizes(features.shape[1], frozen.is_encoder),
+        "blocks": block_sizes(features.shape[1], frozen.is_encoder),
         "weights": arguments.class_weights,
     }
     for fold in missing:
@@ -263,20 +272,20 @@ def train_folds(
         train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
         held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
         part = (features[train], labels[train])
-        C, inner_losses = probing.choose_C(
+        C, inner_losses = choose_C(
             *part, groups[train], is_variant[train], arguments.C, seed=arguments.seed, **fitting
         )
-        head = probing.fit_head(*part, C=C, **fitting)
+        head = fit_head(*part, C=C, **fitting)
         if fold == missing[0]:  # the first thing written: a mistake in the input leaves no folder behind
-            artifacts.write_folds(run_dir, data.folds, **arguments.split)
-            artifacts.write_run_info(run_dir, run_info)
-        head.save(artifacts.metrics_path(run_dir, fold).with_name("head.safetensors"))
-        oof = artifacts.make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
-        artifacts.write_table(artifacts.table_path(run_dir, "oof", fold), oof)
+            write_folds(run_dir, data.folds, **arguments.split)
+            write_run_info(run_dir, run_info)
+        head.save(metrics_path(run_dir, fold).with_name("head.safetensors"))
+        oof = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
+        write_table(table_path(run_dir, "oof", fold), oof)
         if data.test:
-            table = artifacts.make_table(data.test, fold, head.logits(features[len(rows) :]))
-            artifacts.write_table(artifacts.table_path(run_dir, "test", fold), table)
-        scores = reporting.load_metric().compute(
+            table = make_table(data.test, fold, head.logits(features[len(rows) :]))
+            write_table(table_path(run_dir, "test", fold), table)
+        scores = load_metric().compute(
             predictions=oof.logits.argmax(axis=1),
             references=oof.label,
             positive_labels=list(data.guide.positive),
@@ -290,9 +299,9 @@ def train_folds(
             "C": C,
             "inner_log_loss": {f"{value:g}": loss for value, loss in inner_losses.items()},
             "seconds": round(time.perf_counter() - fold_started, 1),
-            "peak_memory_bytes": modeling.peak_memory(),
+            "peak_memory_bytes": peak_memory(),
         }
-        artifacts.write_json(artifacts.metrics_path(run_dir, fold), fold_metrics)
+        write_json(metrics_path(run_dir, fold), fold_metrics)
         print(
             f"fold {fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}, "
             f"C {C:g}, {fold_metrics['seconds']} s"
@@ -301,11 +310,11 @@ def train_folds(
     costs = {
         "feature_seconds": round(feature_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": modeling.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
-    artifacts.write_json(run_dir / "metrics.json", overall | costs)
+    write_json(run_dir / "metrics.json", overall | costs)
     print(f"{costs['seconds']} s in all, peak memory {costs['peak_memory_bytes'] / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

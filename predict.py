@@ -25,12 +25,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-import artifacts
-import bundles
-import command_line
-from classifier import DefenseClassifier, check_dialogue, target_rows
-from command_line import InputError
-from dialogues import LabelGuide, Row, parse_label_guide, read_records
+from rareturn.classifier import DefenseClassifier, check_dialogue, target_rows
+from rareturn.command_line import parse_arguments, run
+from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.data.readers import read_records
+from rareturn.data.rows import Row
+from rareturn.errors import InputError
+from rareturn.runs.bundle import read_bundle
+from rareturn.runs.references import check_name
 
 
 @dataclass
@@ -184,7 +186,7 @@ def merge(progress: list[Progress], output: Path) -> int:
 
 def main() -> None:
     # Arguments
-    (arguments,) = command_line.parse_arguments((PredictArguments,), __doc__)
+    (arguments,) = parse_arguments((PredictArguments,), __doc__)
     state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
     output = Path(arguments.output)
 
@@ -194,7 +196,7 @@ def main() -> None:
     )
 
     # Data
-    bundle, _ = bundles.read_bundle(arguments.ensemble)
+    bundle, _ = read_bundle(arguments.ensemble)
     guide = parse_label_guide(bundle["label_guide"], f"{arguments.ensemble}: label_guide")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
@@ -229,10 +231,10 @@ def main() -> None:
     if state.is_main_process:
         parts = [progress] + [Progress(output, rank, job) for rank in range(1, state.num_processes)]
         count = merge(parts, output)
-        print(f"{output}: {count} turns classified by {artifacts.check_name(bundle['name'], 'name')}")
+        print(f"{output}: {count} turns classified by {check_name(bundle['name'], 'name')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

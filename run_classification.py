@@ -27,17 +27,63 @@ import torch
 import transformers
 from transformers import TrainingArguments, set_seed
 
-import artifacts
-import command_line
-import modeling
-import packing
-import reporting
-from batching import RowBatches, with_labels
-from command_line import InputError
-from dialogues import Rendered, Renderer, Row, data_fingerprint
-from folds import FoldDataArguments, RunData, label_counts, limit_rows, read_run_data
-from losses import CLASS_WEIGHTS, class_weights
-from training import CheckpointSeal, RowDataset, WeightedTrainer
+from rareturn.command_line import parse_arguments, provenance, run
+from rareturn.data.folds import (
+    FoldDataArguments,
+    RunData,
+    label_counts,
+    limit_rows,
+    read_run_data,
+    write_folds,
+)
+from rareturn.data.rendering import Rendered, Renderer
+from rareturn.data.rows import Row, data_fingerprint
+from rareturn.decisions.metrics import load_metric
+from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
+from rareturn.errors import InputError
+from rareturn.files import disk_errors, read_json, write_json
+from rareturn.models import training as training_module
+from rareturn.models.inference import (
+    count_parameters,
+    has_fast_bf16,
+    peak_memory,
+    predict_logits,
+    segment_name,
+)
+from rareturn.models.loading import (
+    LOADING,
+    BaseModel,
+    add_lora,
+    find_base_model,
+    is_encoder,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    load_trained,
+    save_trained,
+)
+from rareturn.models.packing import PackedBatches, accept_packed, can_branch
+from rareturn.models.training import (
+    CLASS_WEIGHTS,
+    CheckpointSeal,
+    RowBatches,
+    RowDataset,
+    WeightedTrainer,
+    with_labels,
+)
+from rareturn.reports.cards import run_card, run_results
+from rareturn.runs import publish
+from rareturn.runs.folder import (
+    adapter_dir,
+    check_same_run,
+    fold_is_complete,
+    metrics_path,
+    table_path,
+    write_run_info,
+)
+from rareturn.runs.publish import push_run
+from rareturn.runs.references import check_name, model_repo
+from rareturn.runs.tables import LogitTable, make_table, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +218,7 @@ class FoldTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = modeling.has_fast_bf16() and not (
-                self.fp16 or (self.use_cpu and torch.cuda.is_available())
-            )
+            self.bf16 = has_fast_bf16() and not (self.fp16 or (self.use_cpu and torch.cuda.is_available()))
         if not torch.cuda.is_available():
             self.use_cpu = True
         if self.load_best_model_at_end:
@@ -226,26 +270,26 @@ def push_fold(run_dir: Path, fold: int, training: FoldTrainingArguments) -> None
     """Push a complete fold, then the run's card, which tells of all folds that are complete by then."""
     private = training.hub_private_repo is not False
     where = (training.hub_namespace, training.hub_name)
-    shas = artifacts.push_fold(run_dir, fold, *where, private=private)
-    info = artifacts.read_json(run_dir / "run.json")
-    repo = artifacts.model_repo(*where, info["name"])
-    card = reporting.run_card(info, reporting.run_results(run_dir, info), repo)
-    shas |= artifacts.push_run(run_dir, *where, model_card=card, private=private)
+    shas = publish.push_fold(run_dir, fold, *where, private=private)
+    info = read_json(run_dir / "run.json")
+    repo = model_repo(*where, info["name"])
+    card = run_card(info, run_results(run_dir, info), repo)
+    shas |= push_run(run_dir, *where, model_card=card, private=private)
     for pushed, sha in shas.items():
         print(f"pushed fold {fold} to {pushed} at {sha}")
 
 
 def prepare_model(
-    options: ModelArguments, base: modeling.BaseModel, data: RunData, pad_token_id: int, saved: Path
+    options: ModelArguments, base: BaseModel, data: RunData, pad_token_id: int, saved: Path
 ) -> torch.nn.Module:
     """The model to train, or the trained one where a fold was cut off after its training."""
     if saved.exists():
-        return modeling.load_trained(base, saved, data.guide.names, pad_token_id)
-    model = modeling.load_classifier(base, data.guide.names, pad_token_id)
+        return load_trained(base, saved, data.guide.names, pad_token_id)
+    model = load_classifier(base, data.guide.names, pad_token_id)
     if options.tuning == "full":
         return model
     lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-    return modeling.add_lora(model, **lora, target_modules=options.lora_target_modules)
+    return add_lora(model, **lora, target_modules=options.lora_target_modules)
 
 
 def prepare_batches(
@@ -255,7 +299,7 @@ def prepare_batches(
     longest: int,
     pad_token_id: int,
     segments: str | None,
-) -> RowBatches | packing.PackedBatches:
+) -> RowBatches | PackedBatches:
     """How rows become forward passes: a dialogue at a time, or rows of like length."""
     micro_batches = training.gradient_accumulation_steps * training.world_size
     if not arguments.pack_dialogues:
@@ -263,9 +307,9 @@ def prepare_batches(
         return RowBatches(
             pad_token_id, rows_per_step, micro_batches, training.per_device_eval_batch_size, segments
         )
-    branches = packing.can_branch(model, longest)
-    packing.accept_packed(model)
-    return packing.PackedBatches(
+    branches = can_branch(model, longest)
+    accept_packed(model)
+    return PackedBatches(
         arguments.rows_per_batch * micro_batches,
         micro_batches,
         arguments.tokens_per_batch,
@@ -275,7 +319,7 @@ def prepare_batches(
 
 
 def decide_packing(
-    arguments: FoldArguments, training: FoldTrainingArguments, base: modeling.BaseModel, encoder: bool
+    arguments: FoldArguments, training: FoldTrainingArguments, base: BaseModel, encoder: bool
 ) -> None:
     """Settle the flags whose defaults hang on the architecture.
 
@@ -297,7 +341,7 @@ def decide_packing(
 
 def train_unless_saved(
     trainer: WeightedTrainer,
-    base: modeling.BaseModel,
+    base: BaseModel,
     tokenizer: Any,
     saved: Path,
     checkpoint: str | None,
@@ -306,23 +350,23 @@ def train_unless_saved(
     """Train from the checkpoint, if any, and save the adapter; the mean training loss, or None if it was saved before."""
     if saved.exists():
         return None
-    with artifacts.disk_errors(saved.parent.parent):
+    with disk_errors(saved.parent.parent):
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if is_main:
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            modeling.save_trained(trained, tokenizer, base, saved, state)
+            save_trained(trained, tokenizer, base, saved, state)
     return loss
 
 
 def main() -> None:
     # Arguments
     classes = (FoldArguments, ModelArguments, FoldTrainingArguments)
-    arguments, options, training = command_line.parse_arguments(classes, __doc__)
+    arguments, options, training = parse_arguments(classes, __doc__)
     check_arguments(arguments, training)
     fold, run_dir = arguments.fold, Path(training.output_dir)
     fold_dir = run_dir / f"fold-{fold}"
-    run_name = artifacts.check_name(training.run_name or run_dir.resolve().name, "--run_name")
+    run_name = check_name(training.run_name or run_dir.resolve().name, "--run_name")
     push, is_main = training.push_to_hub or training.push_only, training.process_index == 0
     # What the Trainer itself would do with these is not what a fold wants.
     training.push_to_hub, training.run_name, training.remove_unused_columns = False, run_name, False
@@ -338,7 +382,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(fold_dir / "logs"))
 
-    if artifacts.fold_is_complete(run_dir, fold, training.do_predict):
+    if fold_is_complete(run_dir, fold, training.do_predict):
         logger.info(f"fold {fold} of {run_dir} is complete: nothing to train")
         if push and is_main:
             push_fold(run_dir, fold, training)
@@ -357,11 +401,11 @@ def main() -> None:
     counts = label_counts(train, num_labels)
 
     # Model
-    loading = {name: getattr(options, name) for name in modeling.LOADING}
-    base = modeling.find_base_model(options.model_name_or_path, options.model_revision, **loading)
-    encoder = modeling.is_encoder(modeling.load_config(base))
+    loading = {name: getattr(options, name) for name in LOADING}
+    base = find_base_model(options.model_name_or_path, options.model_revision, **loading)
+    encoder = is_encoder(load_config(base))
     decide_packing(arguments, training, base, encoder)
-    tokenizer = modeling.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
     train_rendered, held_out_rendered, test_rendered = map(renderer.render, (train, held_out, data.test))
     run_info = {
@@ -375,9 +419,9 @@ def main() -> None:
         "window": arguments.window,
         "recipe": recipe,
         "prompt_fingerprint": renderer.fingerprint,
-        **command_line.provenance(),
+        **provenance(),
     }
-    artifacts.check_same_run(run_dir, run_info)  # before a large model is loaded
+    check_same_run(run_dir, run_info)  # before a large model is loaded
     decides = [
         recipe,
         data_fingerprint(train),
@@ -387,35 +431,35 @@ def main() -> None:
     ]
     seal = CheckpointSeal(hashlib.sha256(json.dumps(decides).encode()).hexdigest())
     checkpoint = seal.last(fold_dir / "checkpoints")
-    saved = artifacts.adapter_dir(run_dir, fold)
+    saved = adapter_dir(run_dir, fold)
     model = prepare_model(options, base, data, tokenizer.pad_token_id, saved)
-    trainable, total = modeling.count_parameters(model)
+    trainable, total = count_parameters(model)
     logger.info(f"fold {fold}: {len(train)} training rows {counts.tolist()}, {len(held_out)} held out")
     logger.info(f"{base.name}: {trainable:,} of {total:,} parameters are trained")
     if is_main:
-        artifacts.write_folds(run_dir, data.folds, **arguments.split)
-        artifacts.write_run_info(run_dir, run_info)
+        write_folds(run_dir, data.folds, **arguments.split)
+        write_run_info(run_dir, run_info)
 
     # Train
     longest = max(map(len, train_rendered + held_out_rendered + test_rendered))
-    segments = modeling.segment_name(base, tokenizer) if encoder else None
+    segments = segment_name(base, tokenizer) if encoder else None
     batches = prepare_batches(arguments, training, model, longest, tokenizer.pad_token_id, segments)
     trainer = WeightedTrainer(
         model=model,
         args=training,
         data_collator=functools.partial(with_labels, batches.collate),
         train_dataset=RowDataset(train_rendered, [row.label for row in train]),
-        class_weights=class_weights(counts, options.class_weights),
+        class_weights=training_module.class_weights(counts, options.class_weights),
         label_scope=data.scope,
         plan=batches.plan(train, train_rendered, training.seed),
         callbacks=[seal],
     )
-    metric = reporting.load_metric()
+    metric = load_metric()
     train_loss = train_unless_saved(trainer, base, tokenizer, saved, checkpoint, is_main)
 
     # Evaluate and save
-    def predict(rows: list[Row], rendered: list[Rendered], name: str) -> artifacts.LogitTable:
-        logits = modeling.predict_logits(
+    def predict(rows: list[Row], rendered: list[Rendered], name: str) -> LogitTable:
+        logits = predict_logits(
             trainer.model,
             rendered,
             batches.prediction_batches(rows, rendered),
@@ -425,10 +469,10 @@ def main() -> None:
             description=f"fold {fold}: {name}",
         )
         outside = [label for label in data.guide.numbers if label not in data.scope]
-        logits[:, outside] = artifacts.OUT_OF_SCOPE_LOGIT
-        table = artifacts.make_table(rows, fold, logits)
+        logits[:, outside] = OUT_OF_SCOPE_LOGIT
+        table = make_table(rows, fold, logits)
         if is_main:
-            artifacts.write_table(artifacts.table_path(run_dir, name, fold), table)
+            write_table(table_path(run_dir, name, fold), table)
         return table
 
     oof = predict(held_out, held_out_rendered, "oof")
@@ -450,12 +494,12 @@ def main() -> None:
         "trainable_parameters": trainable,
         "train_loss": train_loss,
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": modeling.peak_memory(),
+        "peak_memory_bytes": peak_memory(),
     }
     # Before the metrics, which make the fold complete: a complete fold is not looked at again.
     if not training.keep_checkpoints:
         shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
-    artifacts.write_json(artifacts.metrics_path(run_dir, fold), fold_metrics)
+    write_json(metrics_path(run_dir, fold), fold_metrics)
     print(
         f"fold {fold}: macro_f1_positive {scores['macro_f1_positive']:.4f}, accuracy {scores['accuracy']:.4f}"
     )
@@ -466,4 +510,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

@@ -30,13 +30,19 @@ from tqdm import tqdm
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file's own folder has a decoding.py too
 
-import artifacts  # noqa: E402
-import command_line  # noqa: E402
-import decoding  # noqa: E402
-import dialogues  # noqa: E402
-import folds  # noqa: E402
-import reporting  # noqa: E402
-from command_line import InputError  # noqa: E402
+from rareturn import command_line  # noqa: E402
+from rareturn.command_line import parse_arguments, provenance  # noqa: E402
+from rareturn.data.folds import assign_folds  # noqa: E402
+from rareturn.data.label_guide import load_label_guide  # noqa: E402
+from rareturn.data.rows import load_rows  # noqa: E402
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, predict, rule_fitter  # noqa: E402
+from rareturn.decisions.metrics import score  # noqa: E402
+from rareturn.decisions.probabilities import softmax  # noqa: E402
+from rareturn.decisions.rules import METHODS, Decision, decide, fit  # noqa: E402
+from rareturn.errors import InputError  # noqa: E402
+from rareturn.files import write_json  # noqa: E402
+from rareturn.reports import tables as tables_module  # noqa: E402
+from rareturn.runs.reading import read_run  # noqa: E402
 
 METRIC = "macro_f1_positive"
 # Class shares of the reference task, which the simulated rows follow.
@@ -63,8 +69,8 @@ class BenchmarkArguments:
         default_factory=list, metadata={"help": "Equal-weight blends of tables, as NAME+NAME."}
     )
     methods: list[str] = field(
-        default_factory=lambda: [*decoding.METHODS, "auto"],
-        metadata={"help": "Methods to compare. Default: all.", "choices": [*decoding.METHODS, "auto"]},
+        default_factory=lambda: [*METHODS, "auto"],
+        metadata={"help": "Methods to compare. Default: all.", "choices": [*METHODS, "auto"]},
     )
     simulate: int = field(default=0, metadata={"help": "Draws of a simulated table. 0: no simulation."})
     scale: int = field(default=0, metadata={"help": "Rows of a table on which `exact` is timed. 0: none."})
@@ -99,9 +105,9 @@ class Table:
 
 def text_tables(train_file: str) -> dict[str, Table]:
     """Out-of-fold tables of tf-idf features of the target utterance, on the folds that runs have by default."""
-    guide = dialogues.load_label_guide("label_guides/dmrs.yaml")
-    rows = dialogues.load_rows(train_file, guide)
-    fold_of = folds.assign_folds(rows, num_folds=5, fold_seed=42, fold_groups="dialogue")
+    guide = load_label_guide("label_guides/dmrs.yaml")
+    rows = load_rows(train_file, guide)
+    fold_of = assign_folds(rows, num_folds=5, fold_seed=42, fold_groups="dialogue")
     fold, labels = np.array([fold_of[row.id] for row in rows]), np.array([row.label for row in rows])
     texts = np.array([row.turns[-1].text for row in rows], dtype=object)
     tables = {}
@@ -126,7 +132,7 @@ def text_tables(train_file: str) -> dict[str, Table]:
 
 def run_table(reference: str) -> tuple[str, Table]:
     """A run's out-of-fold table under the run's name."""
-    run = artifacts.read_run(reference)
+    run = read_run(reference)
     protected = run.info.get("protected_label")
     return run.name, Table(
         [run.oof.logits],
@@ -153,9 +159,9 @@ def blend_table(name: str, tables: dict[str, Table]) -> Table:
     return dataclasses.replace(first, logits=logits)
 
 
-def make_recipe(arguments: BenchmarkArguments, table: Table, method: str) -> decoding.Recipe:
+def make_recipe(arguments: BenchmarkArguments, table: Table, method: str) -> Recipe:
     """The recipe that `calibrate.py` has for the method: the gate is `auto`'s to choose, and the paper's always there."""
-    return decoding.Recipe(
+    return Recipe(
         table.positive_labels,
         METRIC,
         method,
@@ -169,11 +175,11 @@ def measure_table(arguments: BenchmarkArguments, table: Table, method: str, bar:
     """In-sample and cross-fitted score of a method on a table, and the processor seconds of one fit."""
     recipe = make_recipe(arguments, table, method)
     started = time.process_time()
-    rule = decoding.fit_rule(recipe, table.logits, table.labels, table.groups)
+    rule = fit_rule(recipe, table.logits, table.labels, table.groups)
     seconds = time.process_time() - started
     num_labels = table.logits[0].shape[1]
-    fitted = decoding.cross_fit(
-        decoding.rule_fitter(recipe, table.logits, table.labels, table.groups),
+    fitted = cross_fit(
+        rule_fitter(recipe, table.logits, table.labels, table.groups),
         table.labels,
         table.groups,
         num_labels=num_labels,
@@ -183,9 +189,9 @@ def measure_table(arguments: BenchmarkArguments, table: Table, method: str, bar:
         seed=arguments.seed,
         progress=bar.update,
     )
-    in_sample = decoding.predict(table.logits, rule)
+    in_sample = predict(table.logits, rule)
     return {
-        "in_sample": decoding.score(table.labels, in_sample, num_labels, table.positive_labels, METRIC),
+        "in_sample": score(table.labels, in_sample, num_labels, table.positive_labels, METRIC),
         "cross_fitted": fitted.metrics[METRIC],
         "interval": list(fitted.interval),
         "chosen": rule.method,
@@ -205,7 +211,7 @@ def compare_methods(arguments: BenchmarkArguments, tables: dict[str, Table]) -> 
                 bar.set_postfix_str(f"{name}, {method}")
                 results[name][method] = measure_table(arguments, table, method, bar)
             if arguments.output:  # what is measured stays if the rest is interrupted
-                artifacts.write_json(arguments.output, {"tables": results})
+                write_json(arguments.output, {"tables": results})
     cells = []
     for method in arguments.methods:
         each = [results[name][method] for name in tables]
@@ -220,7 +226,7 @@ def compare_methods(arguments: BenchmarkArguments, tables: dict[str, Table]) -> 
         )
     header = ("method", "in-sample", "cross-fitted", "s a fit", *tables)
     print(
-        reporting.Table(
+        tables_module.Table(
             f"{METRIC}, mean over {len(tables)} tables; then each table's cross-fitted score", header, cells
         ).text()
     )
@@ -232,12 +238,12 @@ def compare_methods(arguments: BenchmarkArguments, tables: dict[str, Table]) -> 
 
 def time_search(arguments: BenchmarkArguments, table: Table) -> dict[str, float]:
     """Processor seconds of `random` and of `exact` on one table, without a gate, medians of three takes in turn."""
-    probabilities = decoding.softmax(table.logits[0])
+    probabilities = softmax(table.logits[0])
     seconds: dict[str, list[float]] = {"random": [], "exact": []}
     for _take in range(3):
         for method, taken in seconds.items():
             started = time.process_time()
-            decoding.fit(
+            fit(
                 method,
                 probabilities,
                 table.labels,
@@ -295,11 +301,11 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
         table = Table([logits], labels, groups.tolist(), [], positive, 7)
         for method in arguments.methods:
             recipe = make_recipe(arguments, table, method)
-            rule = decoding.fit_rule(recipe, [logits], labels, table.groups)
-            truth = decoding.score(fresh_labels, decoding.predict([fresh_logits], rule), 9, positive, METRIC)
-            tuned = decoding.score(labels, decoding.predict([logits], rule), 9, positive, METRIC)
-            fitted = decoding.cross_fit(
-                decoding.rule_fitter(recipe, [logits], labels, table.groups),
+            rule = fit_rule(recipe, [logits], labels, table.groups)
+            truth = score(fresh_labels, predict([fresh_logits], rule), 9, positive, METRIC)
+            tuned = score(labels, predict([logits], rule), 9, positive, METRIC)
+            fitted = cross_fit(
+                rule_fitter(recipe, [logits], labels, table.groups),
                 labels,
                 table.groups,
                 num_labels=9,
@@ -347,7 +353,7 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
         "above",
         "width",
     )
-    print(reporting.Table(f"{METRIC}, {arguments.simulate} draws", header, cells).text())
+    print(tables_module.Table(f"{METRIC}, {arguments.simulate} draws", header, cells).text())
     return results
 
 
@@ -355,14 +361,14 @@ def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     """Wall seconds of `exact` on many simulated rows, and the process's peak memory in GiB, the rows included."""
     logits, labels, groups = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
     logits, labels, groups = logits[: arguments.scale], labels[: arguments.scale], groups[: arguments.scale]
-    probabilities = decoding.softmax(logits)
+    probabilities = softmax(logits)
     del logits
     started = time.perf_counter()
-    decision = decoding.fit("exact", probabilities, labels, groups.tolist(), positive_labels=range(1, 9))
+    decision = fit("exact", probabilities, labels, groups.tolist(), positive_labels=range(1, 9))
     seconds = time.perf_counter() - started
     tuned, plain = (
-        decoding.score(labels, decoding.decide(probabilities, rule), 9, range(1, 9), METRIC)
-        for rule in (decision, decoding.Decision(np.zeros(9)))
+        score(labels, decide(probabilities, rule), 9, range(1, 9), METRIC)
+        for rule in (decision, Decision(np.zeros(9)))
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -373,8 +379,8 @@ def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
 
 def main() -> None:
     """Run the benchmark; see the module's docstring."""
-    (arguments,) = command_line.parse_arguments((BenchmarkArguments,), __doc__)
-    results: dict[str, Any] = {"arguments": dataclasses.asdict(arguments), **command_line.provenance()}
+    (arguments,) = parse_arguments((BenchmarkArguments,), __doc__)
+    results: dict[str, Any] = {"arguments": dataclasses.asdict(arguments), **provenance()}
     if arguments.scale:
         results["scale"] = time_scale(arguments)
     if arguments.simulate:
@@ -387,7 +393,7 @@ def main() -> None:
         results["tables"] = compare_methods(arguments, tables)
         results["timing"] = time_search(arguments, next(iter(tables.values())))
     if arguments.output:
-        artifacts.write_json(arguments.output, results)
+        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

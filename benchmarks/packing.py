@@ -34,14 +34,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file's own folder has a packing.py too
 
-import artifacts  # noqa: E402
-import command_line  # noqa: E402
-import dialogues  # noqa: E402
-import modeling  # noqa: E402
-from batching import RowBatches, Step  # noqa: E402
-from command_line import InputError  # noqa: E402
-from dialogues import LabelGuide, Row, Turn  # noqa: E402
-from packing import PackedBatches, accept_packed  # noqa: E402
+from rareturn.command_line import parse_arguments, provenance, run  # noqa: E402
+from rareturn.data.label_guide import LabelGuide, load_label_guide  # noqa: E402
+from rareturn.data.rendering import Renderer, render_instruction, render_turn  # noqa: E402
+from rareturn.data.rows import Row, Turn, load_rows  # noqa: E402
+from rareturn.errors import InputError  # noqa: E402
+from rareturn.files import write_json  # noqa: E402
+from rareturn.models.loading import add_lora  # noqa: E402
+from rareturn.models.packing import PackedBatches, accept_packed  # noqa: E402
+from rareturn.models.training import RowBatches, Step  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 ROWS_PER_STEP = 16
@@ -132,8 +133,8 @@ def train_tokenizer(rows: Sequence[Row], guide: LabelGuide) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=8192, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
     )
-    texts = [dialogues.render_turn(turn) for turn in sorted({turn for row in rows for turn in row.turns})]
-    tokenizer.train_from_iterator([dialogues.render_instruction(guide), *texts], trainer)
+    texts = [render_turn(turn) for turn in sorted({turn for row in rows for turn in row.turns})]
+    tokenizer.train_from_iterator([render_instruction(guide), *texts], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
 
 
@@ -178,7 +179,7 @@ def make_model(shape: str, num_labels: int, seed: int, nf4: bool) -> nn.Module:
     model.score.float()
     if nf4:
         to_nf4(model.model.layers)
-    model = modeling.add_lora(model, lora_r, 2 * lora_r, 0.1, LORA)
+    model = add_lora(model, lora_r, 2 * lora_r, 0.1, LORA)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)  # zero at first, which would leave lora_A without a gradient
@@ -204,7 +205,7 @@ class Bench:
     def __init__(self, arguments: ScriptArguments, guide: LabelGuide, rows: Sequence[Row], tokenizer: Any):
         self.arguments, self.guide, self.rows = arguments, guide, rows
         self.rendered = {
-            name: dialogues.Renderer(tokenizer, guide, is_encoder=False, **window).render(rows)
+            name: Renderer(tokenizer, guide, is_encoder=False, **window).render(rows)
             for name, window in WINDOWS.items()
         }
         self.labels = torch.tensor([row.label for row in rows])
@@ -411,14 +412,14 @@ def make_table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    (arguments,) = command_line.parse_arguments((ScriptArguments,), __doc__)
+    (arguments,) = parse_arguments((ScriptArguments,), __doc__)
     logging.basicConfig(level=logging.WARNING)
 
-    guide = dialogues.load_label_guide(arguments.label_guide)
-    originals = dialogues.load_rows(arguments.train_file, guide)
+    guide = load_label_guide(arguments.label_guide)
+    originals = load_rows(arguments.train_file, guide)
     augmented = []
     if arguments.augmented_file:
-        augmented = dialogues.load_rows(arguments.augmented_file, guide, sources_of_augmented=originals)
+        augmented = load_rows(arguments.augmented_file, guide, sources_of_augmented=originals)
     tokenizer = train_tokenizer(originals, guide)
     names = sorted({row.dialogue_id for row in originals})
     chosen = set(np.random.default_rng(arguments.seed).permutation(names)[: arguments.num_dialogues])
@@ -451,8 +452,8 @@ def main() -> None:
         tokens = f"{item['rows_tokens']:,} | {item['packed_tokens']:,} | {item['packed_tokens'] / item['turns']:.0f}"
         print(f"| {item['turns']} | {item['rows']} | {tokens} | {ratio:.1f}x |")
     facts = {"arguments": asdict(arguments), "device": device, "results": results, "by_turns": by_turns}
-    artifacts.write_json(Path(arguments.output), facts | command_line.provenance())
+    write_json(Path(arguments.output), facts | provenance())
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

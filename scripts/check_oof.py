@@ -19,19 +19,21 @@ import numpy as np
 # A script in a folder of its own finds the modules of the root, from wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import artifacts
-import command_line
-import decoding
-import dialogues
+from rareturn import command_line
+from rareturn.data.label_guide import load_label_guide
+from rareturn.decisions import metrics
+from rareturn.decisions.metrics import METRIC_NAMES, bootstrap_interval
+from rareturn.errors import InputError
+from rareturn.runs.reading import Run, read_run
 
 
-def check_label_guide(run: artifacts.Run, path: str) -> None:
+def check_label_guide(run: Run, path: str) -> None:
     """Refuse a run whose labels are not those of a guide.
 
     Raises:
         InputError: other names, another order, or other positive labels.
     """
-    guide = dialogues.load_label_guide(path)
+    guide = load_label_guide(path)
     problems = [
         f"{run.reference}: {key}: the run has {of_run}, {path} has {of_guide}"
         for key, of_run, of_guide in (
@@ -41,10 +43,10 @@ def check_label_guide(run: artifacts.Run, path: str) -> None:
         if of_run != of_guide
     ]
     if problems:
-        raise command_line.InputError(*problems)
+        raise InputError(*problems)
 
 
-def describe(run: artifacts.Run) -> list[str]:
+def describe(run: Run) -> list[str]:
     """What the tables hold, one line a fact."""
     info, sizes = run.info, np.bincount(run.oof.fold, minlength=run.info["num_folds"])
     folds_of: dict[str, set[int]] = {}
@@ -80,18 +82,18 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # Data
-    run = artifacts.read_run(arguments.reference, require_test=arguments.require_test)
+    run = read_run(arguments.reference, require_test=arguments.require_test)
     if arguments.label_guide:
         check_label_guide(run, arguments.label_guide)
 
     # Evaluate
     predictions = run.oof.logits.argmax(axis=1)
     facts = {"num_labels": run.num_labels, "positive_labels": run.positive_labels}
-    scores = decoding.scores(run.oof.label, predictions, **facts)
-    low, high = decoding.bootstrap_interval(run.oof.label, predictions, run.oof.dialogue_id, **facts)
+    scores = metrics.scores(run.oof.label, predictions, **facts)
+    low, high = bootstrap_interval(run.oof.label, predictions, run.oof.dialogue_id, **facts)
     print("\n".join(describe(run)))
     print("\nArgmax on the out-of-fold rows (nothing is fitted to them; 95 % interval over dialogues)")
-    for name in decoding.METRIC_NAMES:
+    for name in METRIC_NAMES:
         interval = f"  [{low:.4f}, {high:.4f}]" if name == "macro_f1_positive" else ""
         print(f"  {name:<24} {scores[name]:.4f}{interval}")
     print("\n  label                          rows  predicted      F1")

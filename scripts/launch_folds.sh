@@ -39,28 +39,29 @@ jobs=${JOBS:-1}
 settings=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" - "$name" "$recipe" "$@" <<'PY'
 import sys
 
-import command_line
+from rareturn.command_line import read_recipe, run
+from rareturn.errors import InputError
 
 
 def main() -> None:
     recipe, *flags = sys.argv[1:]
-    settings = {"num_folds": 5, **command_line.read_recipe(recipe)}
+    settings = {"num_folds": 5, **read_recipe(recipe)}
     for position, flag in enumerate(flags):
         key, given, value = flag.partition("=")
         key = key.replace("-", "_").removeprefix("__") if key.startswith("--") else ""
         if key == "fold":
-            raise command_line.InputError("--fold: every fold is launched; for one alone, run the script itself")
+            raise InputError("--fold: every fold is launched; for one alone, run the script itself")
         if key in ("num_folds", "output_dir"):
             settings[key] = value if given else (flags[position + 1 :] or [""])[0]
     if not str(settings["num_folds"]).isdecimal() or int(settings["num_folds"]) < 2:
-        raise command_line.InputError(f"num_folds must be a number from 2 up, not {settings['num_folds']!r}")
+        raise InputError(f"num_folds must be a number from 2 up, not {settings['num_folds']!r}")
     if not settings.get("output_dir"):
-        raise command_line.InputError(f"{recipe}: output_dir is neither in the recipe nor among the flags")
+        raise InputError(f"{recipe}: output_dir is neither in the recipe nor among the flags")
     print(f"{int(settings['num_folds'])} {settings['output_dir']}")
 
 
 sys.argv = sys.argv[1:]  # this shell script's name, for the error's line
-command_line.run(main)
+run(main)
 PY
 ) || exit $?
 num_folds=${settings%% *}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import command_line
+from rareturn.command_line import run
 
 
 def words_of(**flags: object) -> list[str]:
@@ -22,7 +22,7 @@ def run_script(main: Callable[[], None], *words: object, **flags: object) -> int
     """The exit status of `python SCRIPT words flags`."""
     argv, sys.argv = sys.argv, [f"{main.__module__}.py", *map(str, words), *words_of(**flags)]
     try:
-        command_line.run(main)
+        run(main)
     except SystemExit as stop:
         return stop.code or 0
     finally:

@@ -17,10 +17,16 @@ import yaml
 from hub_server import HubServer
 from huggingface_hub import constants
 
-import artifacts
-from artifacts import LogitTable
-from command_line import InputError
-from hub import PushError, push_files, resolve_revision
+from rareturn.data.folds import read_folds, write_folds
+from rareturn.errors import InputError
+from rareturn.files import read_json, write_bytes, write_json, write_text
+from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path, table_path, write_run_info
+from rareturn.runs.hub import PushError, push_files, resolve_revision
+from rareturn.runs.publish import dataset_card, pull_adapters, push_fold, push_run
+from rareturn.runs.reading import read_run
+from rareturn.runs.references import Reference, parse_reference
+from rareturn.runs.schemas import RUN_KEYS
+from rareturn.runs.tables import LogitTable, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
 LABELS = ["none", "humor", "denial"]
@@ -56,22 +62,22 @@ def make_run(
 ) -> Path:
     """A complete run folder of three folds, with a few bytes for each adapter."""
     info = {**INFO, "name": name, **changes}
-    artifacts.write_run_info(run_dir, info)
+    write_run_info(run_dir, info)
     folds = {key: info[key] for key in ("num_folds", "fold_seed", "fold_groups")}
-    artifacts.write_folds(run_dir, FOLDS, **folds)
+    write_folds(run_dir, FOLDS, **folds)
     for fold in range(3):
         held_out = [row_id for row_id in FOLDS if FOLDS[row_id] == fold]
-        artifacts.write_table(artifacts.table_path(run_dir, "oof", fold), make_table(held_out, fold))
+        write_table(table_path(run_dir, "oof", fold), make_table(held_out, fold))
         if tests:
             table = make_table([f"t{row}" for row in range(5)], fold, labelled=False)
-            artifacts.write_table(artifacts.table_path(run_dir, "test", fold), table)
-        adapter = artifacts.adapter_dir(run_dir, fold)
+            write_table(table_path(run_dir, "test", fold), table)
+        adapter = adapter_dir(run_dir, fold)
         if adapters:
-            artifacts.write_bytes(adapter / "adapter_model.safetensors", f"{name} {fold}".encode() * 1000)
-            artifacts.write_json(adapter / "adapter_config.json", {"r": 8, "fold": fold})
-            artifacts.write_bytes(adapter / "training_args.bin", b"a pickle")
-            artifacts.write_text(adapter / "README.md", "[More Information Needed]")
-        artifacts.write_json(artifacts.metrics_path(run_dir, fold), {"accuracy": 0.5})
+            write_bytes(adapter / "adapter_model.safetensors", f"{name} {fold}".encode() * 1000)
+            write_json(adapter / "adapter_config.json", {"r": 8, "fold": fold})
+            write_bytes(adapter / "training_args.bin", b"a pickle")
+            write_text(adapter / "README.md", "[More Information Needed]")
+        write_json(metrics_path(run_dir, fold), {"accuracy": 0.5})
     return run_dir
 
 
@@ -92,9 +98,9 @@ def rewrite(path: Path, **columns: object) -> None:
 
 
 def push_all(run_dir: Path, name: str = "demo", **options: object) -> dict[str, str]:
-    for fold in artifacts.complete_folds(run_dir, 3):
-        artifacts.push_fold(run_dir, fold, "org", name)
-    return artifacts.push_run(run_dir, "org", name, model_card="---\ntags: [x]\n---\n# Card\n", **options)
+    for fold in complete_folds(run_dir, 3):
+        push_fold(run_dir, fold, "org", name)
+    return push_run(run_dir, "org", name, model_card="---\ntags: [x]\n---\n# Card\n", **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- on disk
@@ -102,10 +108,10 @@ def push_all(run_dir: Path, name: str = "demo", **options: object) -> dict[str, 
 
 def test_table_round_trip_and_equal_bytes(tmp_path: Path) -> None:
     table = make_table(["r1", "r2", "r3"], 1)
-    artifacts.write_table(tmp_path / "a.parquet", table)
-    artifacts.write_table(tmp_path / "b.parquet", table)
+    write_table(tmp_path / "a.parquet", table)
+    write_table(tmp_path / "b.parquet", table)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    again = artifacts.read_table(tmp_path / "a.parquet")
+    again = read_table(tmp_path / "a.parquet")
     assert again.id == table.id and again.dialogue_id == table.dialogue_id
     np.testing.assert_array_equal(again.logits, table.logits)
     assert again.logits.dtype == np.float32 and again.fold.dtype == again.label.dtype == np.int64
@@ -121,15 +127,15 @@ def test_table_round_trip_and_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_empty_table_round_trip(tmp_path: Path) -> None:
-    artifacts.write_table(tmp_path / "a.parquet", make_table([], 0))
-    assert len(artifacts.read_table(tmp_path / "a.parquet")) == 0
+    write_table(tmp_path / "a.parquet", make_table([], 0))
+    assert len(read_table(tmp_path / "a.parquet")) == 0
 
 
 def test_a_table_with_a_logit_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     table = make_table(["r1", "r2"], 0)
     table.logits[1, 2] = np.inf
     with pytest.raises(ValueError, match="'r2'"):
-        artifacts.write_table(tmp_path / "a.parquet", table)
+        write_table(tmp_path / "a.parquet", table)
     assert not list(tmp_path.iterdir())
 
 
@@ -147,7 +153,7 @@ def test_tables_of_other_tools_are_read(tmp_path: Path) -> None:
         }
     )
     pq.write_table(table, path, row_group_size=2)
-    read = artifacts.read_table(path)
+    read = read_table(path)
     np.testing.assert_array_equal(read.logits, np.float32([[1, 2], [3, 4], [5, 6]]))
     assert read.label.tolist() == [1, 0, -1]
 
@@ -173,10 +179,10 @@ def test_tables_of_other_tools_are_read(tmp_path: Path) -> None:
 )
 def test_bad_tables_name_file_and_row(tmp_path: Path, columns: dict, message: str) -> None:
     path = tmp_path / "fold-0.parquet"
-    artifacts.write_table(path, make_table(["r1", "r2", "r3"], 0))
+    write_table(path, make_table(["r1", "r2", "r3"], 0))
     rewrite(path, **columns)
     with pytest.raises(InputError) as caught:
-        artifacts.read_table(path)
+        read_table(path)
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
 
 
@@ -184,7 +190,7 @@ def test_mutated_parquet_files_are_refused_in_one_line(tmp_path: Path) -> None:
     """Cut short or with a few bytes changed: an error, or (outside the checked pages) the same numbers."""
     path = tmp_path / "fold-0.parquet"
     table = make_table([f"r{row}" for row in range(50)], 0)
-    artifacts.write_table(path, table)
+    write_table(path, table)
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     refused = 0
@@ -196,7 +202,7 @@ def test_mutated_parquet_files_are_refused_in_one_line(tmp_path: Path) -> None:
             data[position] = random.integers(256)
         path.write_bytes(data)
         try:
-            read = artifacts.read_table(path)
+            read = read_table(path)
         except InputError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -210,53 +216,55 @@ def test_bad_json_is_one_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match="not a JSON file"):
-        artifacts.read_json(path)
+        read_json(path)
 
 
 def test_writing_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.json"
-    artifacts.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(ValueError):
-        artifacts.write_json(path, {"a": float("nan")})
-    artifacts.write_json(path, {"a": 2}, overwrite=False)
-    assert artifacts.read_json(path) == {"a": 1}
-    artifacts.write_json(path, {"a": 3})
-    assert artifacts.read_json(path) == {"a": 3}
+        write_json(path, {"a": float("nan")})
+    write_json(path, {"a": 2}, overwrite=False)
+    assert read_json(path) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert read_json(path) == {"a": 3}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     """RLIMIT_FSIZE stops a write as a full disk does, without needing the right to mount one."""
     path = tmp_path / "a.json"
-    artifacts.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     program = (
-        "import resource, signal, sys, artifacts\n"
+        "import resource, signal, sys\n"
+        "from rareturn.errors import InputError\n"
+        "from rareturn.files import write_bytes\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "try: artifacts.write_bytes(sys.argv[1], b'x' * 100_000)\n"
-        "except artifacts.InputError as error: print(error)\n"
+        "try: write_bytes(sys.argv[1], b'x' * 100_000)\n"
+        "except InputError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"{path}: cannot write: File too large\n", done.stderr
-    assert artifacts.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        artifacts.write_text(tmp_path / "file" / "a.txt", "a")
+        write_text(tmp_path / "file" / "a.txt", "a")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot write"):
-        artifacts.write_text(tmp_path / "folder", "a")
+        write_text(tmp_path / "folder", "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_run_info_is_written_once_and_guards_the_folder(tmp_path: Path) -> None:
-    artifacts.write_run_info(tmp_path, INFO)
-    artifacts.write_run_info(tmp_path, {**INFO, "seed": 8, "command": "the next fold"})
-    assert artifacts.read_json(tmp_path / "run.json") == INFO
+    write_run_info(tmp_path, INFO)
+    write_run_info(tmp_path, {**INFO, "seed": 8, "command": "the next fold"})
+    assert read_json(tmp_path / "run.json") == INFO
     with pytest.raises(InputError, match=r"label_names: .* use another output_dir"):
-        artifacts.write_run_info(tmp_path, {**INFO, "label_names": ["a", "b", "c"], "fold_seed": 1})
+        write_run_info(tmp_path, {**INFO, "label_names": ["a", "b", "c"], "fold_seed": 1})
 
 
 @pytest.mark.parametrize(
@@ -281,7 +289,7 @@ def test_run_json_is_checked(tmp_path: Path, key: str, value: object, message: s
     make_run(tmp_path, adapters=False)
     edit(tmp_path / "run.json", **{key: value})
     with pytest.raises(InputError, match=r"run\.json") as caught:
-        artifacts.read_run(tmp_path)
+        read_run(tmp_path)
     assert message in str(caught.value)
 
 
@@ -289,34 +297,34 @@ def test_run_json_without_keys_lists_them_all(tmp_path: Path) -> None:
     make_run(tmp_path, adapters=False)
     (tmp_path / "run.json").write_text('{"name": "anchor"}')
     with pytest.raises(InputError) as caught:
-        artifacts.read_run(tmp_path)
-    assert len(caught.value.problems) == len(artifacts.RUN_KEYS) - 1
+        read_run(tmp_path)
+    assert len(caught.value.problems) == len(RUN_KEYS) - 1
 
 
 def test_folds_json_counts_if_it_is_there(tmp_path: Path) -> None:
     facts = {"num_folds": 3, "fold_seed": 42, "fold_groups": "dialogue"}
     other = {row_id: (fold + 1) % 3 for row_id, fold in FOLDS.items()}
-    assert artifacts.write_folds(tmp_path, FOLDS, **facts) == FOLDS
-    assert artifacts.write_folds(tmp_path, other, **facts) == FOLDS
+    assert write_folds(tmp_path, FOLDS, **facts) == FOLDS
+    assert write_folds(tmp_path, other, **facts) == FOLDS
     with pytest.raises(InputError, match="row 'r0' is not in the training file"):
-        artifacts.write_folds(tmp_path, {key: FOLDS[key] for key in list(FOLDS)[1:]}, **facts)
+        write_folds(tmp_path, {key: FOLDS[key] for key in list(FOLDS)[1:]}, **facts)
     with pytest.raises(InputError, match="row 'new' of the training file is in no fold"):
-        artifacts.write_folds(tmp_path, {**FOLDS, "new": 0}, **facts)
+        write_folds(tmp_path, {**FOLDS, "new": 0}, **facts)
     with pytest.raises(InputError, match="fold_seed: 42 there, 1 asked for"):
-        artifacts.write_folds(tmp_path, FOLDS, **{**facts, "fold_seed": 1})
+        write_folds(tmp_path, FOLDS, **{**facts, "fold_seed": 1})
     edit(tmp_path / "folds.json", folds={**FOLDS, "r3": 3})
     with pytest.raises(InputError, match=r"row 'r3': fold 3 is not one of 0..2"):
-        artifacts.read_folds(tmp_path / "folds.json")
+        read_folds(tmp_path / "folds.json")
 
 
 def test_read_run_aligns_with_folds_json(tmp_path: Path) -> None:
-    run = artifacts.read_run(make_run(tmp_path), require_test=True)
+    run = read_run(make_run(tmp_path), require_test=True)
     assert run.oof.id == list(FOLDS) and run.oof.fold.tolist() == list(FOLDS.values())
     assert (run.name, run.revision, run.num_labels, run.positive_labels) == ("anchor", None, 3, [1, 2])
     assert [table.fold[0] for table in run.test] == [0, 1, 2] and run.test[0].id == [
         f"t{row}" for row in range(5)
     ]
-    fold_0 = artifacts.read_table(artifacts.table_path(tmp_path, "oof", 0))
+    fold_0 = read_table(table_path(tmp_path, "oof", 0))
     np.testing.assert_array_equal(
         run.oof.logits[[run.oof.id.index(row_id) for row_id in fold_0.id]], fold_0.logits
     )
@@ -324,17 +332,17 @@ def test_read_run_aligns_with_folds_json(tmp_path: Path) -> None:
 
 def test_an_incomplete_run_names_its_missing_folds(tmp_path: Path) -> None:
     make_run(tmp_path)
-    assert artifacts.complete_folds(tmp_path, 3, needs_test=True) == [0, 1, 2]
-    artifacts.table_path(tmp_path, "test", 1).unlink()
-    assert artifacts.complete_folds(tmp_path, 3, needs_test=True) == [0, 2]
-    assert artifacts.complete_folds(tmp_path, 3) == [0, 1, 2]
-    assert artifacts.read_run(tmp_path).test == []
+    assert complete_folds(tmp_path, 3, needs_test=True) == [0, 1, 2]
+    table_path(tmp_path, "test", 1).unlink()
+    assert complete_folds(tmp_path, 3, needs_test=True) == [0, 2]
+    assert complete_folds(tmp_path, 3) == [0, 1, 2]
+    assert read_run(tmp_path).test == []
     with pytest.raises(InputError, match="the test table of fold 1 is missing"):
-        artifacts.read_run(tmp_path, require_test=True)
+        read_run(tmp_path, require_test=True)
     for fold in (0, 2):
-        artifacts.table_path(tmp_path, "oof", fold).unlink()
+        table_path(tmp_path, "oof", fold).unlink()
     with pytest.raises(InputError, match="the oof table of folds 0, 2 is missing"):
-        artifacts.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -354,29 +362,29 @@ def test_tables_that_do_not_fit_the_run(
     make_run(tmp_path)
     table = make_table([row_id if row_id != "x" else "r99" for row_id in ids], fold, **changes)
     table.id = ids
-    artifacts.write_table(artifacts.table_path(tmp_path, "oof", 0), table)
+    write_table(table_path(tmp_path, "oof", 0), table)
     with pytest.raises(InputError) as caught:
-        artifacts.read_run(tmp_path)
+        read_run(tmp_path)
     assert message in str(caught.value)
 
 
 def test_a_dialogue_in_two_folds_is_refused_unless_folds_are_of_rows(tmp_path: Path) -> None:
     for fold_groups, run_dir in (("dialogue", tmp_path / "a"), ("none", tmp_path / "b")):
         make_run(run_dir, fold_groups=fold_groups)
-        table = artifacts.read_table(artifacts.table_path(run_dir, "oof", 0))
+        table = read_table(table_path(run_dir, "oof", 0))
         table.dialogue_id[0] = "d1"
-        artifacts.write_table(artifacts.table_path(run_dir, "oof", 0), table)
-    assert artifacts.read_run(tmp_path / "b").oof.id == list(FOLDS)
+        write_table(table_path(run_dir, "oof", 0), table)
+    assert read_run(tmp_path / "b").oof.id == list(FOLDS)
     with pytest.raises(InputError, match="dialogue 'd1' is in folds 0 and 1"):
-        artifacts.read_run(tmp_path / "a")
+        read_run(tmp_path / "a")
 
 
 def test_test_tables_must_hold_the_same_rows(tmp_path: Path) -> None:
     make_run(tmp_path)
     ids = [f"t{row}" for row in range(5)]
-    artifacts.write_table(artifacts.table_path(tmp_path, "test", 2), make_table(ids[::-1], 2, labelled=False))
+    write_table(table_path(tmp_path, "test", 2), make_table(ids[::-1], 2, labelled=False))
     with pytest.raises(InputError, match="test fold 2: other rows, or in another order, than fold 0"):
-        artifacts.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 NO_REFERENCES = """
@@ -388,16 +396,16 @@ a/b--c:run|a/b.git:run|a/b:.run|http://h/a:b|a/b:\0
 @pytest.mark.parametrize("reference", re.split(r"[|\n]", NO_REFERENCES.strip()))
 def test_references_that_are_none(reference: str) -> None:
     with pytest.raises(InputError):
-        artifacts.parse_reference(reference)
+        parse_reference(reference)
 
 
 def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert artifacts.parse_reference("org/x-oof:anchor@refs/pr/1") == artifacts.Reference(
+    assert parse_reference("org/x-oof:anchor@refs/pr/1") == Reference(
         repo_id="org/x-oof", run="anchor", revision="refs/pr/1"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "x-oof:anchor").mkdir(parents=True)
-    assert artifacts.parse_reference("org/x-oof:anchor").folder == Path("org/x-oof:anchor")
+    assert parse_reference("org/x-oof:anchor").folder == Path("org/x-oof:anchor")
 
 
 # ----------------------------------------------------------------------------------------------------------- on the Hub
@@ -406,8 +414,8 @@ def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_push_then_read_gives_the_local_run(tmp_path: Path, hub_here: HubServer) -> None:
     run_dir = make_run(tmp_path / "anchor")
     shas = push_all(run_dir)
-    local = artifacts.read_run(run_dir, require_test=True)
-    pulled = artifacts.read_run("org/demo-oof:anchor", require_test=True)
+    local = read_run(run_dir, require_test=True)
+    pulled = read_run("org/demo-oof:anchor", require_test=True)
     assert pulled.revision == shas["org/demo-oof"] == resolve_revision("org/demo-oof", repo_type="dataset")
     assert (pulled.info, pulled.folds, pulled.oof.id) == (local.info, local.folds, local.oof.id)
     np.testing.assert_array_equal(pulled.oof.logits, local.oof.logits)
@@ -421,7 +429,7 @@ def test_push_then_read_gives_the_local_run(tmp_path: Path, hub_here: HubServer)
         for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json")
     }
     for fold in range(3):
-        adapter = artifacts.adapter_dir(run_dir, fold) / "adapter_model.safetensors"
+        adapter = adapter_dir(run_dir, fold) / "adapter_model.safetensors"
         assert model[f"fold-{fold}/adapter_model.safetensors"] == adapter.read_bytes()
     assert all(repo.private for repo in hub_here.repos.values())
     assert [commit.message for commit in hub_here.commits("org/demo-anchor")] == [
@@ -444,36 +452,36 @@ def test_push_then_read_gives_the_local_run(tmp_path: Path, hub_here: HubServer)
 def test_a_pinned_revision_is_read_after_the_run_has_changed(tmp_path: Path, hub_here: HubServer) -> None:
     run_dir = make_run(tmp_path / "anchor")
     first = push_all(run_dir)["org/demo-oof"]
-    before = artifacts.read_run(run_dir)
-    table = artifacts.read_table(artifacts.table_path(run_dir, "oof", 1))
+    before = read_run(run_dir)
+    table = read_table(table_path(run_dir, "oof", 1))
     table.logits += 1
-    artifacts.write_table(artifacts.table_path(run_dir, "oof", 1), table)
-    artifacts.push_fold(run_dir, 1, "org", "demo")
-    pinned = artifacts.read_run(f"org/demo-oof:anchor@{first}")
+    write_table(table_path(run_dir, "oof", 1), table)
+    push_fold(run_dir, 1, "org", "demo")
+    pinned = read_run(f"org/demo-oof:anchor@{first}")
     np.testing.assert_array_equal(pinned.oof.logits, before.oof.logits)
-    newest = artifacts.read_run("org/demo-oof:anchor")
+    newest = read_run("org/demo-oof:anchor")
     assert pinned.revision == first != newest.revision
     assert (newest.oof.logits != before.oof.logits).any()
 
 
 def test_pulled_runs_are_checked_like_local_ones(tmp_path: Path, hub_here: HubServer) -> None:
     push_all(make_run(tmp_path / "anchor", tests=False))
-    assert artifacts.read_run("org/demo-oof:anchor").test == []
+    assert read_run("org/demo-oof:anchor").test == []
     with pytest.raises(InputError, match="the test table of folds 0, 1, 2 is missing"):
-        artifacts.read_run("org/demo-oof:anchor", require_test=True)
+        read_run("org/demo-oof:anchor", require_test=True)
     with pytest.raises(InputError, match="org/demo-oof has no run 'other'"):
-        artifacts.read_run("org/demo-oof:other")
+        read_run("org/demo-oof:other")
     with pytest.raises(InputError, match="no such repo on the Hub"):
-        artifacts.read_run("org/nothing-oof:anchor")
+        read_run("org/nothing-oof:anchor")
     with pytest.raises(InputError, match="no revision 'v9'"):
-        artifacts.read_run("org/demo-oof:anchor@v9")
+        read_run("org/demo-oof:anchor@v9")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": b'{"name": "anchor"}'}, "dataset")
     with pytest.raises(InputError, match=r"run\.json: label_names: missing"):
-        artifacts.read_run("org/demo-oof:anchor")
+        read_run("org/demo-oof:anchor")
     hub_here.put("org/demo-oof", {"data/anchor/oof-fold-1.parquet": b"PAR1"}, "dataset")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": json.dumps(INFO).encode()}, "dataset")
     with pytest.raises(InputError, match="not a readable Parquet file"):
-        artifacts.read_run("org/demo-oof:anchor")
+        read_run("org/demo-oof:anchor")
 
 
 def test_a_private_repo_needs_a_token_and_no_error_shows_it(
@@ -483,17 +491,17 @@ def test_a_private_repo_needs_a_token_and_no_error_shows_it(
     push_all(run_dir)
     monkeypatch.setenv("HF_TOKEN", "hf_unknownunknownunknown")
     with pytest.raises(InputError) as caught:
-        artifacts.read_run("org/demo-oof:anchor")
+        read_run("org/demo-oof:anchor")
     with pytest.raises(PushError, match="no valid token") as pushed:
-        artifacts.push_fold(run_dir, 0, "org", "other")
+        push_fold(run_dir, 0, "org", "other")
     assert "unknownunknown" not in f"{caught.value} {pushed.value}"
 
 
 def test_a_token_in_a_file_stops_the_push(tmp_path: Path, hub_here: HubServer) -> None:
     run_dir = make_run(tmp_path / "anchor", command=f"linear_probe.py --hub_token {hub_here.writer}")
-    artifacts.push_fold(run_dir, 0, "org", "demo")
+    push_fold(run_dir, 0, "org", "demo")
     with pytest.raises(InputError, match="has the Hub token in it"):
-        artifacts.push_run(run_dir, "org", "demo", model_card="# Card\n")
+        push_run(run_dir, "org", "demo", model_card="# Card\n")
     pushed = b"".join(
         data for repo in hub_here.repos.values() for data in hub_here.files(repo.id, repo.type).values()
     )
@@ -505,7 +513,7 @@ def test_only_safe_kinds_of_files_travel(tmp_path: Path, hub_here: HubServer) ->
         push_files("org/x", {"a.bin": b"pickle"}, message="m", kept_in=tmp_path)
     push_all(make_run(tmp_path / "anchor"))
     hub_here.put("org/demo-anchor", {"fold-0/adapter_model.bin": b"pickle", "fold-0/code.py": b"import os"})
-    folder, sha = artifacts.pull_adapters("org/demo-anchor", folds=[0, 2])
+    folder, sha = pull_adapters("org/demo-anchor", folds=[0, 2])
     assert sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     ) == sorted(
@@ -515,7 +523,7 @@ def test_only_safe_kinds_of_files_travel(tmp_path: Path, hub_here: HubServer) ->
     )
     assert sha == hub_here.commits("org/demo-anchor")[-1].oid
     with pytest.raises(InputError, match="fold-3 holds no safetensors"):
-        artifacts.pull_adapters("org/demo-anchor", folds=[0, 3])
+        pull_adapters("org/demo-anchor", folds=[0, 3])
 
 
 @pytest.mark.parametrize(
@@ -525,7 +533,7 @@ def test_paths_of_a_pulled_repo_stay_in_its_folder(tmp_path: Path, hub_here: Hub
     push_all(make_run(tmp_path / "anchor"))
     hub_here.put("org/demo-oof", {path: b"{}"}, "dataset")
     with pytest.raises(InputError, match="unsafe path"):
-        artifacts.read_run("org/demo-oof:anchor")
+        read_run("org/demo-oof:anchor")
     assert not list(tmp_path.rglob("evil.json"))
 
 
@@ -563,12 +571,12 @@ def test_the_dataset_card_keeps_what_others_wrote(tmp_path: Path, hub_here: HubS
     [b"", b"# Prose\n", b"---\n---\n", b"---\r\nlicense: mit\r\n---\r\nx", b"--- no header\nx\n---\n"],
 )
 def test_dataset_cards_of_every_shape(present: bytes) -> None:
-    card = artifacts.dataset_card(present, "org/x-oof", "anchor", has_test=True)
+    card = dataset_card(present, "org/x-oof", "anchor", has_test=True)
     header, prose = card.decode().removeprefix("---\n").split("---\n", 1)
     assert [config["config_name"] for config in yaml.safe_load(header)["configs"]] == ["anchor"]
     assert present.decode().endswith(prose)
     assert ("license" in yaml.safe_load(header)) == (b"license" in present)
-    assert artifacts.dataset_card(card, "org/x-oof", "anchor", has_test=True) == card
+    assert dataset_card(card, "org/x-oof", "anchor", has_test=True) == card
 
 
 @pytest.mark.parametrize("header", ["a: [", "configs: all", "configs: [1]", "- a"])
@@ -582,9 +590,9 @@ def test_a_broken_dataset_card_is_not_overwritten(tmp_path: Path, hub_here: HubS
 
 def test_incomplete_folds_and_bad_names_are_not_pushed(tmp_path: Path, hub_here: HubServer) -> None:
     run_dir = make_run(tmp_path / "anchor")
-    artifacts.metrics_path(run_dir, 1).unlink()
+    metrics_path(run_dir, 1).unlink()
     with pytest.raises(InputError, match="fold 1 is not complete"):
-        artifacts.push_fold(run_dir, 1, "org", "demo")
+        push_fold(run_dir, 1, "org", "demo")
     for namespace, name in (
         ("..", "demo"),
         ("org", "../demo"),
@@ -593,7 +601,7 @@ def test_incomplete_folds_and_bad_names_are_not_pushed(tmp_path: Path, hub_here:
         ("org", "x" * 95),
     ):
         with pytest.raises(InputError):
-            artifacts.push_fold(run_dir, 0, namespace, name)
+            push_fold(run_dir, 0, namespace, name)
     assert not hub_here.repos
 
 
@@ -601,14 +609,12 @@ def test_a_cached_run_is_read_offline(
     tmp_path: Path, hub_here: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha = push_all(make_run(tmp_path / "anchor"))["org/demo-oof"]
-    online = artifacts.read_run("org/demo-oof:anchor")
+    online = read_run("org/demo-oof:anchor")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     seen = len(hub_here.requests)
-    np.testing.assert_array_equal(
-        artifacts.read_run(f"org/demo-oof:anchor@{sha}").oof.logits, online.oof.logits
-    )
+    np.testing.assert_array_equal(read_run(f"org/demo-oof:anchor@{sha}").oof.logits, online.oof.logits)
     with pytest.raises(InputError, match="cannot be read from the Hub"):
-        artifacts.read_run("org/demo-oof:other")
+        read_run("org/demo-oof:other")
     assert len(hub_here.requests) == seen
 
 
@@ -619,7 +625,9 @@ import sys
 import numpy as np, torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen3Config, Qwen3ForSequenceClassification
-import artifacts
+from rareturn.runs.folder import adapter_dir
+from rareturn.runs.publish import push_fold, push_run
+from rareturn.runs.reading import read_run
 
 torch.manual_seed(0)
 config = Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -633,9 +641,9 @@ for parameter in tuned.parameters():
 tokens = torch.arange(1, 9).reshape(1, 8)
 expected = tuned.eval()(input_ids=tokens).logits.detach()
 for fold in range(3):
-    tuned.save_pretrained(artifacts.adapter_dir("anchor", fold))
-    artifacts.push_fold("anchor", fold, "org", "demo")
-shas = artifacts.push_run("anchor", "org", "demo", model_card="# Card\\n")
+    tuned.save_pretrained(adapter_dir("anchor", fold))
+    push_fold("anchor", fold, "org", "demo")
+shas = push_run("anchor", "org", "demo", model_card="# Card\\n")
 
 loaded = Qwen3ForSequenceClassification.from_pretrained("base")
 loaded = PeftModel.from_pretrained(loaded, "org/demo-anchor", subfolder="fold-1", revision=shas["org/demo-anchor"])
@@ -645,7 +653,7 @@ from datasets import load_dataset
 for split, rows in (("oof", 24), ("test", 15)):
     table = load_dataset("org/demo-oof", "anchor", split=split)
     assert table.column_names == ["id", "dialogue_id", "fold", "label", "logits"] and len(table) == rows, table
-run = artifacts.read_run("anchor")
+run = read_run("anchor")
 oof = load_dataset("org/demo-oof", "anchor", split="oof", revision=shas["org/demo-oof"])
 position = {row_id: number for number, row_id in enumerate(run.oof.id)}
 for row in oof:

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import augment
-import command_line
-from dialogues import Columns, load_label_guide, load_rows
-from variants import ATTITUDE_HEDGES, BELIEF_HEDGES, augment_text, made_by
+from rareturn import command_line
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rows import Columns, load_rows
+from rareturn.data.variants import ATTITUDE_HEDGES, BELIEF_HEDGES, augment_text, made_by
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "demo" / "train.json"

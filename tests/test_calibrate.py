@@ -13,10 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import artifacts
 import calibrate
-import command_line
-import decoding
+from rareturn import command_line
+from rareturn.data.folds import write_folds
+from rareturn.decisions.metrics import METRIC_NAMES, score
+from rareturn.decisions.probabilities import softmax
+from rareturn.decisions.rules import METHODS, Decision, decide, fit
+from rareturn.files import write_json
+from rareturn.runs.folder import table_path
+from rareturn.runs.reading import read_run
+from rareturn.runs.tables import LogitTable, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["none", "low", "middle", "high"]
@@ -37,15 +43,15 @@ def make_run(folder, *, change=None, **info):
     ids = [f"r{row}" for row in range(240)]
     for number in range(3):
         rows = np.flatnonzero(fold == number)
-        table = artifacts.LogitTable(
+        table = LogitTable(
             [ids[row] for row in rows],
             [f"d{dialogue[row]}" for row in rows],
             fold[rows],
             labels[rows],
             logits[rows].astype(np.float32),
         )
-        artifacts.write_table(artifacts.table_path(folder, "oof", number), table)
-    artifacts.write_json(
+        write_table(table_path(folder, "oof", number), table)
+    write_json(
         folder / "run.json",
         {
             "name": "tiny",
@@ -66,7 +72,7 @@ def make_run(folder, *, change=None, **info):
             **info,
         },
     )
-    artifacts.write_folds(
+    write_folds(
         folder,
         {ids[row]: int(fold[row]) for row in range(240)},
         num_folds=3,
@@ -111,25 +117,25 @@ def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path
     assert status == 0 and written == (tmp_path / "two.json").read_bytes()
 
     content = json.loads(written)
-    decision = decoding.Decision.from_dict(content)
+    decision = Decision.from_dict(content)
     assert content["label_names"] == NAMES and content["positive_labels"] == [1, 2, 3]
     assert content["runs"] == [{"reference": str(run), "revision": None, "weight": 1.0}]
-    assert content["method"] in decoding.METHODS and content["metric"] == "macro_f1_positive"
+    assert content["method"] in METHODS and content["metric"] == "macro_f1_positive"
     assert content["fold_groups"] == "dialogue" and content["blend"] == "arithmetic"
     for stage in ("argmax", "in_sample", "cross_fitted"):
         figures = content["metrics"][stage]
-        assert set(decoding.METRIC_NAMES) < set(figures) and len(figures["f1_per_class"]) == 4
+        assert set(METRIC_NAMES) < set(figures) and len(figures["f1_per_class"]) == 4
         low, high = figures["interval"]["macro_f1_positive"]
         assert 0 <= low <= figures["macro_f1_positive"] <= high <= 1
 
     # The in-sample figure is that of the rule in the file.
-    table = artifacts.read_run(run).oof
-    predictions = decoding.decide(decoding.softmax(table.logits, decision.temperature), decision)
+    table = read_run(run).oof
+    predictions = decide(softmax(table.logits, decision.temperature), decision)
     assert content["metrics"]["in_sample"]["macro_f1_positive"] == pytest.approx(
-        decoding.score(table.label, predictions, 4, [1, 2, 3])
+        score(table.label, predictions, 4, [1, 2, 3])
     )
 
-    for method in (*decoding.METHODS, "auto"):
+    for method in (*METHODS, "auto"):
         assert set(content["methods"][method]) == {"in_sample", "cross_fitted", "interval"}
         row = next(line for line in first.stdout.splitlines() if line.startswith(method))
         # in-sample, cross-fitted with its interval, optimism, seconds
@@ -150,9 +156,9 @@ def test_random_is_the_papers_search_with_its_gate(tmp_path, calibrate_here, fla
     assert status == 0, error
     content = json.loads(output.read_bytes())
     assert content["method"] == "random" and set(content["methods"]) == {"argmax", "random"}
-    table = artifacts.read_run(run).oof
-    probabilities = decoding.softmax(table.logits, content["temperature"])
-    expected = decoding.fit(
+    table = read_run(run).oof
+    probabilities = softmax(table.logits, content["temperature"])
+    expected = fit(
         "random",
         probabilities,
         table.label,
@@ -212,8 +218,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, calibrate_here, chan
 
 def test_logits_that_are_not_finite_and_a_missing_fold(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny")
-    path = artifacts.table_path(run, "oof", 1)
-    table = artifacts.read_table(path)
+    path = table_path(run, "oof", 1)
+    table = read_table(path)
     table.logits[3, 1] = np.nan
     columns = {
         "id": table.id,

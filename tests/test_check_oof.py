@@ -14,7 +14,8 @@ from hub_server import HubServer
 from sklearn.metrics import accuracy_score, f1_score
 from test_artifacts import LABELS, ROOT, make_run, push_all
 
-import artifacts
+from rareturn.runs.folder import table_path
+from rareturn.runs.reading import read_run
 
 
 def check(
@@ -31,7 +32,7 @@ def test_scores_and_facts_of_a_local_and_of_a_hub_run(
     sha = push_all(run_dir)["org/demo-oof"]
     local = check("anchor", "--require_test", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
-    oof = artifacts.read_run(run_dir).oof
+    oof = read_run(run_dir).oof
     predictions = oof.logits.argmax(1)
     for name, value in (
         ("accuracy", accuracy_score(oof.label, predictions)),
@@ -51,7 +52,7 @@ def test_what_breaks_the_contract_is_one_line_and_status_2(tmp_path: Path, case:
     run_dir = make_run(tmp_path / "anchor")
     arguments: list[str | Path] = [run_dir]
     if case == "fold missing":
-        artifacts.table_path(run_dir, "oof", 2).unlink()
+        table_path(run_dir, "oof", 2).unlink()
         message = "the oof table of fold 2 is missing"
     else:
         labels = [{"number": number, "name": name, "definition": "d"} for number, name in enumerate(LABELS)]

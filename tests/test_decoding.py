@@ -13,8 +13,41 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from sklearn.metrics import log_loss as sklearn_log_loss
 
-import decoding
-from command_line import InputError
+from rareturn.decisions.cross_fitting import (
+    Recipe,
+    _simplest_within_one_error,
+    cross_fit,
+    fit_rule,
+    grouped_folds,
+    predict,
+    rule_fitter,
+    search_weights,
+)
+from rareturn.decisions.metrics import (
+    METRIC_NAMES,
+    bootstrap_interval,
+    bootstrap_scores,
+    check_labels,
+    difference_interval,
+    score,
+    scores,
+)
+from rareturn.decisions.probabilities import (
+    blend,
+    brier_score,
+    calibration_error,
+    check_logits,
+    fit_temperature,
+    fit_vector,
+    log_softmax,
+    minimise,
+    probability_quality,
+    softmax,
+)
+from rareturn.decisions.rules import METHODS, Decision, _random_biases, _soft_score, decide, fit
+from rareturn.decisions.search import Problem, _sweep_bias, sweep_threshold
+from rareturn.decisions.voting import scoped, vote, vote_probabilities
+from rareturn.errors import InputError
 
 
 def draw(seed, rows=120, num_labels=4, num_groups=20, ties=False):
@@ -27,7 +60,7 @@ def draw(seed, rows=120, num_labels=4, num_groups=20, ties=False):
     if ties:
         logits = np.round(logits)
     groups = [f"d{group}" for group in generator.integers(num_groups, size=rows)]
-    return decoding.softmax(logits), labels, groups
+    return softmax(logits), labels, groups
 
 
 def brute_decide(probabilities, bias, protected=None, threshold=None):
@@ -50,7 +83,7 @@ def test_scores_are_those_of_scikit_learn(seed):
     labels, predictions = generator.integers(0, 6, 80), generator.integers(0, 5, 80)
     labels[labels == 3] = 2  # a label with predictions and no rows; label 5 has rows and no predictions
     positive = [1, 2, 3, 5]
-    found = decoding.scores(labels, predictions, 7, positive)
+    found = scores(labels, predictions, 7, positive)
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predictions, labels=range(7), zero_division=0
     )
@@ -62,34 +95,34 @@ def test_scores_are_those_of_scikit_learn(seed):
     assert found["macro_f1"] == pytest.approx(f1.mean())
     assert found["weighted_f1"] == pytest.approx((f1 * support).sum() / 80)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
-    assert list(found) == [*decoding.METRIC_NAMES, "f1_per_class"]
-    for metric in decoding.METRIC_NAMES:
-        assert decoding.score(labels, predictions, 7, positive, metric) == pytest.approx(found[metric])
+    assert list(found) == [*METRIC_NAMES, "f1_per_class"]
+    for metric in METRIC_NAMES:
+        assert score(labels, predictions, 7, positive, metric) == pytest.approx(found[metric])
 
 
 def test_a_label_without_rows_and_predictions_counts_as_zero():
     # Label 1: 1 hit, 1 missed, 1 too many: F1 1/2. Label 2: nothing at all. Mean over the two: 1/4.
-    assert decoding.score([1, 1, 0], [1, 0, 1], 3, [1, 2]) == pytest.approx(0.25)
+    assert score([1, 1, 0], [1, 0, 1], 3, [1, 2]) == pytest.approx(0.25)
 
 
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="f1_macro"):
-        decoding.score([0, 1], [0, 1], 2, [1], "f1_macro")
+        score([0, 1], [0, 1], 2, [1], "f1_macro")
 
 
 def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
     probabilities, labels, groups = draw(0)
     predictions = probabilities.argmax(1)
-    found = decoding.bootstrap_scores(
+    found = bootstrap_scores(
         labels, predictions, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
     )
     names = list(dict.fromkeys(groups))
     draws = np.random.default_rng(3).integers(len(names), size=(30, len(names)))
     for value, sample in zip(found, draws, strict=True):
         rows = [row for group in sample for row in range(len(labels)) if groups[row] == names[group]]
-        assert value == pytest.approx(decoding.score(labels[rows], predictions[rows], 4, [0, 1, 2]))
+        assert value == pytest.approx(score(labels[rows], predictions[rows], 4, [0, 1, 2]))
     # Repeats are averaged within a sample.
-    twice = decoding.bootstrap_scores(
+    twice = bootstrap_scores(
         labels,
         np.stack([predictions, labels]),
         groups,
@@ -98,7 +131,7 @@ def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
         num_samples=30,
         seed=3,
     )
-    perfect = decoding.bootstrap_scores(
+    perfect = bootstrap_scores(
         labels, labels, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
     )
     assert twice == pytest.approx((found + perfect) / 2)
@@ -112,20 +145,20 @@ def test_the_interval_is_that_of_scipy(repeats):
         [(np.log(probabilities) + 0.3 * generator.standard_normal(4)).argmax(1) for _ in range(repeats)]
     )
     facts = {"num_labels": 4, "positive_labels": [0, 1, 2]}
-    low, high = decoding.bootstrap_interval(labels, predictions, groups, **facts, num_samples=20_000)
+    low, high = bootstrap_interval(labels, predictions, groups, **facts, num_samples=20_000)
     names = np.array(sorted(set(groups)))
     rows_of = [np.flatnonzero(np.array(groups) == name) for name in names]
 
     def statistic(sample):
         rows = np.concatenate([rows_of[int(number)] for number in sample])
-        return np.mean([decoding.score(labels[rows], row[rows], 4, [0, 1, 2]) for row in predictions])
+        return np.mean([score(labels[rows], row[rows], 4, [0, 1, 2]) for row in predictions])
 
     reference = scipy.stats.bootstrap(
         (np.arange(len(names)),), statistic, n_resamples=4_000, vectorized=False, method="BCa", rng=1
     ).confidence_interval
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.003)
     plain = np.quantile(
-        decoding.bootstrap_scores(labels, predictions, groups, **facts, num_samples=20_000), [0.025, 0.975]
+        bootstrap_scores(labels, predictions, groups, **facts, num_samples=20_000), [0.025, 0.975]
     )
     assert abs(plain - [low, high]).max() > 0.005  # another interval, or this test would show nothing
 
@@ -133,19 +166,19 @@ def test_the_interval_is_that_of_scipy(repeats):
 def test_the_interval_of_a_difference_is_paired():
     probabilities, labels, groups = draw(3, rows=300, num_groups=40)
     first, facts = probabilities.argmax(1), {"num_labels": 4, "positive_labels": [0, 1, 2]}
-    assert decoding.difference_interval(labels, first, first, groups, **facts) == (0, 0)
+    assert difference_interval(labels, first, first, groups, **facts) == (0, 0)
     # Against predictions that are always wrong, which score 0 on every sample, it is the interval of the score alone.
     wrong = np.where(labels == 3, 2, 3)
-    alone = decoding.bootstrap_interval(labels, first, groups, **facts)
-    assert decoding.difference_interval(labels, wrong, first, groups, **facts) == pytest.approx(alone)
+    alone = bootstrap_interval(labels, first, groups, **facts)
+    assert difference_interval(labels, wrong, first, groups, **facts) == pytest.approx(alone)
     twice = np.stack([first, first])
-    assert decoding.difference_interval(labels, wrong, twice, groups, **facts) == pytest.approx(alone)
-    assert decoding.difference_interval(labels, first, wrong, groups, **facts)[1] < 0
+    assert difference_interval(labels, wrong, twice, groups, **facts) == pytest.approx(alone)
+    assert difference_interval(labels, first, wrong, groups, **facts)[1] < 0
 
 
 def test_the_interval_of_what_cannot_vary_is_a_point():
     labels, groups = np.array([0, 1, 1, 0]), ["a", "a", "b", "b"]
-    assert decoding.bootstrap_interval(labels, labels, groups, num_labels=2, positive_labels=[0, 1]) == (1, 1)
+    assert bootstrap_interval(labels, labels, groups, num_labels=2, positive_labels=[0, 1]) == (1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rule
@@ -154,23 +187,23 @@ def test_the_interval_of_what_cannot_vary_is_a_point():
 def test_decide_ties_and_gate_edges():
     probabilities = np.array([[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
     zero = np.zeros(3)
-    assert decoding.decide(probabilities, decoding.Decision(zero)).tolist() == [0, 1, 0, 2]
+    assert decide(probabilities, Decision(zero)).tolist() == [0, 1, 0, 2]
     # A probability equal to the threshold passes the gate; the gate comes before the bias.
-    gated = decoding.Decision(np.array([0.0, 9.0, 0.0]), protected_class=0, threshold=0.5)
-    assert decoding.decide(probabilities, gated).tolist() == [1, 1, 0, 1]
+    gated = Decision(np.array([0.0, 9.0, 0.0]), protected_class=0, threshold=0.5)
+    assert decide(probabilities, gated).tolist() == [1, 1, 0, 1]
     # The bias that makes labels 0 and 1 equal: the lower label.
-    tie = decoding.Decision(np.array([0.0, np.log(2.0), 0.0]))
-    assert decoding.decide(probabilities[2:3], tie).tolist() == [0]
+    tie = Decision(np.array([0.0, np.log(2.0), 0.0]))
+    assert decide(probabilities[2:3], tie).tolist() == [0]
     # A probability of zero is no infinity.
-    assert decoding.decide(np.array([[0.0, 1.0]]), decoding.Decision(np.zeros(2))).tolist() == [1]
+    assert decide(np.array([[0.0, 1.0]]), Decision(np.zeros(2))).tolist() == [1]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_decide_is_the_rule_row_by_row(seed):
     probabilities, _, _ = draw(seed)
     bias = np.random.default_rng(seed).standard_normal(4)
-    decision = decoding.Decision(bias, 3, 0.6)
-    assert (decoding.decide(probabilities, decision) == brute_decide(probabilities, bias, 3, 0.6)).all()
+    decision = Decision(bias, 3, 0.6)
+    assert (decide(probabilities, decision) == brute_decide(probabilities, bias, 3, 0.6)).all()
 
 
 def decision_json(**changes):
@@ -189,11 +222,11 @@ def decision_json(**changes):
 
 
 def test_decision_survives_json():
-    decision = decoding.Decision(np.array([0.1, -0.25, 0.15]), 2, 0.69, 1.25)
+    decision = Decision(np.array([0.1, -0.25, 0.15]), 2, 0.69, 1.25)
     content = json.loads(json.dumps({"label_names": ["a", "b", "c"], **decision.to_dict()}))
-    again = decoding.Decision.from_dict(content)
+    again = Decision.from_dict(content)
     assert again.to_dict() == decision.to_dict()
-    plain = decoding.Decision.from_dict(decision_json(protected_class=None, threshold=None))
+    plain = Decision.from_dict(decision_json(protected_class=None, threshold=None))
     assert plain.threshold is None and plain.protected_class is None
 
 
@@ -224,7 +257,7 @@ def test_decision_survives_json():
 )
 def test_a_malformed_decision_is_one_line(changes, message):
     with pytest.raises(InputError) as error:
-        decoding.Decision.from_dict(decision_json(**changes), "d.json")
+        Decision.from_dict(decision_json(**changes), "d.json")
     assert f"d.json: {message}" in str(error.value) and len(error.value.problems) == 1
 
 
@@ -232,32 +265,32 @@ def test_a_decision_with_fields_missing_names_them():
     content = decision_json()
     del content["bias"], content["temperature"]
     with pytest.raises(InputError) as error:
-        decoding.Decision.from_dict(content)
+        Decision.from_dict(content)
     assert error.value.problems == ["decision.json: bias: missing", "decision.json: temperature: missing"]
     with pytest.raises(InputError, match="not a JSON object"):
-        decoding.Decision.from_dict([1, 2])
+        Decision.from_dict([1, 2])
 
 
 # ------------------------------------------------------------------------------------------------------- exact search
 
 
-@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRIC_NAMES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ties):
     for seed in range(4):
         probabilities, labels, _ = draw(seed, rows=40, num_labels=5, ties=ties)
         labels[labels == 1] = 2  # a label without rows
         positive = [1, 2, 4]
-        problem = decoding._Problem(probabilities, labels, positive, metric, 4)
+        problem = Problem(probabilities, labels, positive, metric, 4)
         bias = np.random.default_rng(seed).standard_normal(5)
         for label, threshold in itertools.product(range(5), (None, 0.6)):
-            value, claimed = decoding._sweep_bias(problem, bias, threshold, label)
+            value, claimed = _sweep_bias(problem, bias, threshold, label)
             log_p = np.log(probabilities) + bias
             edges = np.delete(log_p, label, 1).max(1) - np.log(probabilities[:, label])
             edges = np.unique(np.round(edges, 9))
             tried = np.concatenate([[edges[0] - 1], (edges[1:] + edges[:-1]) / 2, [edges[-1] + 1]])
             best = max(
-                decoding.score(
+                score(
                     labels,
                     brute_decide(probabilities, [*bias[:label], candidate, *bias[label + 1 :]], 4, threshold),
                     5,
@@ -271,14 +304,14 @@ def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ti
             assert problem.score(np.array(bias_there), threshold) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRIC_NAMES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric, ties):
     for seed in range(6):
         probabilities, labels, _ = draw(seed, rows=40, ties=ties)
-        problem = decoding._Problem(probabilities, labels, [0, 1, 2], metric, 3)
+        problem = Problem(probabilities, labels, [0, 1, 2], metric, 3)
         bias = np.random.default_rng(seed).standard_normal(4)
-        threshold, claimed = decoding._sweep_threshold(problem, bias)
+        threshold, claimed = sweep_threshold(problem, bias)
         assert problem.score(bias, threshold) == pytest.approx(claimed, abs=1e-12)
         values = np.unique(probabilities[:, 3])
         tried = [None, values[0] / 2, *((values[1:] + values[:-1]) / 2)]
@@ -290,9 +323,9 @@ def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric,
 
 def test_a_sweep_takes_the_middle_of_the_widest_best_interval():
     # Label 1 is right for rows 0 and 1 only: every bias between the breakpoints 2 and 5 is best, and 3.5 its middle.
-    log_p = np.log(decoding.softmax(np.array([[1.0, 0.0], [2.0, 0.0], [5.0, 0.0]])))
-    problem = decoding._Problem(np.exp(log_p), np.array([1, 1, 0]), [0, 1], "accuracy")
-    value, best = decoding._sweep_bias(problem, np.zeros(2), None, 1)
+    log_p = np.log(softmax(np.array([[1.0, 0.0], [2.0, 0.0], [5.0, 0.0]])))
+    problem = Problem(np.exp(log_p), np.array([1, 1, 0]), [0, 1], "accuracy")
+    value, best = _sweep_bias(problem, np.zeros(2), None, 1)
     assert value == pytest.approx(3.5) and best == 1.0
 
 
@@ -300,27 +333,25 @@ def test_row_weights_count_as_repeated_rows():
     probabilities, labels, _ = draw(5, rows=60)
     times = np.random.default_rng(0).integers(0, 4, 60)
     repeated = np.repeat(np.arange(60), times)
-    weighted = decoding._Problem(probabilities, labels, [0, 1], "macro_f1_positive", 3, times)
-    longhand = decoding._Problem(probabilities[repeated], labels[repeated], [0, 1], "macro_f1_positive", 3)
+    weighted = Problem(probabilities, labels, [0, 1], "macro_f1_positive", 3, times)
+    longhand = Problem(probabilities[repeated], labels[repeated], [0, 1], "macro_f1_positive", 3)
     bias = np.array([0.5, -0.2, 0.1, -0.4])
     for label in range(4):
-        assert decoding._sweep_bias(weighted, bias, 0.7, label)[1] == pytest.approx(
-            decoding._sweep_bias(longhand, bias, 0.7, label)[1]
+        assert _sweep_bias(weighted, bias, 0.7, label)[1] == pytest.approx(
+            _sweep_bias(longhand, bias, 0.7, label)[1]
         )
-    assert decoding._sweep_threshold(weighted, bias)[1] == pytest.approx(
-        decoding._sweep_threshold(longhand, bias)[1]
-    )
+    assert sweep_threshold(weighted, bias)[1] == pytest.approx(sweep_threshold(longhand, bias)[1])
 
 
 def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule():
     # With two labels one difference of biases decides: every distinct rule can be tried.
     for seed in range(5):
         probabilities, labels, groups = draw(seed, rows=50, num_labels=2)
-        decision = decoding.fit("exact", probabilities, labels, groups, positive_labels=[0])
+        decision = fit("exact", probabilities, labels, groups, positive_labels=[0])
         margins = np.log(probabilities[:, 1] / probabilities[:, 0])
         candidates = [-np.inf, *np.sort(margins)]
-        best = max(decoding.score(labels, (margins > edge).astype(int), 2, [0]) for edge in candidates)
-        found = decoding.score(labels, decoding.decide(probabilities, decision), 2, [0])
+        best = max(score(labels, (margins > edge).astype(int), 2, [0]) for edge in candidates)
+        found = score(labels, decide(probabilities, decision), 2, [0])
         assert found == pytest.approx(best)
 
 
@@ -330,7 +361,7 @@ def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate)
     probabilities, labels, groups = draw(seed, rows=rows, num_labels=5, ties=ties)
     found = {}
     for method in ("argmax", "random", "exact"):
-        decision = decoding.fit(
+        decision = fit(
             method,
             probabilities,
             labels,
@@ -339,17 +370,15 @@ def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate)
             protected_class=4 if gate else None,
             num_vectors=500,
         )
-        found[method] = decoding.score(labels, decoding.decide(probabilities, decision), 5, [0, 1, 2, 3])
+        found[method] = score(labels, decide(probabilities, decision), 5, [0, 1, 2, 3])
     assert found["exact"] >= found["random"] - 1e-12 >= found["argmax"] - 2e-12
 
 
 def test_random_is_the_best_of_its_vectors():
     probabilities, labels, groups = draw(1)
-    decision = decoding.fit(
-        "random", probabilities, labels, groups, positive_labels=[0, 1, 2], num_vectors=50
-    )
-    vectors = decoding._random_biases(50, 4, 42)
-    each = [decoding.score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors]
+    decision = fit("random", probabilities, labels, groups, positive_labels=[0, 1, 2], num_vectors=50)
+    vectors = _random_biases(50, 4, 42)
+    each = [score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors]
     assert not vectors[0].any()
     best = vectors[int(np.argmax(each))]
     assert decision.bias == pytest.approx(best - best.mean())
@@ -358,13 +387,13 @@ def test_random_is_the_best_of_its_vectors():
 # ------------------------------------------------------------------------------------------------------ other methods
 
 
-@pytest.mark.parametrize("method", decoding.METHODS)
-@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("metric", METRIC_NAMES)
 def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     probabilities, labels, groups = draw(2, rows=80)
     labels[labels == 0] = 1
     rules = [
-        decoding.fit(
+        fit(
             method,
             probabilities,
             labels,
@@ -382,23 +411,22 @@ def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     assert (rules[0].threshold is None) == (rules[0].protected_class is None)
 
 
-@pytest.mark.parametrize("metric", decoding.METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRIC_NAMES)
 def test_the_gradient_of_the_soft_score(metric):
     probabilities, labels, _ = draw(3, rows=30)
-    problem = decoding._Problem(probabilities, labels, [0, 1, 2], metric)
+    problem = Problem(probabilities, labels, [0, 1, 2], metric)
     targets = np.eye(4)[labels]
     bias = np.array([0.3, -0.2, 0.1, 0.0])
-    _, gradient = decoding._soft_score(problem.log_p, targets, bias, 3.0, problem)
+    _, gradient = _soft_score(problem.log_p, targets, bias, 3.0, problem)
     for label in range(4):
         step = np.zeros(4)
         step[label] = 1e-5
         high, low = (
-            decoding._soft_score(problem.log_p, targets, bias + sign * step, 3.0, problem)[0]
-            for sign in (1, -1)
+            _soft_score(problem.log_p, targets, bias + sign * step, 3.0, problem)[0] for sign in (1, -1)
         )
         assert gradient[label] == pytest.approx((high - low) / 2e-5, abs=1e-7)
     # Sharp enough, the soft score is the score.
-    assert decoding._soft_score(problem.log_p, targets, bias, 1e4, problem)[0] == pytest.approx(
+    assert _soft_score(problem.log_p, targets, bias, 1e4, problem)[0] == pytest.approx(
         problem.score(bias), abs=1e-3
     )
 
@@ -406,8 +434,8 @@ def test_the_gradient_of_the_soft_score(metric):
 def test_vector_scaling_is_a_stationary_point_of_the_likelihood():
     probabilities, labels, _ = draw(4, rows=300)
     log_p = np.log(probabilities)
-    slope, offset = decoding._fit_vector(log_p, labels, penalty=0.0)
-    q = decoding.softmax(slope * log_p + offset)
+    slope, offset = fit_vector(log_p, labels, penalty=0.0)
+    q = softmax(slope * log_p + offset)
     assert q.sum(0) == pytest.approx(np.bincount(labels), abs=0.05)  # gradient in the offsets
     assert (q * log_p).sum() == pytest.approx(log_p[np.arange(300), labels].sum(), abs=0.3)
 
@@ -418,27 +446,25 @@ def test_minimise_reaches_the_minimum_of_rosenbrock():
         gradient = [-2 * (1 - x[0]) - 400 * x[0] * (x[1] - x[0] ** 2), 200 * (x[1] - x[0] ** 2)]
         return value, np.array(gradient)
 
-    assert decoding._minimise(rosenbrock, np.array([-1.2, 1.0])) == pytest.approx([1, 1], abs=1e-3)
+    assert minimise(rosenbrock, np.array([-1.2, 1.0])) == pytest.approx([1, 1], abs=1e-3)
 
 
 def test_temperature_undoes_a_scale_and_quality_is_measured():
     generator = np.random.default_rng(0)
     logits = 1.5 * generator.standard_normal((4000, 4))
-    probabilities = decoding.softmax(logits)
+    probabilities = softmax(logits)
     labels = (generator.random((4000, 1)) > probabilities.cumsum(1)).sum(1)
-    temperature = decoding.fit_temperature([3 * logits], labels)
+    temperature = fit_temperature([3 * logits], labels)
     assert temperature == pytest.approx(3, rel=0.1)
-    before = decoding.probability_quality(decoding.softmax(3 * logits), labels)
-    after = decoding.probability_quality(decoding.softmax(3 * logits, temperature), labels)
+    before = probability_quality(softmax(3 * logits), labels)
+    after = probability_quality(softmax(3 * logits, temperature), labels)
     assert all(after[name] < before[name] for name in before)
     assert after["ece"] < 0.03
-    assert after["log_loss"] == pytest.approx(
-        sklearn_log_loss(labels, decoding.softmax(3 * logits, temperature))
-    )
+    assert after["log_loss"] == pytest.approx(sklearn_log_loss(labels, softmax(3 * logits, temperature)))
     # By hand: (0.3^2 + 0.3^2 + 0.8^2 + 0.8^2) / 2; confidences 0.7 (right) and 0.8 (wrong) lie in two bins.
     hand = np.array([[0.7, 0.3], [0.2, 0.8]])
-    assert decoding.brier_score(hand, np.array([0, 0])) == pytest.approx(0.73)
-    assert decoding.calibration_error(hand, np.array([0, 0])) == pytest.approx((0.3 + 0.8) / 2)
+    assert brier_score(hand, np.array([0, 0])) == pytest.approx(0.73)
+    assert calibration_error(hand, np.array([0, 0])) == pytest.approx((0.3 + 0.8) / 2)
 
 
 # ------------------------------------------------------------------------------------------------------ cross-fitting
@@ -446,17 +472,17 @@ def test_temperature_undoes_a_scale_and_quality_is_measured():
 
 def test_folds_keep_dialogues_whole_and_labels_even():
     _, labels, groups = draw(6, rows=600, num_groups=80)
-    folds = decoding.grouped_folds(labels, groups, 4, 5, seed=0)
+    folds = grouped_folds(labels, groups, 4, 5, seed=0)
     for group in set(groups):
         assert len({fold for fold, of in zip(folds, groups, strict=True) if of == group}) == 1
     for label in range(4):
         per_fold = np.bincount(folds[labels == label], minlength=5)
         assert per_fold.max() <= 1.5 * per_fold.mean() + 1
-    assert (folds != decoding.grouped_folds(labels, groups, 4, 5, seed=1)).any()
-    assert (folds == decoding.grouped_folds(labels, groups, 4, 5, seed=0)).all()
-    assert decoding.grouped_folds(np.array([0, 1, 1]), ["a", "b", "b"], 2, 5, 0).max() == 1
+    assert (folds != grouped_folds(labels, groups, 4, 5, seed=1)).any()
+    assert (folds == grouped_folds(labels, groups, 4, 5, seed=0)).all()
+    assert grouped_folds(np.array([0, 1, 1]), ["a", "b", "b"], 2, 5, 0).max() == 1
     with pytest.raises(InputError, match="one dialogue only"):
-        decoding.grouped_folds(labels, ["a"] * 600, 4, 5, 0)
+        grouped_folds(labels, ["a"] * 600, 4, 5, 0)
 
 
 def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
@@ -469,7 +495,7 @@ def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
         assert sorted([*train, *held_out]) == list(range(len(labels)))
         return labels[held_out]
 
-    found = decoding.cross_fit(
+    found = cross_fit(
         fit_predict,
         labels,
         groups.tolist(),
@@ -500,14 +526,14 @@ def test_the_cross_fitted_score_is_true_and_its_interval_covers():
     generator = np.random.default_rng(5)
     fresh_logits, fresh_labels, _ = draw_dialogues(generator, 20_000)
     positive, covered, optimism = (1, 2, 3), 0, []
-    recipe = decoding.Recipe(positive_labels=positive, method="expected")
+    recipe = Recipe(positive_labels=positive, method="expected")
     for _ in range(20):
         logits, labels, dialogue = draw_dialogues(generator, 80)
         data = ([logits], labels, dialogue.tolist())
-        rule = decoding.fit_rule(recipe, *data)
-        truth = decoding.score(fresh_labels, decoding.predict([fresh_logits], rule), 4, positive)
-        fitted = decoding.cross_fit(
-            decoding.rule_fitter(recipe, *data),
+        rule = fit_rule(recipe, *data)
+        truth = score(fresh_labels, predict([fresh_logits], rule), 4, positive)
+        fitted = cross_fit(
+            rule_fitter(recipe, *data),
             labels,
             data[2],
             num_labels=4,
@@ -525,21 +551,19 @@ def test_a_method_that_learns_nothing_is_not_flattered():
     # Probabilities that know nothing of the labels: in-sample the search gains much, cross-fitted nothing.
     generator = np.random.default_rng(8)
     labels = generator.integers(0, 5, 300)
-    probabilities = decoding.softmax(generator.standard_normal((300, 5)))
+    probabilities = softmax(generator.standard_normal((300, 5)))
     groups = [f"d{row // 5}" for row in range(300)]
-    recipe = decoding.Recipe(positive_labels=(0, 1, 2, 3, 4), method="exact")
-    in_sample = decoding.predict(
-        [np.log(probabilities)], decoding.fit_rule(recipe, [np.log(probabilities)], labels, groups)
-    )
-    fitted = decoding.cross_fit(
-        decoding.rule_fitter(recipe, [np.log(probabilities)], labels, groups),
+    recipe = Recipe(positive_labels=(0, 1, 2, 3, 4), method="exact")
+    in_sample = predict([np.log(probabilities)], fit_rule(recipe, [np.log(probabilities)], labels, groups))
+    fitted = cross_fit(
+        rule_fitter(recipe, [np.log(probabilities)], labels, groups),
         labels,
         groups,
         num_labels=5,
         positive_labels=range(5),
         repeats=2,
     )
-    assert decoding.score(labels, in_sample, 5, range(5)) > fitted.metrics["macro_f1_positive"] + 0.03
+    assert score(labels, in_sample, 5, range(5)) > fitted.metrics["macro_f1_positive"] + 0.03
     assert fitted.metrics["macro_f1_positive"] < 0.22
     assert fitted.interval[0] < fitted.metrics["macro_f1_positive"] < fitted.interval[1]
 
@@ -550,14 +574,12 @@ def test_auto_keeps_argmax_where_nothing_helps_and_leaves_it_where_much_does():
     groups = [f"d{row % 24}" for row in range(240)]
     sharp = generator.standard_normal((240, 4))
     sharp[np.arange(240), labels] += 3.0
-    recipe = decoding.Recipe(
-        positive_labels=(0, 1, 2, 3), candidates=("argmax", "prior", "exact"), inner_repeats=1
-    )
-    assert decoding.fit_rule(recipe, [sharp], labels, groups).method == "argmax"
+    recipe = Recipe(positive_labels=(0, 1, 2, 3), candidates=("argmax", "prior", "exact"), inner_repeats=1)
+    assert fit_rule(recipe, [sharp], labels, groups).method == "argmax"
     tilted = sharp + np.array([0.0, -4.0, 0.0, 4.0])
-    rule = decoding.fit_rule(recipe, [tilted], labels, groups)
+    rule = fit_rule(recipe, [tilted], labels, groups)
     assert rule.method == "exact"
-    assert decoding.score(labels, decoding.predict([tilted], rule), 4, range(4)) > 0.8
+    assert score(labels, predict([tilted], rule), 4, range(4)) > 0.8
 
 
 def test_one_standard_error_is_by_tier_and_the_best_of_a_tier_is_taken():
@@ -568,7 +590,7 @@ def test_one_standard_error_is_by_tier_and_the_best_of_a_tier_is_taken():
         found = {(name, False): (mean, np.full(300, mean)) for name, mean in means.items()}
         last = list(found)[-1]
         found[last] = (found[last][0], found[last][0] + 0.01 * noise / noise.std())
-        return decoding._simplest_within_one_error(found, [[(name, False) for name in t] for t in tiers])[0]
+        return _simplest_within_one_error(found, [[(name, False) for name in t] for t in tiers])[0]
 
     tiers = [["argmax", "expected"], ["prior"], ["exact"]]
     means = {"argmax": 0.195, "expected": 0.196, "prior": 0.2, "exact": 0.205}
@@ -583,13 +605,11 @@ def test_one_standard_error_is_by_tier_and_the_best_of_a_tier_is_taken():
 
 def test_blends_by_hand():
     first, second = np.array([[0.8, 0.2]]), np.array([[0.5, 0.5]])
-    assert decoding.blend([first, second], [3, 1]) == pytest.approx(np.array([[0.725, 0.275]]))
+    assert blend([first, second], [3, 1]) == pytest.approx(np.array([[0.725, 0.275]]))
     geometric = np.array([0.8**0.75 * 0.5**0.25, 0.2**0.75 * 0.5**0.25])
-    assert decoding.blend([first, second], [0.75, 0.25], "geometric")[0] == pytest.approx(
-        geometric / geometric.sum()
-    )
+    assert blend([first, second], [0.75, 0.25], "geometric")[0] == pytest.approx(geometric / geometric.sum())
     with pytest.raises(ValueError, match="harmonic"):
-        decoding.blend([first], kind="harmonic")
+        blend([first], kind="harmonic")
 
 
 @pytest.mark.parametrize(
@@ -603,21 +623,21 @@ def test_blends_by_hand():
 )
 def test_weights_that_make_no_blend(weights, message):
     with pytest.raises(InputError, match=message):
-        decoding.blend([np.ones((2, 2)), np.ones((2, 2))], weights)
+        blend([np.ones((2, 2)), np.ones((2, 2))], weights)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_weight_search_prefers_the_runs_that_know_something(count):
     probabilities, labels, _ = draw(10, rows=400)
     generator = np.random.default_rng(0)
-    useless = [decoding.softmax(generator.standard_normal((400, 4))) for _ in range(count - 1)]
-    found = decoding.search_weights([*useless, probabilities], labels, seed=0)
+    useless = [softmax(generator.standard_normal((400, 4))) for _ in range(count - 1)]
+    found = search_weights([*useless, probabilities], labels, seed=0)
     assert found.weights.argmax() == count - 1 and found.weights.sum() == pytest.approx(1)
     assert found.weights[-1] > 0.6
     losses = [step["log_loss"] for step in found.trajectory]
     kept = [step for step in found.trajectory if step["kept"]]
     assert len(kept) == 1 and kept[0]["log_loss"] == min(losses) and kept[0]["weights"] == list(found.weights)
-    again = decoding.search_weights([*useless, probabilities], labels, seed=0)
+    again = search_weights([*useless, probabilities], labels, seed=0)
     assert again.trajectory == found.trajectory
     json.dumps(found.trajectory)
 
@@ -626,11 +646,11 @@ def test_searched_weights_are_cross_fitted_with_the_rule():
     probabilities, labels, groups = draw(11, rows=300)
     noise = np.random.default_rng(1).standard_normal(probabilities.shape)
     runs = [np.log(probabilities), noise]
-    recipe = decoding.Recipe(positive_labels=(0, 1, 2), method="prior", weights="search")
-    rule = decoding.fit_rule(recipe, runs, labels, groups)
+    recipe = Recipe(positive_labels=(0, 1, 2), method="prior", weights="search")
+    rule = fit_rule(recipe, runs, labels, groups)
     assert rule.weights[0] > rule.weights[1] and rule.method == "prior"
-    fitted = decoding.cross_fit(
-        decoding.rule_fitter(recipe, runs, labels, groups),
+    fitted = cross_fit(
+        rule_fitter(recipe, runs, labels, groups),
         labels,
         groups,
         num_labels=4,
@@ -655,16 +675,16 @@ def test_votes_by_hand():
         one_hot(1, 2, 2, 1, 0) * 0.6 + 0.1,
         one_hot(1, 1, 2, 2, 0) * 0.6 + np.array([0, 0, 0.1, 0]),
     ]
-    found = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=3)
+    found = vote(gatekeepers, specialists, gate_label=0, protected_class=3)
     assert found.tolist() == [0, 2, 2, 3, 3]
-    lower = decoding.vote(gatekeepers, specialists, gate_label=0, protected_class=None)
+    lower = vote(gatekeepers, specialists, gate_label=0, protected_class=None)
     assert lower[3] == 1
 
 
 def test_a_scope_silences_the_labels_outside_it():
     specialist = np.array([[0.7, 0.1, 0.05, 0.15]])
-    assert decoding.scoped(specialist, [1, 2]) == pytest.approx(np.array([[0, 2 / 3, 1 / 3, 0]]))
-    found = decoding.vote(
+    assert scoped(specialist, [1, 2]) == pytest.approx(np.array([[0, 2 / 3, 1 / 3, 0]]))
+    found = vote(
         [one_hot(3)],
         [specialist, specialist],
         gate_label=0,
@@ -673,16 +693,16 @@ def test_a_scope_silences_the_labels_outside_it():
     )
     assert found.tolist() == [1]
     with pytest.raises(InputError, match="no gatekeeper"):
-        decoding.vote([], [specialist], gate_label=0, protected_class=3)
+        vote([], [specialist], gate_label=0, protected_class=3)
 
 
 def test_the_probability_form_by_hand():
     gatekeepers = [np.array([[0.5, 0.5, 0.0]]), np.array([[0.3, 0.1, 0.6]])]
     specialists = [np.array([[0.0, 0.75, 0.25]]), np.array([[0.5, 0.25, 0.25]])]
-    found = decoding.vote_probabilities(gatekeepers, specialists, gate_label=0)
+    found = vote_probabilities(gatekeepers, specialists, gate_label=0)
     assert found == pytest.approx(np.array([[0.4, 0.6 * 0.625, 0.6 * 0.375]]))
     with pytest.raises(InputError, match="label"):
-        decoding.vote_probabilities(gatekeepers, specialists, gate_label=0, specialist_scopes=[[1], [1]])
+        vote_probabilities(gatekeepers, specialists, gate_label=0, specialist_scopes=[[1], [1]])
 
 
 # -------------------------------------------------------------------------------------------------------------- input
@@ -690,7 +710,7 @@ def test_the_probability_form_by_hand():
 
 def test_unusable_logits_and_labels():
     good = np.array([[0.0, 1.0], [1.0, 0.0]])
-    decoding.check_logits(good, "x")
+    check_logits(good, "x")
     for logits, message in [
         (np.array([[0.0, np.nan], [1.0, 0.0]]), "NaN or infinity, first at row 0"),
         (np.array([[0.0, 1.0], [np.inf, 0.0]]), "first at row 1"),
@@ -699,18 +719,18 @@ def test_unusable_logits_and_labels():
         (np.zeros((0, 2)), "shape"),
     ]:
         with pytest.raises(InputError, match=message):
-            decoding.check_logits(logits, "x")
-    decoding.check_labels(np.array([0, 1]), ["a", "b"], ["n", "p"], [1], "x")
+            check_logits(logits, "x")
+    check_labels(np.array([0, 1]), ["a", "b"], ["n", "p"], [1], "x")
     for labels, groups, message in [
         ([0, 0], ["a", "b"], r"label 1 \(p\) has no row"),
         ([0, -1], ["a", "b"], "row 1 has none"),
         ([0, 1], ["a", "a"], "one dialogue only"),
     ]:
         with pytest.raises(InputError, match=message):
-            decoding.check_labels(np.array(labels), groups, ["n", "p"], [1], "x")
+            check_labels(np.array(labels), groups, ["n", "p"], [1], "x")
 
 
 def test_softmax_of_extreme_logits():
     logits = np.array([[1e4, 0.0], [0.0, -1e4]], dtype=np.float32)
-    assert decoding.softmax(logits) == pytest.approx(np.array([[1, 0], [1, 0]]))
-    assert np.isfinite(decoding.log_softmax(logits)).all()
+    assert softmax(logits) == pytest.approx(np.array([[1, 0], [1, 0]]))
+    assert np.isfinite(log_softmax(logits)).all()

@@ -1,4 +1,4 @@
-"""dialogues.py: what is read, what is refused and in which words, how rows become tokens."""
+"""rareturn.data: what is read, what is refused and in which words, how rows become tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,12 @@ import pytest
 import yaml
 from tiny_models import make_tiny_encoder, make_tokenizer
 
-import dialogues
-from command_line import InputError
-from dialogues import (
-    Columns,
-    Renderer,
-    Row,
-    Turn,
-    data_fingerprint,
-    load_label_guide,
-    load_rows,
-    parse_label_guide,
-    render_instruction,
-    window_start,
-)
+from rareturn.data import readers
+from rareturn.data.label_guide import load_label_guide, parse_label_guide
+from rareturn.data.readers import read_records
+from rareturn.data.rendering import Renderer, render_instruction, window_start
+from rareturn.data.rows import Columns, Row, Turn, data_fingerprint, load_rows
+from rareturn.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = ROOT / "data/demo/train.json", ROOT / "data/demo/test.json"
@@ -132,8 +124,8 @@ def test_a_json_array_is_read_the_same_however_it_is_cut(chunk, tmp_path, monkey
         file.read = lambda size: read(chunk)
         return file
 
-    monkeypatch.setattr(dialogues, "open", open_in_pieces, raising=False)
-    assert list(dialogues.read_records(str(path))[1]) == records
+    monkeypatch.setattr(readers, "open", open_in_pieces, raising=False)
+    assert list(read_records(str(path))[1]) == records
 
 
 def test_turns_are_shared_between_rows(demo):

@@ -19,12 +19,20 @@ from huggingface_hub import ModelCard
 from running import run_script
 from sklearn.metrics import cohen_kappa_score
 
-import artifacts
-import blending
-import bundles
-import decoding
 import ensemble
-import reporting
+from rareturn.data.folds import write_folds
+from rareturn.decisions import metrics as metrics_module
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, rule_fitter, search_weights
+from rareturn.decisions.metrics import bootstrap_interval, cohens_kappa, score
+from rareturn.decisions.probabilities import softmax
+from rareturn.decisions.rules import Decision, decide
+from rareturn.files import write_bytes, write_json
+from rareturn.reports.cards import run_card
+from rareturn.runs.bundle import model_folders, read_bundle, read_vote
+from rareturn.runs.folder import adapter_dir, metrics_path, table_path, write_run_info
+from rareturn.runs.publish import push_fold, push_run
+from rareturn.runs.reading import read_run
+from rareturn.runs.tables import LogitTable, write_table
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["none", "acting out", "denial"]
@@ -83,25 +91,21 @@ def write_run(folder: Path, info: dict, logits: np.ndarray, test: list, **column
     dialogues = columns.get("dialogue_id", [f"d{row // 6}" for row in number])
     labels = columns.get("label", number % 3)
     fold_of = number // 6 % FOLDS
-    artifacts.write_run_info(folder, info)
+    write_run_info(folder, info)
     folds = dict(zip(ids, fold_of.tolist(), strict=True))
     keys = {key: info[key] for key in ("num_folds", "fold_seed", "fold_groups")}
-    artifacts.write_folds(folder, folds, **keys)
-    whole = artifacts.LogitTable(ids, dialogues, fold_of, labels, logits.astype(np.float32))
+    write_folds(folder, folds, **keys)
+    whole = LogitTable(ids, dialogues, fold_of, labels, logits.astype(np.float32))
     test_ids = columns.get("test_id", [f"t{row}" for row in range(len(test))])
     for fold in range(FOLDS):
-        artifacts.write_table(
-            artifacts.table_path(folder, "oof", fold), whole.take(np.flatnonzero(fold_of == fold))
-        )
+        write_table(table_path(folder, "oof", fold), whole.take(np.flatnonzero(fold_of == fold)))
         of_fold = np.log([row[fold] for row in test]).astype(np.float32)
-        table = artifacts.LogitTable(
+        table = LogitTable(
             test_ids, ["d0"] * len(test), np.full(len(test), fold), np.full(len(test), -1), of_fold
         )
-        artifacts.write_table(artifacts.table_path(folder, "test", fold), table)
-        artifacts.write_bytes(
-            artifacts.adapter_dir(folder, fold) / "adapter_model.safetensors", b"weights %d" % fold
-        )
-        artifacts.write_json(artifacts.metrics_path(folder, fold), {"macro_f1_positive": 0.5})
+        write_table(table_path(folder, "test", fold), table)
+        write_bytes(adapter_dir(folder, fold) / "adapter_model.safetensors", b"weights %d" % fold)
+        write_json(metrics_path(folder, fold), {"macro_f1_positive": 0.5})
 
 
 def logits_of(seed: int) -> np.ndarray:
@@ -191,25 +195,25 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         assert archive.namelist() == ["prediction.json"]
         assert archive.read("prediction.json") == (out / "prediction.json").read_bytes()
 
-    runs = [artifacts.read_run(name) for name in "ab"]
+    runs = [read_run(name) for name in "ab"]
     labels, groups = runs[0].oof.label, runs[0].oof.dialogue_id
-    blended = 0.3 * decoding.softmax(runs[0].oof.logits) + 0.7 * decoding.softmax(runs[1].oof.logits)
-    rule = decoding.Decision.from_dict(DECISION)
+    blended = 0.3 * softmax(runs[0].oof.logits) + 0.7 * softmax(runs[1].oof.logits)
+    rule = Decision.from_dict(DECISION)
     metrics, decision, bundle = (read(out / f"{name}.json") for name in ("metrics", "decision", "ensemble"))
     for stage, predictions in (
         ("argmax", blended.argmax(axis=1)),
-        ("in_sample", decoding.decide(blended, rule)),
+        ("in_sample", decide(blended, rule)),
     ):
-        for name, value in decoding.scores(labels, predictions, 3, [1, 2]).items():
+        for name, value in metrics_module.scores(labels, predictions, 3, [1, 2]).items():
             assert metrics[stage][name] == pytest.approx(value), (stage, name)
             assert decision["metrics"][stage][name] == metrics[stage][name]
         assert metrics[stage]["interval"]["macro_f1_positive"] == list(
-            decoding.bootstrap_interval(labels, predictions, groups, num_labels=3, positive_labels=[1, 2])
+            bootstrap_interval(labels, predictions, groups, num_labels=3, positive_labels=[1, 2])
         )
-    recipe = decoding.Recipe((1, 2), method="prior", weights=(0.3, 0.7), protected_class=1)
+    recipe = Recipe((1, 2), method="prior", weights=(0.3, 0.7), protected_class=1)
     logits = [run.oof.logits for run in runs]
-    fitter = decoding.rule_fitter(recipe, logits, labels, groups)
-    again = decoding.cross_fit(fitter, labels, groups, num_labels=3, positive_labels=[1, 2], repeats=2)
+    fitter = rule_fitter(recipe, logits, labels, groups)
+    again = cross_fit(fitter, labels, groups, num_labels=3, positive_labels=[1, 2], repeats=2)
     assert metrics["cross_fitted"]["macro_f1_positive"] == pytest.approx(again.metrics["macro_f1_positive"])
     assert read(out / "oof_predictions.json")["predictions"] == again.predictions.tolist()
     assert "test" not in metrics
@@ -223,16 +227,16 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         {"reference": "a", "revision": None, "weight": 0.3},
         {"reference": "b", "revision": None, "weight": 0.7},
     ]
-    assert decoding.Decision.from_dict(decision).threshold == 0.5
+    assert Decision.from_dict(decision).threshold == 0.5
     assert bundle["decision"] == {key: DECISION[key] for key in bundle["decision"]}
     assert bundle["runs"][0]["model"]["folder"] == "../a"
     assert [fold["subfolder"] for fold in bundle["runs"][0]["model"]["folds"]] == [
         "fold-0/adapter",
         "fold-1/adapter",
     ]
-    read_back, folder = bundles.read_bundle("out")
+    read_back, folder = read_bundle("out")
     assert read_back == bundle
-    assert bundles.model_folders(bundle["runs"][1], folder)[1].resolve() == place / "b/fold-1/adapter"
+    assert model_folders(bundle["runs"][1], folder)[1].resolve() == place / "b/fold-1/adapter"
 
     # In-sample never stands without its cross-fitted figure beside it.
     lines = done.stdout.splitlines()
@@ -277,7 +281,7 @@ def test_labels_of_the_test_file_are_scored_and_replaced(place: Path, capsys):
     assert [row["label"] for row in read("out/prediction.json")] == [2, 1, 0]
     test = read("out/metrics.json")["test"]
     assert test["rows"] == 2
-    expected = decoding.scores(np.array([2, 2]), np.array([2, 1]), 3, [1, 2])
+    expected = metrics_module.scores(np.array([2, 2]), np.array([2, 1]), 3, [1, 2])
     for name, value in expected.items():
         assert test["decision"][name] == pytest.approx(value), name
     assert test["decision"]["interval"] == {}  # one dialogue tells nothing of others
@@ -287,9 +291,9 @@ def test_labels_of_the_test_file_are_scored_and_replaced(place: Path, capsys):
 def test_searched_weights(place: Path, capsys):
     words = ["--runs", "a", "b", "--weights", "search", *QUICK, "--output_dir", "out"]
     assert call(*words) == 0
-    runs = [artifacts.read_run(name) for name in "ab"]
-    probabilities = [decoding.softmax(run.oof.logits) for run in runs]
-    search = decoding.search_weights(probabilities, runs[0].oof.label)
+    runs = [read_run(name) for name in "ab"]
+    probabilities = [softmax(run.oof.logits) for run in runs]
+    search = search_weights(probabilities, runs[0].oof.label)
     metrics = read("out/metrics.json")
     assert [run["weight"] for run in read("out/decision.json")["runs"]] == search.weights.tolist()
     assert metrics["weight_search"] == search.trajectory
@@ -326,7 +330,7 @@ def test_votes(place: Path, capsys):
     assert call(*words, "soft", "--method", "soft_vote") == 0
     # t0: gate (.5 + .2) / 2 = .35, the rest .65 by .8 : .1. t1: gate .15, rest by .02 : .08. t2: gate .7.
     assert [row["label"] for row in read("soft/prediction.json")] == [1, 2, 0]
-    assert bundles.read_vote(bundles.read_bundle("soft")[0]).soft
+    assert read_vote(read_bundle("soft")[0]).soft
     assert call(*words, "x", "--method", "vote", "--weights", "1", "1", "1") == 2
     assert "--method vote counts every run once" in capsys.readouterr().err
     (place / "c/run.json").write_text(json.dumps(specialist | {"label_scope": [7]}))
@@ -434,9 +438,7 @@ def test_compare_by_hand(place: Path, capsys):
         write_run(place / name, run_info(name), np.eye(3)[predictions], TEST["a"])
     assert call("--compare", "d", "c", "--output_dir", "out") == 0
     found = read("out/comparison.json")
-    scores = [
-        decoding.score(labels, predictions, 3, [1, 2], "macro_f1_positive") for predictions in (of_d, of_c)
-    ]
+    scores = [score(labels, predictions, 3, [1, 2], "macro_f1_positive") for predictions in (of_d, of_c)]
     assert [found["a"]["score"], found["b"]["score"]] == pytest.approx(scores)
     assert found["difference"] == pytest.approx(scores[1] - scores[0])
     flips = [
@@ -473,8 +475,8 @@ def test_kappa_against_scikit_learn():
     generator = np.random.default_rng(3)
     for _ in range(20):
         one, other = generator.integers(4, size=(2, 30))
-        assert blending.cohens_kappa(one, other, 5) == pytest.approx(cohen_kappa_score(one, other))
-    assert blending.cohens_kappa(np.ones(3, int), np.ones(3, int), 2) == 1
+        assert cohens_kappa(one, other, 5) == pytest.approx(cohen_kappa_score(one, other))
+    assert cohens_kappa(np.ones(3, int), np.ones(3, int), 2) == 1
 
 
 def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
@@ -486,9 +488,9 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     assert not Path("early").exists()
     for run in "ab":
         for fold in range(FOLDS):
-            artifacts.push_fold(run, fold, "org", "psy")
-        card = reporting.run_card(run_info(run), {"folds": {}}, f"org/psy-{run}")
-        artifacts.push_run(run, "org", "psy", model_card=card, collection=False)
+            push_fold(run, fold, "org", "psy")
+        card = run_card(run_info(run), {"folds": {}}, f"org/psy-{run}")
+        push_run(run, "org", "psy", model_card=card, collection=False)
     capsys.readouterr()
 
     mixed = ["--runs", "a", "org/psy-oof:b", *GIVEN[3:]]
@@ -514,8 +516,8 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
         assert hub_here.writer.encode() not in published[name]
     assert ModelCard(published["README.md"].decode()).data.model_name == "org/psy"
     assert hub_here.repos["model", "org/psy"].private
-    assert bundles.read_bundle("org/psy")[0] == bundle
-    folders = bundles.model_folders(bundle["runs"][0], Path("nowhere"))
+    assert read_bundle("org/psy")[0] == bundle
+    folders = model_folders(bundle["runs"][0], Path("nowhere"))
     assert [(folder / "adapter_model.safetensors").read_bytes() for folder in folders] == [
         b"weights 0",
         b"weights 1",
@@ -530,9 +532,9 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
 
 def test_a_run_whose_models_are_not_shared(place: Path, hub_here, caplog):
     for fold in range(FOLDS):
-        artifacts.push_fold("b", fold, "org", "psy")
-    card = reporting.run_card(run_info("b"), {"folds": {}}, "org/psy-b")
-    artifacts.push_run("b", "org", "psy", model_card=card, collection=False)
+        push_fold("b", fold, "org", "psy")
+    card = run_card(run_info("b"), {"folds": {}}, "org/psy-b")
+    push_run("b", "org", "psy", model_card=card, collection=False)
     del hub_here.repos["model", "org/psy-b"]
     assert call("--runs", "org/psy-oof:b", *QUICK, "--output_dir", "out") == 0
     assert read("out/ensemble.json")["runs"][0]["model"] is None

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import InputError
-from dialogues import Row, Turn, load_label_guide, load_rows
-from folds import (
+from rareturn.data.folds import (
     assign_folds,
     check_folds,
     held_out_part,
@@ -18,6 +16,9 @@ from folds import (
     parse_label_scope,
     training_part,
 )
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rows import Row, Turn, load_rows
+from rareturn.errors import InputError
 
 TRAIN = Path(__file__).parent.parent / "data/demo/train.json"
 GUIDE = load_label_guide("label_guides/dmrs.yaml")

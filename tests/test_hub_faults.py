@@ -14,8 +14,11 @@ import yaml
 from hub_server import Faults, HubServer
 from test_artifacts import ROOT, make_run
 
-import artifacts
-from hub import PushError, push_files
+from rareturn.files import write_bytes, write_json
+from rareturn.runs.folder import adapter_dir, metrics_path, table_path
+from rareturn.runs.hub import PushError, push_files
+from rareturn.runs.publish import push_fold, push_run
+from rareturn.runs.reading import read_run
 
 CARD = "---\ntags: [x]\n---\n# Card\n"
 EVERYWHERE = ("429", "500", "502", "503", "drop_before", "drop_after", "slow")
@@ -165,16 +168,14 @@ def test_an_outage_ends_in_one_line_and_a_later_push_completes_it(
 
 def test_a_pull_meets_faults(hub_here: HubServer, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "anchor")
-    artifacts.push_fold(run_dir, 0, "org", "demo")
+    push_fold(run_dir, 0, "org", "demo")
     for fold in (1, 2):
-        artifacts.push_fold(run_dir, fold, "org", "demo")
-    artifacts.push_run(run_dir, "org", "demo", model_card=CARD, collection=False)
+        push_fold(run_dir, fold, "org", "demo")
+    push_run(run_dir, "org", "demo", model_card=CARD, collection=False)
     hub_here.faults = Faults(
         script=[("info", "503"), ("tree", "drop_before"), ("resolve", "500"), ("resolve", "502")]
     )
-    assert (
-        artifacts.read_run("org/demo-oof:anchor").oof.logits == artifacts.read_run(run_dir).oof.logits
-    ).all()
+    assert (read_run("org/demo-oof:anchor").oof.logits == read_run(run_dir).oof.logits).all()
     assert hub_here.faults.script == []
 
 
@@ -183,13 +184,13 @@ def test_a_collection_that_cannot_be_made_is_a_warning(
 ) -> None:
     run_dir = make_run(tmp_path / "anchor")
     hub_here.faults = Faults(script=[("collection", "500"), ("collection_add", "drop_after")])
-    artifacts.push_run(run_dir, "org", "demo", model_card=CARD)
+    push_run(run_dir, "org", "demo", model_card=CARD)
     (collection,) = hub_here.collections.values()
     assert [item["id"] for item in collection["items"]] == ["org/demo-anchor", "org/demo-oof"]
     monkeypatch.setenv("RARETURN_PUSH_SECONDS", "0.5")
     hub_here.collections.clear()
     hub_here.faults = Faults(script=[("collection", "503")] * 1000)
-    artifacts.push_run(run_dir, "org", "demo", model_card=CARD)
+    push_run(run_dir, "org", "demo", model_card=CARD)
     assert "collection 'demo' of org: not updated: HTTP 503" in caplog.text
 
 
@@ -197,10 +198,10 @@ def test_a_collection_that_cannot_be_made_is_a_warning(
 
 WORKER = """
 import sys
-import artifacts
+from rareturn.runs.publish import push_fold, push_run
 shared, fold, own, card = sys.argv[1:]
-artifacts.push_fold(shared, int(fold), "org", "demo")
-artifacts.push_run(own, "org", "demo", model_card=card, collection=False)
+push_fold(shared, int(fold), "org", "demo")
+push_run(own, "org", "demo", model_card=card, collection=False)
 """
 
 
@@ -227,12 +228,10 @@ def make_shared_run(run_dir: Path, folds: int) -> Path:
     make_run(run_dir, name=run_dir.name, adapters=False, tests=False)
     for fold in range(folds):
         for split in ("oof", "test"):
-            artifacts.write_bytes(artifacts.table_path(run_dir, split, fold), os.urandom(20_000))
-        artifacts.write_bytes(
-            artifacts.adapter_dir(run_dir, fold) / "adapter_model.safetensors", os.urandom(300_000)
-        )
-        artifacts.write_json(artifacts.adapter_dir(run_dir, fold) / "adapter_config.json", {"fold": fold})
-        artifacts.write_json(artifacts.metrics_path(run_dir, fold), {"fold": fold})
+            write_bytes(table_path(run_dir, split, fold), os.urandom(20_000))
+        write_bytes(adapter_dir(run_dir, fold) / "adapter_model.safetensors", os.urandom(300_000))
+        write_json(adapter_dir(run_dir, fold) / "adapter_config.json", {"fold": fold})
+        write_json(metrics_path(run_dir, fold), {"fold": fold})
     return run_dir
 
 
@@ -247,7 +246,7 @@ def lost_files(hub: HubServer, run_dir: Path, folds: int) -> list[str]:
             pairs[path] = model.get(f"fold-{fold}/{path.name}")
         for split in ("oof", "test"):
             place = f"data/{run_dir.name}/{split}-fold-{fold}.parquet"
-            pairs[artifacts.table_path(run_dir, split, fold)] = tables.get(place)
+            pairs[table_path(run_dir, split, fold)] = tables.get(place)
     return [
         str(path)
         for path, arrived in pairs.items()

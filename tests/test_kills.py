@@ -19,7 +19,9 @@ from hub_server import HubServer
 from running import words_of
 from tiny_models import make_tiny_encoder
 
-import artifacts
+from rareturn import command_line
+from rareturn.runs.folder import adapter_dir, fold_is_complete, table_path
+from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("start", "training", "prediction", "push")
@@ -45,7 +47,6 @@ def run_fold(words: list[str], log: str) -> None:
     """A child process: the script, as from its command line."""
     import torch
 
-    import command_line
     import run_classification
 
     torch.set_num_threads(1)
@@ -106,9 +107,9 @@ def kill_a_fold(
 
     def doing(run_dir: Path, fold: int) -> int:
         """The number of the stage that the files tell of."""
-        if artifacts.fold_is_complete(run_dir, fold, True):
+        if fold_is_complete(run_dir, fold, True):
             return 3
-        if artifacts.adapter_dir(run_dir, fold).exists():
+        if adapter_dir(run_dir, fold).exists():
             return 2
         return 1 if list(run_dir.glob(f"fold-{fold}/checkpoints/checkpoint-*")) else 0
 
@@ -144,11 +145,11 @@ def kill_a_fold(
             died[STAGES[doing(disturbed, fold)]] += 1
             # Whatever is there under its own name is whole.
             for table in disturbed.glob("*/fold-*.parquet"):
-                artifacts.read_table(table)
+                read_table(table)
             for file in disturbed.rglob("*.json"):
                 if "checkpoints" not in file.parts:
                     json.loads(file.read_text())
-            weights = artifacts.adapter_dir(disturbed, fold) / "model.safetensors"
+            weights = adapter_dir(disturbed, fold) / "model.safetensors"
             if weights.exists():
                 stamp = weights.stat().st_mtime_ns
                 assert stamps.setdefault(weights, stamp) == stamp, "a trained fold was trained again"
@@ -156,9 +157,7 @@ def kill_a_fold(
         process.join()
         assert process.exitcode == 0, (tmp_path / "killed.log").read_text()[-3000:]
         for split in ("oof", "test"):
-            one, other = (
-                artifacts.table_path(run, split, fold).read_bytes() for run in (undisturbed, disturbed)
-            )
+            one, other = (table_path(run, split, fold).read_bytes() for run in (undisturbed, disturbed))
             assert one == other, f"fold {fold}: {split}"
         assert not list((disturbed / f"fold-{fold}").glob("checkpoints")), "checkpoints of a complete fold"
         fold += 1
@@ -170,11 +169,11 @@ def kill_a_fold(
         for path, content in hub.files(f"team/killed-{kills}-oof", "dataset").items()
     }
     for done in range(fold):
-        folder = artifacts.adapter_dir(disturbed, done)
+        folder = adapter_dir(disturbed, done)
         for path in folder.iterdir():
             assert sha256(hub_files[f"fold-{done}/{path.name}"]) == sha256(path.read_bytes()), path
         for split in ("oof", "test"):
-            local = artifacts.table_path(disturbed, split, done).read_bytes()
+            local = table_path(disturbed, split, done).read_bytes()
             assert sha256(hub_files[f"tables/data/run/{split}-fold-{done}.parquet"]) == sha256(local)
     return died | {"folds": fold}
 
@@ -213,7 +212,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
         assert "no space left on the disk" in ended.stderr
         assert json.loads((disk / "run/run.json").read_text())["name"] == "run"
-        assert not list(disk.rglob("*.tmp")) and not artifacts.adapter_dir(disk / "run", 0).exists()
+        assert not list(disk.rglob("*.tmp")) and not adapter_dir(disk / "run", 0).exists()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
         shutil.rmtree(disk, ignore_errors=True)

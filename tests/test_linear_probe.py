@@ -15,13 +15,27 @@ from sklearn.linear_model import LogisticRegression
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-import artifacts
-import command_line
-import decoding
 import linear_probe
-import modeling
-import probing
-from dialogues import Renderer, Row, Turn, load_label_guide, load_rows
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rendering import Renderer
+from rareturn.data.rows import Row, Turn, load_rows
+from rareturn.decisions.metrics import scores
+from rareturn.decisions.probabilities import softmax
+from rareturn.errors import InputError
+from rareturn.files import read_json
+from rareturn.models import probing
+from rareturn.models.loading import find_base_model
+from rareturn.models.probing import (
+    FrozenFeatures,
+    LinearHead,
+    choose_C,
+    fit_head,
+    inner_folds,
+    keep_layers,
+    position_limit,
+)
+from rareturn.runs.folder import metrics_path
+from rareturn.runs.reading import read_run
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = ROOT / "data/demo/train.json", ROOT / "data/demo/test.json"
@@ -58,9 +72,9 @@ def files_under(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def frozen_features(model: str, **options: object) -> probing.FrozenFeatures:
+def frozen_features(model: str, **options: object) -> FrozenFeatures:
     settings = {"layer": None, "window": WINDOW, "batch_size": 16, "bf16": False} | options
-    return probing.FrozenFeatures(modeling.find_base_model(model), GUIDE, **settings)
+    return FrozenFeatures(find_base_model(model), GUIDE, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------ the command line
@@ -77,13 +91,13 @@ def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp
         + [f"{split}/fold-{fold}.parquet" for split in ("oof", "test") for fold in range(3)]
         + [f"fold-{fold}/{name}" for name in ("metrics.json", "head.safetensors") for fold in range(3)]
     )
-    made_run = artifacts.read_run(run_dir, require_test=True)
+    made_run = read_run(run_dir, require_test=True)
     assert len(made_run.oof) == 230 and [len(table) for table in made_run.test] == [40, 40, 40]
     assert made_run.info["seed"] == 7 and made_run.info["label_scope"] is None and made_run.name == "probe"
     assert made_run.info["features"] == {"layer": 2, "parts": ["target", "context", "history", "previous"]}
     assert made_run.info["recipe"]["C"] == [1.0, 10.0] and "output_dir" not in made_run.info["recipe"]
-    metrics = artifacts.read_json(run_dir / "metrics.json")
-    expected = decoding.scores(made_run.oof.label, made_run.oof.logits.argmax(axis=1), 9, range(1, 9))
+    metrics = read_json(run_dir / "metrics.json")
+    expected = scores(made_run.oof.label, made_run.oof.logits.argmax(axis=1), 9, range(1, 9))
     assert metrics["macro_f1_positive"] == pytest.approx(expected["macro_f1_positive"])
     assert metrics["seconds"] > 0 and metrics["peak_memory_bytes"] > 1 << 20
     last = first.stdout.splitlines()[-2].split()
@@ -98,7 +112,7 @@ def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp
     again = files_under(run_dir)
     assert again.keys() == made.keys()
     assert all(again[name] == made[name] for name in made if "fold-1" not in name and name != "metrics.json")
-    np.testing.assert_allclose(artifacts.read_run(run_dir).oof.logits, made_run.oof.logits, atol=0.02)
+    np.testing.assert_allclose(read_run(run_dir).oof.logits, made_run.oof.logits, atol=0.02)
 
 
 def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path, capsys):
@@ -115,9 +129,9 @@ def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path,
     )
     assert files_under(tmp_path / "run") == made
     # A test file may come later; then the folds are made again with it.
-    before = artifacts.read_run(tmp_path / "run").oof.logits
+    before = read_run(tmp_path / "run").oof.logits
     assert run(encoder, tmp_path / "run", test_file=TEST) == 0
-    later = artifacts.read_run(tmp_path / "run", require_test=True).oof.logits
+    later = read_run(tmp_path / "run", require_test=True).oof.logits
     np.testing.assert_allclose(later, before, atol=0.02)
 
 
@@ -132,7 +146,7 @@ def test_the_same_seed_gives_the_same_bytes(decoder, tmp_path):
 
 def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_path, demo):
     assert run(encoder, tmp_path / "run", test_file=TEST) == 0
-    made = artifacts.read_run(tmp_path / "run")
+    made = read_run(tmp_path / "run")
     test = load_rows(str(TEST), GUIDE, require_labels=False)
     features = frozen_features(encoder).extract(demo + test)
     rows = {row.id: index for index, row in enumerate(demo)}
@@ -147,8 +161,8 @@ def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_pat
         table = made.oof.take(np.flatnonzero(made.oof.fold == fold))
         np.testing.assert_allclose(logits[[rows[row_id] for row_id in table.id]], table.logits, atol=1e-4)
         np.testing.assert_allclose(logits[len(demo) :], made.test[fold].logits, atol=1e-4)
-        head = probing.LinearHead.load(tmp_path / "run" / f"fold-{fold}" / "head.safetensors")
-        metrics = artifacts.read_json(artifacts.metrics_path(tmp_path / "run", fold))
+        head = LinearHead.load(tmp_path / "run" / f"fold-{fold}" / "head.safetensors")
+        metrics = read_json(metrics_path(tmp_path / "run", fold))
         losses = metrics["inner_log_loss"]
         assert head.C == metrics["C"] == float(min(losses, key=losses.get))
 
@@ -156,7 +170,7 @@ def test_a_head_is_applied_without_this_project_s_training_code(encoder, tmp_pat
 @pytest.mark.parametrize("scope", [["1-8"], ["2", "7"]])
 def test_a_specialist_learns_its_labels_and_predicts_all_rows(scope, encoder, tmp_path):
     assert run(encoder, tmp_path / "run", label_scope=scope) == 0
-    made = artifacts.read_run(tmp_path / "run")
+    made = read_run(tmp_path / "run")
     labels = list(range(1, 9)) if scope == ["1-8"] else [2, 7]
     assert made.info["label_scope"] == labels
     assert len(made.oof) == 230
@@ -166,7 +180,7 @@ def test_a_specialist_learns_its_labels_and_predicts_all_rows(scope, encoder, tm
     assert set(made.oof.logits.argmax(axis=1)) <= set(labels)
     in_scope = np.isin(made.oof.label, labels)
     for fold in range(3):
-        metrics = artifacts.read_json(artifacts.metrics_path(tmp_path / "run", fold))
+        metrics = read_json(metrics_path(tmp_path / "run", fold))
         assert metrics["train_rows"] == (in_scope & (made.oof.fold != fold)).sum()
         assert metrics["held_out_rows"] == (made.oof.fold == fold).sum()
 
@@ -188,10 +202,10 @@ def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encode
     augmented = tmp_path / "augmented.jsonl"
     augmented.write_text("".join(json.dumps(row) + "\n" for row in variants))
     assert run(encoder, tmp_path / "run", augmented_file=augmented) == 0
-    made = artifacts.read_run(tmp_path / "run")
+    made = read_run(tmp_path / "run")
     assert sorted(made.oof.id) == sorted(row.id for row in demo)
     for fold in range(3):
-        metrics = artifacts.read_json(artifacts.metrics_path(tmp_path / "run", fold))
+        metrics = read_json(metrics_path(tmp_path / "run", fold))
         sources = [row["augmented_from"] for row in variants if made.folds[row["augmented_from"]] != fold]
         assert metrics["train_rows"] == (made.oof.fold != fold).sum() + len(sources)
 
@@ -236,7 +250,7 @@ def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, cap
     assert capsys.readouterr().err.endswith(message)
     assert [path.name for path in tmp_path.iterdir()] == ["few.json"]
     assert run(encoder, tmp_path / "run", train_file=tmp_path / "few.json", fold_groups="none", C=3) == 0
-    artifacts.read_run(tmp_path / "run")
+    read_run(tmp_path / "run")
 
 
 def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys):
@@ -245,8 +259,8 @@ def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys):
     assert "fold 0 is not complete, so there is nothing to push" in capsys.readouterr().err
     assert run(encoder, tmp_path / "probe", test_file=TEST) == 0
     assert run(encoder, tmp_path / "probe", test_file=TEST, **where, push_only="true") == 0
-    pulled = artifacts.read_run("lab/sys-oof:probe", require_test=True)
-    local = artifacts.read_run(tmp_path / "probe")
+    pulled = read_run("lab/sys-oof:probe", require_test=True)
+    local = read_run(tmp_path / "probe")
     np.testing.assert_array_equal(pulled.oof.logits, local.oof.logits)
 
 
@@ -289,7 +303,7 @@ def test_a_row_sees_its_window_only(encoder):
 
 def test_each_distinct_turn_is_encoded_once(encoder, demo, monkeypatch):
     encoded = []
-    real = probing.keep_layers
+    real = keep_layers
 
     def watch(backbone, count):
         real(backbone, count)
@@ -317,13 +331,13 @@ def test_roberta_has_two_positions_less_than_its_table():
     settings = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = {**settings, "intermediate_size": 8, "max_position_embeddings": 20}
     roberta = AutoModel.from_config(AutoConfig.for_model("roberta", **config, pad_token_id=1))
-    limit = probing.position_limit(roberta)
+    limit = position_limit(roberta)
     assert limit == 18
     roberta(torch.full((1, limit), 5))
     with pytest.raises((IndexError, RuntimeError)):
         roberta(torch.full((1, limit + 1), 5))
     bert = AutoModel.from_config(AutoConfig.for_model("bert", **config))
-    assert probing.position_limit(bert) == 20
+    assert position_limit(bert) == 20
 
 
 @pytest.mark.parametrize("layer", [2, 3])
@@ -360,7 +374,7 @@ def toy() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("weights", ["balanced", "none"])
 def test_the_head_is_scikit_learn_s_on_scaled_blocks(weights):
     features, labels = toy()
-    head = probing.fit_head(features, labels, num_labels=5, blocks=[3, 3], weights=weights, C=2.0)
+    head = fit_head(features, labels, num_labels=5, blocks=[3, 3], weights=weights, C=2.0)
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     scaled = [
         block / np.sqrt((block**2).sum(axis=1).mean()) / np.sqrt(2) for block in np.split(centred, 2, axis=1)
@@ -373,17 +387,17 @@ def test_the_head_is_scikit_learn_s_on_scaled_blocks(weights):
     assert logits.dtype == np.float32 and logits.shape == (120, 5)
     np.testing.assert_allclose(logits[:, :3], model.decision_function(scaled), atol=0.02)
     assert (logits[:, 3:] == -1e4).all()
-    np.testing.assert_allclose(decoding.softmax(logits)[:, :3], model.predict_proba(scaled), atol=2e-3)
+    np.testing.assert_allclose(softmax(logits)[:, :3], model.predict_proba(scaled), atol=2e-3)
 
 
 def test_two_labels_give_two_natural_logits():
     features, labels = toy()
     labels = np.where(labels > 0, 2, 0)
-    head = probing.fit_head(features, labels, num_labels=3, blocks=[1] * 6, weights="none", C=1.0)
+    head = fit_head(features, labels, num_labels=3, blocks=[1] * 6, weights="none", C=1.0)
     scaled = (features - head.mean) / head.scale
     np.testing.assert_allclose(scaled.var(axis=0), np.full(6, 1 / 6), rtol=1e-4)
     model = LogisticRegression(C=1.0, max_iter=2000).fit(scaled, labels)
-    probabilities = decoding.softmax(head.logits(features))
+    probabilities = softmax(head.logits(features))
     np.testing.assert_allclose(probabilities[:, [0, 2]], model.predict_proba(scaled), atol=2e-3)
     assert probabilities[:, 1].max() == 0
 
@@ -391,10 +405,10 @@ def test_two_labels_give_two_natural_logits():
 def test_one_label_only_is_refused_and_a_constant_feature_is_not():
     features, labels = toy()
     features[:, :3] = 4.0
-    head = probing.fit_head(features, labels, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
+    head = fit_head(features, labels, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
     assert np.isfinite(head.logits(features)).all()
-    with pytest.raises(command_line.InputError, match="all 120 training rows have label 1"):
-        probing.fit_head(features, labels * 0 + 1, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
+    with pytest.raises(InputError, match="all 120 training rows have label 1"):
+        fit_head(features, labels * 0 + 1, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
 
 
 def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
@@ -406,17 +420,17 @@ def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
     is_variant = np.zeros(240, dtype=bool)
     options = {"num_labels": 2, "blocks": [60], "weights": "none"}
     candidates = [0.01, 1.0, 100.0, 10_000.0]
-    best, losses = probing.choose_C(features, labels, groups, is_variant, candidates, seed=0, **options)
+    best, losses = choose_C(features, labels, groups, is_variant, candidates, seed=0, **options)
     assert best == 0.01
     assert list(losses) == [0.01, 1.0]  # the first that is worse ends the search
     assert losses[0.01] < losses[1.0]
-    for train, judged in probing.inner_folds(labels, groups, is_variant, 0):
+    for train, judged in inner_folds(labels, groups, is_variant, 0):
         assert not set(groups[train]) & set(groups[judged])
     # Rows split without regard to dialogues would have chosen the loosest head.
     alone = np.array([f"r{number}" for number in range(240)])
-    best, _ = probing.choose_C(features, labels, alone, is_variant, candidates, seed=0, **options)
+    best, _ = choose_C(features, labels, alone, is_variant, candidates, seed=0, **options)
     assert best >= 100
-    assert probing.choose_C(features, labels, groups, is_variant, [3.0], seed=0, **options) == (3.0, {})
+    assert choose_C(features, labels, groups, is_variant, [3.0], seed=0, **options) == (3.0, {})
 
 
 def test_variants_and_unknown_labels_are_not_judged():
@@ -425,16 +439,16 @@ def test_variants_and_unknown_labels_are_not_judged():
     labels[:4] = 2  # a label of one dialogue only
     is_variant = np.tile([False, True], 18)
     judged_rows = []
-    for train, judged in probing.inner_folds(labels, groups, is_variant, 0):
+    for train, judged in inner_folds(labels, groups, is_variant, 0):
         assert is_variant[train].any()
         judged_rows += judged.tolist()
     assert sorted(judged_rows) == [row for row in range(4, 36) if not is_variant[row]]
-    with pytest.raises(command_line.InputError, match=r"2 training dialogues are too few .*give one --C"):
-        list(probing.inner_folds(labels[:8], groups[:8], is_variant[:8], 0))
+    with pytest.raises(InputError, match=r"2 training dialogues are too few .*give one --C"):
+        list(inner_folds(labels[:8], groups[:8], is_variant[:8], 0))
 
 
 def test_a_head_file_that_is_none(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"no tensors")
     for name in ("head.safetensors", "absent.safetensors"):
-        with pytest.raises(command_line.InputError, match=f"{name}: cannot read the head"):
-            probing.LinearHead.load(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: cannot read the head"):
+            LinearHead.load(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The `evaluate` module against scikit-learn, hand-worked arrays, and its numpy twin in decoding.py."""
+"""The `evaluate` module against scikit-learn, hand-worked arrays, and its numpy twin in rareturn.decisions.metrics."""
 
 import multiprocessing
 import os
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-import decoding
-from reporting import load_metric
+from rareturn.decisions.metrics import METRIC_NAMES, load_metric, score
+from rareturn.decisions.metrics import scores as numpy_scores
 
 
 def flat(scores):
@@ -83,12 +83,10 @@ def test_agrees_with_scikit_learn_and_with_decoding(metric, seed):
         }
     )
     assert flat(scores) == pytest.approx(expected, abs=1e-12)
-    twin = decoding.scores(references, predictions, num_labels, positive)
+    twin = numpy_scores(references, predictions, num_labels, positive)
     assert flat(twin) == pytest.approx(expected, abs=1e-12)
-    for name in decoding.METRIC_NAMES:
-        assert decoding.score(references, predictions, num_labels, positive, name) == pytest.approx(
-            scores[name]
-        )
+    for name in METRIC_NAMES:
+        assert score(references, predictions, num_labels, positive, name) == pytest.approx(scores[name])
 
 
 @pytest.mark.parametrize(

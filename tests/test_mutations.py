@@ -16,14 +16,18 @@ import pytest
 import yaml
 from running import run_script
 
-import artifacts
 import augment
 import calibrate
-import command_line
 import ensemble
 import predict
 import run_classification
-from dialogues import Row, Turn, load_label_guide
+from rareturn.command_line import provenance
+from rareturn.data.folds import write_folds
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rows import Row, Turn
+from rareturn.files import write_json
+from rareturn.runs.folder import metrics_path, table_path, write_run_info
+from rareturn.runs.tables import make_table, write_table
 
 ROOT = Path(__file__).parent.parent
 GUIDE = load_label_guide("label_guides/dmrs.yaml")
@@ -105,18 +109,16 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "base_revision": None,
         },
         **{"recipe": {}, "data_fingerprint": "0", "prompt_fingerprint": None, "label_guide": GUIDE.to_dict()},
-        **command_line.provenance(),
+        **provenance(),
     }
-    artifacts.write_folds(folder, folds, num_folds=3, fold_seed=42, fold_groups="dialogue")
-    artifacts.write_run_info(folder, info)
+    write_folds(folder, folds, num_folds=3, fold_seed=42, fold_groups="dialogue")
+    write_run_info(folder, info)
     for fold in range(3):
         held_out = [row for row in rows if folds[row.id] == fold]
         for split, part in (("oof", held_out), ("test", test)):
             logits = rng.normal(size=(len(part), 9)) + 2 * np.eye(9)[[max(row.label, 0) for row in part]]
-            artifacts.write_table(
-                artifacts.table_path(folder, split, fold), artifacts.make_table(part, fold, logits)
-            )
-        artifacts.write_json(artifacts.metrics_path(folder, fold), {"macro_f1_positive": 0.1, "fold": fold})
+            write_table(table_path(folder, split, fold), make_table(part, fold, logits))
+        write_json(metrics_path(folder, fold), {"macro_f1_positive": 0.1, "fold": fold})
     records = [
         {
             "id": row.id,

@@ -17,15 +17,26 @@ from hypothesis import strategies as st
 from tiny_models import make_tiny_decoder, make_tiny_encoder, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import artifacts
-import classifier
-import command_line
-import modeling
 import run_classification
-from batching import RowBatches
-from command_line import InputError
-from dialogues import Renderer, Row, Turn, load_label_guide, load_rows, parse_label_guide
-from packing import PackedBatches, RowGroups, accept_packed, can_branch, lay_out, tree_mask
+from rareturn.classifier import _Bases
+from rareturn.command_line import parse_arguments
+from rareturn.data.label_guide import load_label_guide, parse_label_guide
+from rareturn.data.rendering import Renderer
+from rareturn.data.rows import Row, Turn, load_rows
+from rareturn.errors import InputError
+from rareturn.models.inference import predict_logits
+from rareturn.models.loading import (
+    add_lora,
+    find_base_model,
+    load_classifier,
+    load_tokenizer,
+    load_trained,
+    save_trained,
+)
+from rareturn.models.packing import PackedBatches, RowGroups, accept_packed, can_branch, lay_out, tree_mask
+from rareturn.models.training import RowBatches
+from rareturn.runs.folder import table_path
+from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = parse_label_guide(
@@ -50,8 +61,8 @@ def decoders(tmp_path_factory):
 
 def load(path, attn_implementation="sdpa", **loading):
     torch.manual_seed(0)
-    base = modeling.find_base_model(path, attn_implementation=attn_implementation, **loading)
-    model = modeling.load_classifier(base, GUIDE.names, PAD)
+    base = find_base_model(path, attn_implementation=attn_implementation, **loading)
+    model = load_classifier(base, GUIDE.names, PAD)
     accept_packed(model)
     return model
 
@@ -219,9 +230,9 @@ def test_in_bf16(tmp_path, attn_implementation, autocast):
 def test_lora_with_activation_checkpointing(decoders, quantization):
     rows = demo_rows(num_dialogues=3)
     torch.manual_seed(0)
-    base = modeling.find_base_model(decoders["qwen3"], quantization=quantization, dtype="float32")
-    model = modeling.load_classifier(base, GUIDE.names, PAD)
-    model = modeling.add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
+    base = find_base_model(decoders["qwen3"], quantization=quantization, dtype="float32")
+    model = load_classifier(base, GUIDE.names, PAD)
+    model = add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -253,9 +264,9 @@ def test_sliding_window_shorter_than_the_rows(tmp_path):
 
 
 def test_what_cannot_be_packed(tmp_path, decoders):
-    encoder = modeling.find_base_model(make_tiny_encoder(tmp_path / "encoder"))
+    encoder = find_base_model(make_tiny_encoder(tmp_path / "encoder"))
     with pytest.raises(InputError, match="bert models cannot be packed; use --no_pack_dialogues"):
-        can_branch(modeling.load_classifier(encoder, GUIDE.names, 0), 100)
+        can_branch(load_classifier(encoder, GUIDE.names, 0), 100)
     bloom = AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model("bloom", hidden_size=8, n_head=2)
     )
@@ -265,7 +276,7 @@ def test_what_cannot_be_packed(tmp_path, decoders):
 
 def test_unpacked_batches_keep_their_path_and_files_their_names(decoders, tmp_path):
     model = load(decoders["qwen3"])
-    plain = modeling.load_classifier(modeling.find_base_model(decoders["qwen3"]), GUIDE.names, PAD)
+    plain = load_classifier(find_base_model(decoders["qwen3"]), GUIDE.names, PAD)
     plain.load_state_dict(model.state_dict())
     batch = RowBatches(PAD, 16, 1, 8, None).collate(render(demo_rows(1)[:3]))
     with torch.no_grad():
@@ -369,7 +380,7 @@ def losses_and_table(output_dir):
     (checkpoint,) = (output_dir / "fold-0" / "checkpoints").glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    return losses, artifacts.read_table(artifacts.table_path(output_dir, "oof", 0))
+    return losses, read_table(table_path(output_dir, "oof", 0))
 
 
 def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
@@ -408,7 +419,7 @@ def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
     ],
 )
 def test_the_flag(words, value):
-    (data,) = command_line.parse_arguments((run_classification.FoldArguments,), "", words)
+    (data,) = parse_arguments((run_classification.FoldArguments,), "", words)
     assert data.pack_dialogues is value
 
 
@@ -433,30 +444,30 @@ def test_accelerate_reads_its_configurations(path):
 
 
 def test_adapters_on_one_base_are_the_adapters_each_on_its_own(decoders, tmp_path):
-    base = modeling.find_base_model(decoders["qwen3"], quantization="nf4", dtype="float32")
-    tokenizer = modeling.load_tokenizer(base)
+    base = find_base_model(decoders["qwen3"], quantization="nf4", dtype="float32")
+    tokenizer = load_tokenizer(base)
     for fold in range(2):
         torch.manual_seed(fold)
-        model = modeling.load_classifier(base, GUIDE.names, PAD)
-        model = modeling.add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
+        model = load_classifier(base, GUIDE.names, PAD)
+        model = add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"])
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        modeling.save_trained(model, tokenizer, base, tmp_path / str(fold))
+        save_trained(model, tokenizer, base, tmp_path / str(fold))
     rows = demo_rows(num_dialogues=1)
     rendered = render(rows, max_turns=10)
     way = PackedBatches(16, 1, 1200, num_epochs=1)
 
     def logits(model):
         batches = way.prediction_batches(rows, rendered)
-        return modeling.predict_logits(model, rendered, batches, way.collate, num_labels=len(GUIDE.labels))
+        return predict_logits(model, rendered, batches, way.collate, num_labels=len(GUIDE.labels))
 
     apart = []
     for fold in range(2):
-        model = modeling.load_trained(base, tmp_path / str(fold), GUIDE.names, PAD)
+        model = load_trained(base, tmp_path / str(fold), GUIDE.names, PAD)
         accept_packed(model)
         apart.append(logits(model))
-    bases = classifier._Bases(trust_remote_code=False)
+    bases = _Bases(trust_remote_code=False)
     loaded = [bases.load_fold(base, tmp_path / str(fold), GUIDE, PAD) for fold in range(2)]
     assert loaded[0][0] is loaded[1][0]
     for fold in (1, 0, 1):

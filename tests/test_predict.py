@@ -14,13 +14,15 @@ from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
 import calibrate
-import command_line
 import ensemble
 import linear_probe
-import modeling
 import predict
 import run_classification
-from classifier import DefenseClassifier
+from rareturn import classifier
+from rareturn.classifier import DefenseClassifier
+from rareturn.errors import InputError
+from rareturn.models import loading, probing
+from rareturn.models.loading import load_classifier
 
 ROOT = Path(__file__).parent.parent
 NUM_FOLDS = 5
@@ -69,10 +71,11 @@ def read_lines(path: Path) -> list[dict]:
 
 def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path, monkeypatch):
     loads: list[str] = []
-    load = modeling.load_classifier
-    monkeypatch.setattr(
-        modeling, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
-    )
+    load = load_classifier
+    for module in (loading, classifier, probing):
+        monkeypatch.setattr(
+            module, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
+        )
     output = tmp_path / "labels.jsonl"
     flags = {"ensemble": system, "input": TEST, "turns": "last", "output": output, "rows_per_chunk": 7}
     assert run_script(predict.main, **flags) == 0
@@ -120,7 +123,7 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
 def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int:
     """Bytes, of predict.py in a process of its own, over all turns of the source."""
     program = (
-        "import resource, predict, command_line; command_line.run(predict.main); "
+        "import resource, predict; from rareturn.command_line import run; run(predict.main); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     words = words_of(ensemble=system, input=source, output=output, use_cpu=True)
@@ -180,7 +183,7 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
         prediction.label_name for prediction in both
     ]
     assert [line["id"] for line in read_lines(output)] == ["d1#1", "d1#3"]
-    with pytest.raises(command_line.InputError, match="turn 1 has unknown speaker 'bot'"):
+    with pytest.raises(InputError, match="turn 1 has unknown speaker 'bot'"):
         classifier([{"speaker": "bot", "text": "hello"}])
 
 

@@ -9,9 +9,16 @@ import pytest
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
 
-import figures
-import reporting
-from reporting import Picture, Table
+from rareturn.reports.cards import ensemble_card, hub_dataset, run_card
+from rareturn.reports.ensemble import Picture, report_page
+from rareturn.reports.figures import (
+    agreement,
+    confusion_matrix,
+    per_class_f1,
+    reliability_diagram,
+    search_curves,
+)
+from rareturn.reports.tables import Table, score_table
 
 NAMES = ["None", "Action", "Denial <b>"]
 STAGE = {
@@ -69,13 +76,13 @@ def test_table_cells_cannot_break_out_of_markdown_or_html():
 
 
 def test_tuned_figures_never_stand_alone():
-    header = reporting.score_table(METRICS).header
+    header = score_table(METRICS).header
     assert header[1:] == (
         "argmax, nothing tuned",
         "decision, cross-fitted",
         "decision, in-sample (tuned on these rows)",
     )
-    row = reporting.score_table(METRICS).rows[0]
+    row = score_table(METRICS).rows[0]
     assert row == ["macro F1, positive labels", *["0.667 [0.500, 0.700]"] * 3]
 
 
@@ -95,9 +102,9 @@ class _Links(html.parser.HTMLParser):
 
 
 def test_page_needs_nothing_beside_itself():
-    picture = Picture("f.png", figures.agreement(["a"], np.eye(1)), 'Kappa of "a" & <b>')
+    picture = Picture("f.png", agreement(["a"], np.eye(1)), 'Kappa of "a" & <b>')
     table = Table("Scores", ("x", "y"), [["<img src=http://example.org/x>", "1"]])
-    page = reporting.report_page("Report <x>", [("", ["Text & more."]), ("Part", [table, picture])])
+    page = report_page("Report <x>", [("", ["Text & more."]), ("Part", [table, picture])])
     parser = _Links()
     parser.feed(page)
     assert parser.open == []
@@ -113,15 +120,15 @@ def _pictures():
     intervals = [(0.1, 0.4), (0.2, 0.6), (0.0, 0.0)]
     x = np.linspace(-1, 1, 5)
     return {
-        "per_class": lambda: figures.per_class_f1(
+        "per_class": lambda: per_class_f1(
             NAMES, [20, 15, 0], ([0.3, 0.4, 0.0], intervals), ([0.2, 0.5, 0.0], intervals), [1, 2]
         ),
-        "confusion": lambda: figures.confusion_matrix(NAMES, [[5, 1, 0], [2, 8, 0], [0, 0, 0]], "Title"),
-        "reliability": lambda: figures.reliability_diagram(before, after, labels, ("before", "after")),
-        "curves": lambda: figures.search_curves(
+        "confusion": lambda: confusion_matrix(NAMES, [[5, 1, 0], [2, 8, 0], [0, 0, 0]], "Title"),
+        "reliability": lambda: reliability_diagram(before, after, labels, ("before", "after")),
+        "curves": lambda: search_curves(
             [("bias", x, x**2, 0.5), ("threshold", x, x, None)], (0.4, (0.3, 0.5)), "macro_f1_positive"
         ),
-        "agreement": lambda: figures.agreement(["a", "b"], np.array([[1, 0.2], [0.2, 1]])),
+        "agreement": lambda: agreement(["a", "b"], np.array([[1, 0.2], [0.2, 1]])),
     }
 
 
@@ -231,7 +238,7 @@ Cite .*
 
 
 def test_run_card_whole():
-    card = reporting.run_card(run_info(), RESULTS, "org/name-anchor")
+    card = run_card(run_info(), RESULTS, "org/name-anchor")
     assert re.fullmatch(RUN_CARD, card, flags=re.DOTALL), card
     assert "/home" not in card
     data = ModelCard(card).data
@@ -243,7 +250,7 @@ def test_run_card_whole():
 
 def test_card_of_a_local_probe_names_no_path(tmp_path):
     info = run_info(base_model=str(tmp_path), recipe={"train_file": str(tmp_path / "train.json")}, loader={})
-    card = reporting.run_card(info, {"folds": {}})
+    card = run_card(info, {"folds": {}})
     data = ModelCard(card).data
     assert (data.library_name, data.base_model, data.datasets, data.eval_results) == (
         "sklearn",
@@ -265,22 +272,22 @@ def test_card_of_a_local_probe_names_no_path(tmp_path):
     ],
 )
 def test_only_hub_datasets_are_named(train_file, dataset):
-    assert reporting.hub_dataset(run_info(recipe={"train_file": train_file})) == dataset
+    assert hub_dataset(run_info(recipe={"train_file": train_file})) == dataset
 
 
 def test_licence_of_the_run_wins_over_the_default():
-    card = reporting.run_card(run_info(license="cc-by-4.0"), {"folds": {}})
+    card = run_card(run_info(license="cc-by-4.0"), {"folds": {}})
     assert ModelCard(card).data.license == "cc-by-4.0"
 
 
 def test_ensemble_card_shows_the_cross_fitted_figure():
     tuned = STAGE | {"macro_f1_positive": 0.9}
     metrics = METRICS | {"in_sample": tuned}
-    card = reporting.ensemble_card(
+    card = ensemble_card(
         {"name": "blend"},
         [run_info(), run_info(name="seed-a", loader={"tuning": "full"})],
         metrics,
-        [reporting.score_table(metrics)],
+        [score_table(metrics)],
         [Picture("confusion.png", b"", "Where rows went")],
         "org/name",
     )

@@ -18,15 +18,25 @@ from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 from transformers import TrainerCallback, TrainingArguments
 
-import artifacts
-import command_line
-import modeling
 import run_classification
-from batching import RowBatches, StepBatchSampler, plan_rows, with_labels
-from dialogues import Renderer, load_label_guide, load_rows
-from folds import assign_folds, held_out_part
-from losses import WeightedCrossEntropy, class_weights
-from training import RowDataset, WeightedTrainer
+from rareturn.command_line import parse_arguments
+from rareturn.data.folds import assign_folds, held_out_part
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rendering import Renderer
+from rareturn.data.rows import load_rows
+from rareturn.models.inference import segment_name
+from rareturn.models.loading import LOADING, find_base_model, load_classifier, load_tokenizer, load_trained
+from rareturn.models.training import (
+    RowBatches,
+    RowDataset,
+    StepBatchSampler,
+    WeightedCrossEntropy,
+    WeightedTrainer,
+    class_weights,
+    plan_rows,
+    with_labels,
+)
+from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
@@ -120,8 +130,8 @@ def test_every_row_once_an_epoch_and_the_same_steps_however_they_are_cut(rows: i
 @pytest.mark.parametrize("pooling", ["native", "mean"])
 def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path, pooling: str):
     rows = load_rows(TRAIN, GUIDE)[:16]
-    base = modeling.find_base_model(encoder, pooling=pooling)
-    tokenizer = modeling.load_tokenizer(base)
+    base = find_base_model(encoder, pooling=pooling)
+    tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=64).render(rows)
     weights = class_weights(np.bincount([row.label for row in rows], minlength=9))
 
@@ -134,13 +144,11 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
     gradients: list[dict[str, torch.Tensor]] = []
     for batch_size, accumulation in ((16, 1), (4, 4), (2, 8), (1, 16)):
         torch.manual_seed(0)
-        model = modeling.load_classifier(base, GUIDE.names, tokenizer.pad_token_id)
+        model = load_classifier(base, GUIDE.names, tokenizer.pad_token_id)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        batches = RowBatches(
-            tokenizer.pad_token_id, 16, accumulation, 16, modeling.segment_name(base, tokenizer)
-        )
+        batches = RowBatches(tokenizer.pad_token_id, 16, accumulation, 16, segment_name(base, tokenizer))
         trainer = WeightedTrainer(
             model=model,
             args=TrainingArguments(
@@ -167,7 +175,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
     # The first of them is the gradient of the loss as written down, on one batch.
     model.zero_grad()
     torch.manual_seed(0)
-    model = modeling.load_classifier(base, GUIDE.names, tokenizer.pad_token_id).eval()
+    model = load_classifier(base, GUIDE.names, tokenizer.pad_token_id).eval()
     logits = model(**batches.collate(rendered)).logits
     labels = torch.tensor([row.label for row in rows])
     log_p = torch.log_softmax(logits, -1)
@@ -203,21 +211,21 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     rows = load_rows(TRAIN, GUIDE)
     folds = assign_folds(rows, 3, 42)
     held_out = held_out_part(rows, folds, 0)
-    table = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    table = read_table(run_dir / "oof/fold-0.parquet")
     assert table.id == [row.id for row in held_out] and table.label.tolist() == [
         row.label for row in held_out
     ]
-    test = artifacts.read_table(run_dir / "test/fold-0.parquet")
+    test = read_table(run_dir / "test/fold-0.parquet")
     assert len(test) == 40 and set(test.label) == {-1} and set(test.fold) == {0}
     info = json.loads((run_dir / "run.json").read_text())
     assert info["label_names"] == GUIDE.names and info["loader"]["quantization"] == "nf4"
     assert info["packages"]["torch"] and info["recipe"]["lora_r"] == 4
 
     # A stranger's way back, without our loader: base in 4 bits, adapter on top, one row at a time.
-    base = modeling.find_base_model(decoder, **{name: info["loader"][name] for name in modeling.LOADING})
-    tokenizer = modeling.load_tokenizer(base)
+    base = find_base_model(decoder, **{name: info["loader"][name] for name in LOADING})
+    tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=False, **info["window"]).render(held_out)
-    model = modeling.load_trained(base, fold / "adapter", GUIDE.names, tokenizer.pad_token_id).eval()
+    model = load_trained(base, fold / "adapter", GUIDE.names, tokenizer.pad_token_id).eval()
     batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None)
     with torch.inference_mode():
         alone = torch.cat([model(**batches.collate([row])).logits for row in rendered[:12]]).float().numpy()
@@ -228,7 +236,7 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     (run_dir / "oof/fold-0.parquet").unlink()
     before = (fold / "adapter/adapter_model.safetensors").stat().st_mtime_ns
     assert run(words) == 0
-    again = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    again = read_table(run_dir / "oof/fold-0.parquet")
     assert np.abs(again.logits - table.logits).max() <= 1e-4
     assert (fold / "adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
@@ -247,18 +255,18 @@ def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, po
         run(command(encoder, run_dir, tuning="full", pooling=pooling, max_seq_length=48, label_scope="1-8"))
         == 0
     )
-    table = artifacts.read_table(run_dir / "oof/fold-0.parquet")
+    table = read_table(run_dir / "oof/fold-0.parquet")
     assert (table.logits[:, 0] == -1e4).all() and np.abs(table.logits[:, 1:]).max() < 1e3
     assert (table.label == 0).any(), "a specialist still scores every row"
     adapter = run_dir / "fold-0/adapter"
     model_type = json.loads((adapter / "config.json").read_text())["model_type"]
     assert model_type == {"native": "bert", "mean": "segment_mean_classifier"}[pooling]
-    base = modeling.find_base_model(encoder, pooling=pooling)
-    model = modeling.load_trained(base, adapter, GUIDE.names, 0).eval()
+    base = find_base_model(encoder, pooling=pooling)
+    model = load_trained(base, adapter, GUIDE.names, 0).eval()
     rows = held_out_part(load_rows(TRAIN, GUIDE), assign_folds(load_rows(TRAIN, GUIDE), 3, 42), 0)[:5]
-    tokenizer = modeling.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=48).render(rows)
-    collate = RowBatches(0, 1, 1, 1, modeling.segment_name(base, tokenizer)).collate
+    collate = RowBatches(0, 1, 1, 1, segment_name(base, tokenizer)).collate
     with torch.inference_mode():
         logits = model(**collate(rendered)).logits.numpy()
     assert np.abs(logits[:, 1:] - table.logits[:5, 1:]).max() < 1e-4
@@ -291,7 +299,7 @@ def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
         "other arguments must not resume"
     )
     assert run(words) == 0
-    one, other = (artifacts.read_table(path / "oof/fold-0.parquet") for path in (tmp_path / "whole", killed))
+    one, other = (read_table(path / "oof/fold-0.parquet") for path in (tmp_path / "whole", killed))
     assert one.logits.tobytes() == other.logits.tobytes()
     assert not checkpoints.exists()
 
@@ -327,7 +335,7 @@ def test_augmented_rows_train_only_where_their_source_does(encoder: str, tmp_pat
         folds[row["augmented_from"]] != 0 for row in variants
     )
     assert metrics["train_rows"] == trained
-    table = artifacts.read_table(tmp_path / "run/oof/fold-0.parquet")
+    table = read_table(tmp_path / "run/oof/fold-0.parquet")
     assert sorted(table.id) == sorted(row_id for row_id, fold in folds.items() if fold == 0)
 
 
@@ -397,7 +405,7 @@ def test_a_folder_of_another_run_is_refused(encoder: str, tmp_path: Path, run, c
 )
 def test_recipe_parses(recipe: Path):
     words = ["--config", str(recipe), "--bf16", "False"]
-    data, model, training = command_line.parse_arguments(
+    data, model, training = parse_arguments(
         (
             run_classification.FoldArguments,
             run_classification.ModelArguments,

@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dialogues import Turn, load_label_guide, render_instruction, render_turn
+from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rendering import render_instruction, render_turn
+from rareturn.data.rows import Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 

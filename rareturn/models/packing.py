@@ -22,11 +22,13 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from batching import Step
-from command_line import InputError
-from dialogues import Rendered, Row
+from rareturn.data.rendering import Rendered
+from rareturn.data.rows import Row
+from rareturn.errors import InputError
+from rareturn.models.training import Step
 
 logger = logging.getLogger(__name__)
+
 
 STEP_GROWTH = 1.02
 

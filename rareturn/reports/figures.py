@@ -14,8 +14,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 BEFORE, AFTER, GREY = "#0072B2", "#D55E00", "#666666"
+
+
 # Inches. Narrow, so that the text is still legible where a phone shows the whole width.
 WIDTH = 6.2
+
+
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

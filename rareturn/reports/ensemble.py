@@ -2,20 +2,118 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import blending
-import decoding
-import figures
-import reporting
-from artifacts import Run
-from blending import Outcome
-from dialogues import NO_LABEL, Row
-from reporting import Picture, Table
+from rareturn.data.rows import NO_LABEL, Row
+from rareturn.decisions import metrics as metrics_module
+from rareturn.decisions.cross_fitting import Rule
+from rareturn.decisions.metrics import cohens_kappa, score_predictions
+from rareturn.decisions.probabilities import probability_quality
+from rareturn.decisions.rules import Decision, decide
+from rareturn.decisions.voting import Voting
+from rareturn.reports.figures import (
+    agreement,
+    confusion_matrix,
+    per_class_f1,
+    reliability_diagram,
+    search_curves,
+)
+from rareturn.reports.tables import SCORE_TITLES, Table, interval_text, per_class_table, score_table
+from rareturn.runs.alignment import display_names, protected_label
+from rareturn.runs.reading import Run
+
+
+@dataclass
+class Outcome:
+    """What the blended runs came to.
+
+    Attributes:
+        rule: of a vote, argmax on equal weights stands here.
+        untuned_weights: the given weights, or equal ones: what argmax is blended with.
+        voting: None where the rule decides.
+        argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
+        before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
+        scaled: the same at a temperature that was fitted on other dialogues.
+    """
+
+    rule: Rule
+    untuned_weights: np.ndarray
+    voting: Voting | None
+    argmax: np.ndarray
+    in_sample: np.ndarray
+    cross_fitted: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    scaled: np.ndarray
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file's name, its bytes, and the sentence under it."""
+
+    name: str
+    png: bytes
+    caption: str
+
+    def html(self) -> str:
+        data = base64.b64encode(self.png).decode()
+        caption = html.escape(self.caption)
+        return (
+            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{caption}</figcaption></figure>"
+        )
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 56rem; margin: 0 auto; padding: 1rem; }}
+h1 {{ font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }}
+h3 {{ font-size: 1rem; margin-bottom: .5rem; }}
+p {{ max-width: 42rem; overflow-wrap: anywhere; }}
+.note, figcaption {{ font-size: .875rem; color: #444; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom; }}
+@media (max-width: 40rem) {{ table {{ font-size: .75rem; }} th, td {{ padding: .25rem .3rem; }} }}
+th:first-child, td:first-child {{ text-align: left; }}
+td {{ overflow-wrap: break-word; }}
+figure {{ margin: 1rem 0; }}
+img {{ width: 100%; max-width: 42rem; height: auto; display: block; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def report_page(title: str, sections: Sequence[tuple[str, Sequence[str | Table | Picture]]]) -> str:
+    """One HTML file that holds everything it shows: no link, no script, no request.
+
+    Args:
+        sections: heading and what stands under it; a string is a paragraph. The first section's heading may be empty.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for heading, parts in sections:
+        if heading:
+            body.append(f"<h2>{html.escape(heading)}</h2>")
+        body += [f"<p>{html.escape(part)}</p>" if isinstance(part, str) else part.html() for part in parts]
+    return PAGE.format(title=html.escape(title), body="\n".join(body))
 
 
 def measure(
@@ -29,7 +127,7 @@ def measure(
         seed: of the bootstraps.
     """
     info, oof = runs[0].info, runs[0].oof
-    names, labels = blending.display_names(runs), oof.label
+    names, labels = display_names(runs), oof.label
     options = {
         "num_labels": len(info["label_names"]),
         "positive_labels": info["positive_labels"],
@@ -44,7 +142,7 @@ def measure(
         "dialogues": len(set(oof.dialogue_id)),
         "notes": outcome.notes,
         **{
-            stage: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
+            stage: score_predictions(labels, predictions, oof.dialogue_id, **options)
             for stage, predictions in (
                 ("argmax", outcome.argmax),
                 ("in_sample", outcome.in_sample),
@@ -52,13 +150,13 @@ def measure(
             )
         },
         "runs": {
-            name: reporting.score_predictions(labels, predictions, oof.dialogue_id, **options)
+            name: score_predictions(labels, predictions, oof.dialogue_id, **options)
             for name, predictions in systems.items()
         },
         "probabilities": {
-            "before_temperature": decoding.probability_quality(outcome.before, labels),
-            "after_temperature_in_sample": decoding.probability_quality(outcome.after, labels),
-            "after_temperature_cross_fitted": decoding.probability_quality(outcome.scaled, labels),
+            "before_temperature": probability_quality(outcome.before, labels),
+            "after_temperature_in_sample": probability_quality(outcome.after, labels),
+            "after_temperature_cross_fitted": probability_quality(outcome.scaled, labels),
         },
     }
     if len(runs) > 1:
@@ -67,7 +165,7 @@ def measure(
     metrics["agreement"] = {
         "systems": list(systems),
         "cohens_kappa": [
-            [blending.cohens_kappa(one, other, options["num_labels"]) for other in systems.values()]
+            [cohens_kappa(one, other, options["num_labels"]) for other in systems.values()]
             for one in systems.values()
         ],
     }
@@ -89,7 +187,7 @@ def score_test(
         "seed": seed,
     }
     scores = {
-        stage: reporting.score_predictions(labels[known], labels_of_stage[known], groups, **options)
+        stage: score_predictions(labels[known], labels_of_stage[known], groups, **options)
         for stage, labels_of_stage in (("argmax", argmax), ("decision", predicted))
     }
     return {"test": {"rows": int(known.sum()), **scores}}
@@ -105,17 +203,17 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
             f"{weight:.3f}",
             run.info["base_model"].rstrip("/").split("/")[-1],
             (run.revision or "folder")[:12],
-            reporting.interval_text(metrics["runs"][name][metric], metrics["runs"][name]["interval"][metric]),
+            interval_text(metrics["runs"][name][metric], metrics["runs"][name]["interval"][metric]),
         ]
-        for name, run, weight in zip(blending.display_names(runs), runs, outcome.rule.weights, strict=True)
+        for name, run, weight in zip(display_names(runs), runs, outcome.rule.weights, strict=True)
     ]
     counts = np.bincount(runs[0].oof.label, minlength=len(label_names))
     tables = {
-        "scores": reporting.score_table(metrics),
-        "per class": reporting.per_class_table(label_names, counts, metrics),
+        "scores": score_table(metrics),
+        "per class": per_class_table(label_names, counts, metrics),
         "runs": Table(
             "Runs and their weights",
-            ("run", "weight", "base model", "revision", f"{reporting.SCORE_TITLES[metric]}, argmax"),
+            ("run", "weight", "base model", "revision", f"{SCORE_TITLES[metric]}, argmax"),
             of_runs,
         ),
     }
@@ -153,7 +251,7 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
             "fold_groups": metrics["fold_groups"],
         }
         tables["test"] = dataclasses.replace(
-            reporting.score_table(stages),
+            score_table(stages),
             title=f"Scores on the {test['rows']:,} labelled rows of the test file",
             note="[95 % interval, bootstrap over dialogues]; nothing was tuned on these rows.",
         )
@@ -170,7 +268,7 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
     pictures = [
         Picture(
             "per_class_f1.png",
-            figures.per_class_f1(
+            per_class_f1(
                 names,
                 np.bincount(labels, minlength=num_labels),
                 (before["f1_per_class"], before["interval"]["f1_per_class"]),
@@ -182,7 +280,7 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
         ),
         Picture(
             "confusion.png",
-            figures.confusion_matrix(
+            confusion_matrix(
                 names,
                 confusion,
                 f"Where the rows of each label go\n({metrics['rows']:,} out-of-fold rows, cross-fitted decision)",
@@ -192,9 +290,7 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
         ),
         Picture(
             "agreement.png",
-            figures.agreement(
-                metrics["agreement"]["systems"], np.array(metrics["agreement"]["cohens_kappa"])
-            ),
+            agreement(metrics["agreement"]["systems"], np.array(metrics["agreement"]["cohens_kappa"])),
             "Agreement of the labels that two systems choose (Cohen's kappa: 1 always, 0 no more than by chance). Of "
             "runs that are about as good, those that agree less have more to gain from a blend.",
         ),
@@ -211,11 +307,13 @@ def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) ->
     )
     protected = decision.protected_class
     if protected is None:
-        protected = blending.protected_label(run)
+        protected = protected_label(run)
 
-    def score(rule: decoding.Decision) -> float:
-        predictions = decoding.decide(outcome.after, rule)
-        return decoding.score(labels, predictions, len(info["label_names"]), info["positive_labels"], metric)
+    def score(rule: Decision) -> float:
+        predictions = decide(outcome.after, rule)
+        return metrics_module.score(
+            labels, predictions, len(info["label_names"]), info["positive_labels"], metric
+        )
 
     biases = decision.bias[protected] + np.linspace(-3, 3, 121)
     thresholds = np.linspace(0.02, 1, 99)
@@ -237,13 +335,13 @@ def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) ->
     return [
         Picture(
             "reliability.png",
-            figures.reliability_diagram(outcome.before, outcome.scaled, labels, texts),
+            reliability_diagram(outcome.before, outcome.scaled, labels, texts),
             "Above the diagonal the blend is too modest, below it too sure of itself. ECE, the expected calibration "
             "error: mean distance to the diagonal.",
         ),
         Picture(
             "search_curves.png",
-            figures.search_curves(curves, cross_fitted, reporting.SCORE_TITLES[metric]),
+            search_curves(curves, cross_fitted, SCORE_TITLES[metric]),
             "The blue line is in-sample: it scores the rows that the rule was fitted on, so its peaks promise too much. "
             "The dashed line and its band are what the rule scores when it is fitted on other dialogues.",
         ),
@@ -256,11 +354,11 @@ def make_page(
     """report.html."""
     metric = metrics["metric"]
     texts = {
-        stage: reporting.interval_text(metrics[stage][metric], metrics[stage]["interval"][metric])
+        stage: interval_text(metrics[stage][metric], metrics[stage]["interval"][metric])
         for stage in ("argmax", "in_sample", "cross_fitted")
     }
     summary = (
-        f"{reporting.SCORE_TITLES[metric]} on {metrics['rows']:,} out-of-fold rows of {metrics['dialogues']:,} "
+        f"{SCORE_TITLES[metric]} on {metrics['rows']:,} out-of-fold rows of {metrics['dialogues']:,} "
         f"dialogues: {texts['cross_fitted']} with the decision rule ({metrics['method']}), cross-fitted; "
         f"{texts['argmax']} with argmax. In-sample, that is on the rows that it was tuned on, the rule shows "
         f"{texts['in_sample']}."
@@ -291,4 +389,4 @@ def make_page(
         ("Decision", present(tables.get("rule"), picture.get("search_curves.png"))),
         ("Probabilities", present(tables.get("probabilities"), picture.get("reliability.png"))),
     ]
-    return reporting.report_page(f"Ensemble {name}", [section for section in sections if section[1]])
+    return report_page(f"Ensemble {name}", [section for section in sections if section[1]])

@@ -17,16 +17,28 @@ from typing import Any
 
 import numpy as np
 
-import blending
-import bundles
-import decoding
-import modeling
-import packing
-import probing
-from artifacts import OUT_OF_SCOPE_LOGIT
-from batching import RowBatches
-from command_line import InputError
-from dialogues import LabelGuide, Renderer, Row, Turn, parse_label_guide
+from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.data.rendering import Renderer
+from rareturn.data.rows import Row, Turn
+from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, blend, test_probabilities
+from rareturn.decisions.rules import Decision, decide
+from rareturn.errors import InputError
+from rareturn.models import inference
+from rareturn.models.inference import has_fast_bf16, predict_logits, segment_name
+from rareturn.models.loading import (
+    LOADING,
+    BaseModel,
+    find_base_model,
+    is_encoder,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    load_trained,
+)
+from rareturn.models.packing import PackedBatches, accept_packed, can_branch
+from rareturn.models.probing import FrozenFeatures, LinearHead
+from rareturn.models.training import RowBatches
+from rareturn.runs.bundle import model_folders, read_bundle, read_vote
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +70,11 @@ class _TrainedVoter:
 
     def __init__(self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, bases: _Bases):
         self.scope, self.guide = run.get("label_scope"), guide
-        self.bf16 = bool(run["loader"].get("bf16")) and modeling.has_fast_bf16()
+        self.bf16 = bool(run["loader"].get("bf16")) and has_fast_bf16()
         self.base = bases.find(run)
-        config = modeling.load_config(self.base)
-        self.is_encoder = modeling.is_encoder(config)
-        self.tokenizer = modeling.load_tokenizer(self.base)
+        config = load_config(self.base)
+        self.is_encoder = is_encoder(config)
+        self.tokenizer = load_tokenizer(self.base)
         self.renderer = Renderer(self.tokenizer, guide, is_encoder=self.is_encoder, **run["window"])
         if run["prompt_fingerprint"] not in (None, self.renderer.fingerprint):
             raise InputError(
@@ -82,12 +94,12 @@ class _TrainedVoter:
             if adapter is not None:
                 model.set_adapter(adapter)
             if self.is_encoder:
-                segments = modeling.segment_name(self.base, self.tokenizer)
+                segments = segment_name(self.base, self.tokenizer)
                 batches = RowBatches(self.tokenizer.pad_token_id, 1, 1, 32, segments)
             else:
-                branches = packing.can_branch(model, max(map(len, rendered)))
-                batches = packing.PackedBatches(1, 1, 4096, 1, branches)
-            logits = modeling.predict_logits(
+                branches = can_branch(model, max(map(len, rendered)))
+                batches = PackedBatches(1, 1, 4096, 1, branches)
+            logits = predict_logits(
                 model,
                 rendered,
                 batches.prediction_batches(rows, rendered),
@@ -104,21 +116,19 @@ class _TrainedVoter:
 class _ProbeVoter:
     """The folds of one run of linear_probe.py: heads on one frozen model."""
 
-    def __init__(
-        self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, base: modeling.BaseModel
-    ):
+    def __init__(self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, base: BaseModel):
         if run.get("features") is None:
             raise InputError(f"{run['name']}: features: missing, so its heads cannot be applied")
-        self.frozen = probing.FrozenFeatures(
+        self.frozen = FrozenFeatures(
             base,
             guide,
             layer=run["features"]["layer"],
             window=run["window"],
             batch_size=32,
-            bf16=bool(run["loader"].get("bf16")) and modeling.has_fast_bf16(),
+            bf16=bool(run["loader"].get("bf16")) and has_fast_bf16(),
             show_progress=False,
         )
-        self.heads = [probing.LinearHead.load(folder / "head.safetensors") for folder in folders]
+        self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
         self.model = self.frozen.load()
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -132,22 +142,22 @@ class _Bases:
 
     def __init__(self, trust_remote_code: bool):
         self.trust_remote_code = trust_remote_code
-        self.loaded: dict[modeling.BaseModel, Any] = {}
+        self.loaded: dict[BaseModel, Any] = {}
 
-    def find(self, run: Mapping[str, Any]) -> modeling.BaseModel:
+    def find(self, run: Mapping[str, Any]) -> BaseModel:
         """The run's base, as it was loaded in training.
 
         Raises:
             InputError: it cannot be had, or wants to run its own code and may not.
         """
-        loading = {name: run["loader"][name] for name in modeling.LOADING if name in run["loader"]}
+        loading = {name: run["loader"][name] for name in LOADING if name in run["loader"]}
         if loading.pop("trust_remote_code", False) and not self.trust_remote_code:
             raise InputError(
                 f"{run['name']}: {run['base_model']} runs code of its own; allow it by --trust_remote_code"
             )
         revision = run["base_revision"]
         packaged = revision is not None and ":" in revision
-        base = modeling.find_base_model(
+        base = find_base_model(
             run["base_model"],
             None if packaged else revision,
             trust_remote_code=self.trust_remote_code,
@@ -158,11 +168,11 @@ class _Bases:
         return base
 
     def load_fold(
-        self, base: modeling.BaseModel, folder: Path, guide: LabelGuide, pad_token_id: int
+        self, base: BaseModel, folder: Path, guide: LabelGuide, pad_token_id: int
     ) -> tuple[Any, str | None]:
         """A fold's model, and the name of its adapter if it is one on a shared base."""
         if not (folder / "adapter_config.json").exists():
-            model = modeling.load_trained(base, folder, guide.names, pad_token_id)
+            model = load_trained(base, folder, guide.names, pad_token_id)
             name = None
         else:
             from peft import PeftModel
@@ -170,16 +180,16 @@ class _Bases:
             model = self.loaded.get(base)
             name = f"fold{len(getattr(model, 'peft_config', ()))}"
             if model is None:
-                classifier = modeling.load_classifier(base, guide.names, pad_token_id)
+                classifier = load_classifier(base, guide.names, pad_token_id)
                 model = self.loaded[base] = PeftModel.from_pretrained(classifier, folder, adapter_name=name)
-                if not modeling.is_encoder(modeling.load_config(base)):
-                    packing.accept_packed(model)
+                if not is_encoder(load_config(base)):
+                    accept_packed(model)
             else:
                 model.load_adapter(folder, adapter_name=name)
-            return modeling.place(model, base), name
-        if not modeling.is_encoder(modeling.load_config(base)):
-            packing.accept_packed(model)
-        return modeling.place(model, base), name
+            return inference.place(model, base), name
+        if not is_encoder(load_config(base)):
+            accept_packed(model)
+        return inference.place(model, base), name
 
 
 class DefenseClassifier:
@@ -187,11 +197,11 @@ class DefenseClassifier:
 
     def __init__(self, bundle: Mapping[str, Any], voters: Sequence[Any], guide: LabelGuide):
         self.bundle, self.voters, self.guide = bundle, voters, guide
-        self.decision = decoding.Decision.from_dict(
+        self.decision = Decision.from_dict(
             {**bundle["decision"], "label_names": bundle["label_names"]}, "ensemble.json"
         )
         self.weights = [run["weight"] for run in bundle["runs"]]
-        self.voting = bundles.read_vote(bundle)
+        self.voting = read_vote(bundle)
 
     @classmethod
     def from_pretrained(cls, reference: str, trust_remote_code: bool = False) -> DefenseClassifier:
@@ -203,12 +213,12 @@ class DefenseClassifier:
         Raises:
             InputError: no bundle there, a damaged one, or a model that cannot be had.
         """
-        bundle, folder = bundles.read_bundle(str(reference))
+        bundle, folder = read_bundle(str(reference))
         guide = parse_label_guide(bundle["label_guide"], f"{reference}: label_guide")
         bases = _Bases(trust_remote_code)
         voters: list[Any] = []
         for run in bundle["runs"]:
-            folders = bundles.model_folders(run, folder)
+            folders = model_folders(run, folder)
             if (folders[0] / "head.safetensors").exists():
                 voters.append(_ProbeVoter(run, folders, guide, bases.find(run)))
             else:
@@ -218,11 +228,11 @@ class DefenseClassifier:
     def predict_rows(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Labels int64 (rows,), blended probabilities (rows, num_labels), and by what each row was decided."""
         temperature = 1.0 if self.voting else self.decision.temperature
-        runs = [blending.test_probabilities(voter.logits(rows), temperature) for voter in self.voters]
-        probabilities = decoding.blend(runs, self.weights, self.bundle["blend"])
+        runs = [test_probabilities(voter.logits(rows), temperature) for voter in self.voters]
+        probabilities = blend(runs, self.weights, self.bundle["blend"])
         if self.voting:
             return self.voting.predict(runs), probabilities, ["vote"] * len(rows)
-        labels = decoding.decide(probabilities, self.decision)
+        labels = decide(probabilities, self.decision)
         gate = np.zeros(len(rows), dtype=bool)
         if self.decision.threshold is not None:
             gate = probabilities[:, self.decision.protected_class] >= self.decision.threshold

@@ -5,22 +5,28 @@ A fold is held out, its rows judged by a model of the others. Runs that share `f
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import artifacts
-from command_line import InputError, first_line
-from dialogues import DataArguments, LabelGuide, Row, data_fingerprint, load_label_guide, load_rows
+from rareturn.data.label_guide import LabelGuide, load_label_guide
+from rareturn.data.rows import DataArguments, Row, data_fingerprint, load_rows
+from rareturn.errors import InputError, first_line
+from rareturn.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
+
+
+FOLD_GROUPS = ("dialogue", "none")
 
 
 @dataclass
@@ -44,7 +50,7 @@ class FoldDataArguments(DataArguments):
         default="dialogue",
         metadata={
             "help": "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
-            "choices": list(artifacts.FOLD_GROUPS),
+            "choices": list(FOLD_GROUPS),
         },
     )
     label_scope: list[str] | None = field(
@@ -113,7 +119,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         run_dir: where a `folds.json`, if there is one, must agree.
 
     Raises:
-        InputError: what `load_rows`, `check_folds` and `artifacts.write_folds` refuse; a variant among the originals.
+        InputError: what `load_rows`, `check_folds` and `write_folds` refuse; a variant among the originals.
     """
     guide = load_label_guide(arguments.label_guide)
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
@@ -134,7 +140,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         test = load_rows(arguments.test_file, **read, require_labels=False, split="test")
     folds = assign_folds(originals, **arguments.split)
     if (run_dir / "folds.json").exists():
-        folds = artifacts.write_folds(run_dir, folds, **arguments.split)
+        folds = write_folds(run_dir, folds, **arguments.split)
     check_folds(originals + augmented, folds, arguments.num_folds, arguments.fold_groups)
     return RunData(guide, originals, augmented, test, folds, scope)
 
@@ -279,3 +285,66 @@ def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
     """Rows per label, shape (num_labels,)."""
     counts = Counter(row.label for row in rows)
     return np.array([counts.get(label, 0) for label in range(num_labels)], dtype=np.int64)
+
+
+def read_folds(path: str | os.PathLike) -> dict[str, Any]:
+    """What a `folds.json` holds: `num_folds`, `fold_seed`, `fold_groups`, and `folds` (row id to fold).
+
+    Raises:
+        InputError: unreadable, a key missing or of a wrong type, or a fold outside 0..num_folds - 1.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("folds"), dict) or not content["folds"]:
+        raise InputError(f"{path}: folds: a mapping of row ids to folds expected")
+    for key in ("num_folds", "fold_seed"):
+        if type(content.get(key)) is not int:
+            raise InputError(f"{path}: {key}: an integer expected")
+    if content.get("fold_groups") not in FOLD_GROUPS:
+        raise InputError(f"{path}: fold_groups: one of {', '.join(FOLD_GROUPS)} expected")
+    wrong = [
+        f"{path}: row {row_id!r}: fold {short(fold)} is not one of 0..{content['num_folds'] - 1}"
+        for row_id, fold in content["folds"].items()
+        if type(fold) is not int or not 0 <= fold < content["num_folds"]
+    ]
+    if wrong:
+        raise InputError(*wrong)
+    return content
+
+
+def write_folds(
+    run_dir: str | os.PathLike, folds: Mapping[str, int], *, num_folds: int, fold_seed: int, fold_groups: str
+) -> dict[str, int]:
+    """Write `folds.json` unless it is there, and return the folds to use: those of the file.
+
+    A `folds.json` that is there already (another team's, copied, or this run's under another scikit-learn) is what
+    counts, as long as it covers the same rows.
+
+    Raises:
+        InputError: the file covers other rows, or has another number or kind of folds.
+    """
+    path = Path(run_dir) / "folds.json"
+    content = {
+        "num_folds": num_folds,
+        "fold_seed": fold_seed,
+        "fold_groups": fold_groups,
+        "folds": dict(folds),
+    }
+    write_json(path, content, overwrite=False)
+    present = read_folds(path)
+    for key in ("num_folds", "fold_seed", "fold_groups"):
+        if present[key] != content[key]:
+            raise InputError(f"{path}: {key}: {present[key]!r} there, {content[key]!r} asked for")
+    for row_id in folds:
+        if row_id not in present["folds"]:
+            raise InputError(
+                f"{path}: row {row_id!r} of the training file is in no fold; use another output_dir"
+            )
+    for row_id in present["folds"]:
+        if row_id not in folds:
+            raise InputError(f"{path}: row {row_id!r} is not in the training file; use another output_dir")
+    return present["folds"]
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

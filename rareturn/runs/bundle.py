@@ -22,16 +22,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import artifacts
-import decoding
-import hub
-import modeling
-from artifacts import Run
-from blending import Voting
-from command_line import InputError
-from dialogues import LabelGuide, parse_label_guide
+from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.decisions.rules import Decision
+from rareturn.decisions.voting import Voting
+from rareturn.errors import InputError
+from rareturn.files import read_json
+from rareturn.models.loading import loading_problems
+from rareturn.runs.folder import adapter_dir
+from rareturn.runs.hub import pull_files, resolve_revision
+from rareturn.runs.publish import pull_adapters
+from rareturn.runs.reading import Run
+from rareturn.runs.references import check_revision, model_repo, parse_reference, table_repo
 
 logger = logging.getLogger(__name__)
+
 
 SCHEMA_VERSION = 1
 
@@ -44,7 +48,7 @@ def _sha256(path: Path) -> str:
 def _local_model(folder: Path, num_folds: int, beside: Path) -> dict[str, Any] | None:
     folds = []
     for fold in range(num_folds):
-        adapter = artifacts.adapter_dir(folder, fold)
+        adapter = adapter_dir(folder, fold)
         place = adapter if adapter.is_dir() else adapter.parent
         weights = sorted(place.glob("*.safetensors"))
         if not weights:
@@ -64,8 +68,8 @@ def _hub_model(repo_id: str, run: Run) -> dict[str, Any]:
     Raises:
         InputError: no such repo, one of another run, or a fold is missing there.
     """
-    folder, sha = hub.pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
-    if artifacts.read_json(folder / "run.json") != run.info:
+    folder, sha = pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
+    if read_json(folder / "run.json") != run.info:
         raise InputError(f"{repo_id}: run.json: it is not the run of {run.reference}")
     subfolders = [f"fold-{fold}" for fold in range(run.info["num_folds"])]
     missing = [name for name in subfolders if not (folder / name / "metrics.json").is_file()]
@@ -79,7 +83,7 @@ def describe_run(run: Run, output_dir: Path) -> dict[str, Any]:
 
     A run whose models cannot be found is described without them, with a warning.
     """
-    info, where = run.info, artifacts.parse_reference(run.reference)
+    info, where = run.info, parse_reference(run.reference)
     if where.folder is not None:
         model = _local_model(where.folder, info["num_folds"], output_dir)
         problem = f"{run.reference}: holds no models of its folds"
@@ -119,10 +123,10 @@ def refer_to_hub(part: dict[str, Any], run: Run, namespace: str, name: str) -> d
     """
     if run.revision is not None:
         return part
-    tables = artifacts.table_repo(namespace, name)
+    tables = table_repo(namespace, name)
     try:
-        model = part["model"] and _hub_model(artifacts.model_repo(namespace, name, run.name), run)
-        revision = hub.resolve_revision(tables, repo_type="dataset")
+        model = part["model"] and _hub_model(model_repo(namespace, name, run.name), run)
+        revision = resolve_revision(tables, repo_type="dataset")
     except InputError as error:
         raise InputError(
             f"{run.reference}: others cannot load an ensemble of a run that is not on the Hub: {error}"
@@ -130,10 +134,12 @@ def refer_to_hub(part: dict[str, Any], run: Run, namespace: str, name: str) -> d
     return {**part, "model": model, "reference": f"{tables}:{run.name}", "revision": revision}
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
-
 HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 HUB_BUNDLE = re.compile(rf"(?P<repo>{HUB_REPO.pattern})(?:@(?P<revision>[^@\s]+))?")
+
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -157,13 +163,13 @@ def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
         if match is None:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         if match["revision"] is not None:
-            artifacts.check_revision(match["revision"], reference)
-        folder, _ = hub.pull_files(match["repo"], revision=match["revision"], patterns=["ensemble.json"])
+            check_revision(match["revision"], reference)
+        folder, _ = pull_files(match["repo"], revision=match["revision"], patterns=["ensemble.json"])
         pulled = True
     where = f"{reference}: ensemble.json"
     if not (folder / "ensemble.json").is_file():
         raise InputError(f"{reference}: holds no ensemble.json")
-    bundle = artifacts.read_json(folder / "ensemble.json")
+    bundle = read_json(folder / "ensemble.json")
     if not isinstance(bundle, dict):
         raise InputError(f"{where}: a mapping expected")
     if bundle.get("schema_version") != SCHEMA_VERSION:
@@ -174,7 +180,7 @@ def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
     if problems:
         raise InputError(*problems)
     guide = parse_label_guide(bundle["label_guide"], f"{where}: label_guide")
-    decoding.Decision.from_dict(
+    Decision.from_dict(
         {
             **bundle["decision"],
             **{key: bundle[key] for key in ("label_names", "positive_labels", "blend", "runs")},
@@ -266,7 +272,7 @@ def _run_problems(run: Any, pulled: bool) -> Iterator[str]:
         else:
             yield f"{key}: missing or of a wrong type"
     if "loader" not in wrong:
-        yield from (f"loader: {problem}" for problem in modeling.loading_problems(run["loader"]))
+        yield from (f"loader: {problem}" for problem in loading_problems(run["loader"]))
     if "window" not in wrong:
         for name in ("max_turns", "max_seq_length", "window_stride"):
             if type(run["window"].get(name)) is not int or not 1 <= run["window"][name] <= 1 << 20:
@@ -322,7 +328,7 @@ def model_folders(run: Mapping[str, Any], folder: Path) -> list[Path]:
     subfolders = [fold["subfolder"] for fold in model["folds"]]
     if "repo_id" in model:
         numbers = [int(name.split("/")[0].removeprefix("fold-")) for name in subfolders]
-        root, _ = artifacts.pull_adapters(model["repo_id"], revision=model["revision"], folds=numbers)
+        root, _ = pull_adapters(model["repo_id"], revision=model["revision"], folds=numbers)
     else:
         root = folder / model["folder"]
     for fold in model["folds"]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-import artifacts
-import blending
-import decoding
-from artifacts import LogitTable
-from command_line import InputError
-from reporting import Table
+from rareturn.data.folds import FOLD_GROUPS
+from rareturn.decisions.metrics import difference_interval, mean_scores
+from rareturn.errors import InputError
+from rareturn.files import read_json
+from rareturn.reports.tables import Table
+from rareturn.runs.alignment import SHARED_KEYS, check_shared, row_positions
+from rareturn.runs.reading import read_run
+from rareturn.runs.tables import LogitTable
 
 PREDICTIONS_FILE = "oof_predictions.json"
 
@@ -40,7 +42,7 @@ class System:
         """For `oof_predictions.json` in an ensemble's folder; `read_system` reads it back."""
         return {
             "what": self.what,
-            **{key: self.info[key] for key in blending.SHARED_KEYS},
+            **{key: self.info[key] for key in SHARED_KEYS},
             "id": self.table.id,
             "dialogue_id": self.table.dialogue_id,
             "label": self.table.label.tolist(),
@@ -56,9 +58,9 @@ def read_system(reference: str) -> System:
     """
     path = Path(reference) / PREDICTIONS_FILE
     if not path.is_file():
-        run = artifacts.read_run(reference)
+        run = read_run(reference)
         return System(reference, "argmax", run.info, run.oof, run.oof.logits.argmax(axis=1)[None])
-    content = artifacts.read_json(path)
+    content = read_json(path)
     try:
         labels, predictions = np.array(content["label"]), np.array(content["predictions"])
         names, count = content["label_names"], len(content["id"])
@@ -75,7 +77,7 @@ def read_system(reference: str) -> System:
             )
             and set(content["positive_labels"]) <= set(range(len(names)))
             and isinstance(content["what"], str)
-            and content["fold_groups"] in artifacts.FOLD_GROUPS
+            and content["fold_groups"] in FOLD_GROUPS
         )
     except (KeyError, TypeError, ValueError):
         fits = False
@@ -110,13 +112,13 @@ def compare(first: System, second: System, metric: str, seed: int) -> Comparison
     Raises:
         InputError: the systems disagree in labels, fold groups or rows.
     """
-    blending.check_shared(second.reference, second.info, first.reference, first.info)
-    positions = blending.row_positions(second.reference, second.table, first.reference, first.table)
+    check_shared(second.reference, second.info, first.reference, first.info)
+    positions = row_positions(second.reference, second.table, first.reference, first.table)
     labels, groups = first.table.label, first.table.dialogue_id
     both = first.predictions, second.predictions[:, positions]
     num_labels, positive = len(first.info["label_names"]), first.info["positive_labels"]
-    scores = tuple(decoding.mean_scores(labels, rows, num_labels, positive)[metric] for rows in both)
-    interval = decoding.difference_interval(
+    scores = tuple(mean_scores(labels, rows, num_labels, positive)[metric] for rows in both)
+    interval = difference_interval(
         labels, *both, groups, num_labels=num_labels, positive_labels=positive, metric=metric, seed=seed
     )
     a, b = both[0][0], both[1][0]

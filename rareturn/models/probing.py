@@ -21,22 +21,27 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-import artifacts
-import modeling
-import packing
-from artifacts import OUT_OF_SCOPE_LOGIT
-from command_line import InputError
-from decoding import log_softmax
-from dialogues import LabelGuide, Renderer, Row, fold_whitespace
-from losses import class_weights
+from rareturn.data.label_guide import LabelGuide
+from rareturn.data.rendering import Renderer, fold_whitespace
+from rareturn.data.rows import Row
+from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
+from rareturn.errors import InputError
+from rareturn.files import write_bytes
+from rareturn.models import loading
+from rareturn.models.loading import BaseModel, load_classifier, load_config, load_tokenizer
+from rareturn.models.packing import PackedBatches, can_branch, collate_packed, row_hidden_states
+from rareturn.models.training import class_weights
 
 logger = logging.getLogger(__name__)
 
-ENCODER_PARTS = ("target", "context", "history", "previous")
-INNER_FOLDS = 3
-TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 
-# ------------------------------------------------------------------------------------------------------------- features
+ENCODER_PARTS = ("target", "context", "history", "previous")
+
+
+INNER_FOLDS = 3
+
+
+TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 
 
 class FrozenFeatures:
@@ -48,7 +53,7 @@ class FrozenFeatures:
     does it. A decoder gives the hidden state of the last token of the row's prompt.
 
     Args:
-        base: the model; see `modeling.find_base_model`.
+        base: the model; see `loading.find_base_model`.
         layer: the transformer layer whose output is taken, counted from 1; later layers are not run. None: two thirds
             of the model's layers, rounded.
         window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
@@ -61,7 +66,7 @@ class FrozenFeatures:
 
     def __init__(
         self,
-        base: modeling.BaseModel,
+        base: BaseModel,
         guide: LabelGuide,
         *,
         layer: int | None,
@@ -70,15 +75,15 @@ class FrozenFeatures:
         bf16: bool,
         show_progress: bool = True,
     ):
-        config = modeling.load_config(base)
+        config = load_config(base)
         num_layers = config.get_text_config().num_hidden_layers
         self.layer = max(1, round(num_layers * 2 / 3)) if layer is None else layer
         if not 1 <= self.layer <= num_layers:
             raise InputError(f"--layer {layer}: {base.name} has layers 1 to {num_layers}")
-        self.is_encoder = modeling.is_encoder(config)
+        self.is_encoder = loading.is_encoder(config)
         self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
         self.show_progress = show_progress
-        self.tokenizer = modeling.load_tokenizer(base)
+        self.tokenizer = load_tokenizer(base)
         self.renderer = (
             None if self.is_encoder else Renderer(self.tokenizer, guide, is_encoder=False, **window)
         )
@@ -109,7 +114,7 @@ class FrozenFeatures:
     def load(self) -> nn.Module:
         """The model, without the layers above the one whose output is taken."""
         # A classifier's head is not used, but this loader is the one that knows quantization and placement.
-        model = modeling.load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id).eval()
+        model = load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id).eval()
         if self.base.quantization == "none":
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         keep_layers(_backbone(model), self.layer)
@@ -164,20 +169,18 @@ class FrozenFeatures:
     def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
         rendered = self.renderer.render(rows)
         try:
-            branches = packing.can_branch(model, max(map(len, rendered)))
+            branches = can_branch(model, max(map(len, rendered)))
         except InputError:
             raise InputError(
                 f"{self.base.name}: no probe of this architecture's last token is possible"
             ) from None
-        batches = packing.PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches).prediction_batches(
-            rows, rendered
-        )
+        batches = PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches).prediction_batches(rows, rendered)
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
         with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
             for batch in batches:
-                inputs = packing.collate_packed([rendered[index] for index in batch], branches)
+                inputs = collate_packed([rendered[index] for index in batch], branches)
                 inputs = {key: value.to(model.device) for key, value in inputs.items()}
-                features[batch] = packing.row_hidden_states(_backbone(model), **inputs).float().cpu().numpy()
+                features[batch] = row_hidden_states(_backbone(model), **inputs).float().cpu().numpy()
                 progress.update(len(batch))
         return features
 
@@ -224,9 +227,6 @@ def block_sizes(num_features: int, is_encoder: bool) -> list[int]:
     return [num_features // len(ENCODER_PARTS)] * len(ENCODER_PARTS) if is_encoder else [1] * num_features
 
 
-# ----------------------------------------------------------------------------------------------------------------- head
-
-
 @dataclass(frozen=True)
 class LinearHead:
     """Logits = ((features - mean) / scale) · coef + intercept, natural logits of a multinomial logistic regression.
@@ -251,7 +251,7 @@ class LinearHead:
     def save(self, path: str | os.PathLike) -> None:
         """Write `coef`, `intercept`, `mean`, `scale` as safetensors, with C in the metadata."""
         tensors = {name: getattr(self, name) for name in ("coef", "intercept", "mean", "scale")}
-        artifacts.write_bytes(path, safetensors.numpy.save(tensors, {"C": repr(self.C)}))
+        write_bytes(path, safetensors.numpy.save(tensors, {"C": repr(self.C)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LinearHead:

@@ -12,16 +12,23 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------- words and phrases
-
 # Hedges on how something is said: they doubt no fact, so they may stand before any plain statement.
 ATTITUDE_HEDGES = ("honestly,", "to be honest,", "if I'm honest,", "I mean,")
+
+
 # Hedges on whether something is so: only before an assessment of something other than the speaker's own life.
 # "I guess" or "maybe" would take back some of what was said, and how sure somebody is can be what a label is about.
 BELIEF_HEDGES = ("I think", "I feel like")
+
+
 STATEMENT_FILLERS = ("you know,", "well,", "like,")
+
+
 HESITATIONS = ("um,", "uh,", "hmm,")
+
+
 NUM_PATTERNS = 3
+
 
 # Sentence openers that are no names, and so may lose their capital when something is put before them.
 OPENER_WORDS = """
@@ -42,44 +49,75 @@ though three times to today tomorrow tonight too true trying two under unfortuna
 was wasn't we we'll we're we've well were what what's when whenever where whether which while who why wish
 with without work working would wow yea yeah yep yes yesterday you you'd you'll you're you've your
 """
+
+
 OPENERS = frozenset(OPENER_WORDS.split())
+
+
 SPEAKER_ITSELF = frozenset(("i", "i'm", "i've", "i'd", "i'll", "im", "ive", "iam"))
+
+
 # What may stand before the clause proper: a hedge or a filler goes behind it ("yes, I think it is").
 LEAD = re.compile(
     r"(?:yes|yeah|yea|yep|ya|no|nope|ok|okay|well|oh|wow|hmm|right|sure|true|anyway|and|but|so|because|cause|cuz|or)"
     r"(?:,? (?:and|but|so))?(?P<gap>\s*,\s*|\s+)(?=[A-Za-z])",
     re.IGNORECASE,
 )
+
+
 NO_FILLER_BEFORE = re.compile(r"(?:and|but|so|because|cause|cuz|or|well|anyway|oh|wow|hmm)\b", re.IGNORECASE)
+
+
 HELLO = re.compile(r"(?:hi+|hello|hey)(?: there)?\b(?:(?P<gap>\s*[,.!]+\s*|\s+)(?=[A-Za-z]))?", re.IGNORECASE)
+
+
 PLAIN_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+
+
 WORD = re.compile(r"[\w'\u2019]+")
+
+
 QUESTION = re.compile(
     r"(?:what|when|where|who|whom|whose|why|which|how)\b|"
     r"(?:am|is|are|was|were|do|does|did|have|has|had|can|could|will|would|should|may|might|must)(?:n['\u2019]?t)? "
     r"(?:i|you|u|he|she|it|we|they|this|that|there|the|my|your|his|her|our|their|any|people|anyone|everyone)\b",
     re.IGNORECASE,
 )
+
+
 PRONOUN = r"(?:i|you|he|she|it|they|we|that(?! (?:i|you|he|she|it|we|they)\b)|there|everyone|everybody|nobody|someone)"
+
+
 STATEMENT = re.compile(
     rf"(?:(?:{PRONOUN}['\u2019][a-z]+|im|ive|iam|hes|shes|its|theyre|thats|theres) |"
     rf"(?:{PRONOUN}|my(?! god\b| goodness| bad\b)|our|his|her|their|this|the|everything|people) \S+\s+)\S",
     re.IGNORECASE,
 )
+
+
 # What makes the word before it a lead, where no comma does.
 OPENING = re.compile(rf"(?:{QUESTION.pattern}|{STATEMENT.pattern})", re.IGNORECASE)
+
+
 ASSESSMENT = re.compile(
     r"(?:it|that|this|he|she|they|people|everyone|everybody|there)"
     r"(?:['\u2019](?:s|re)| is| are| feels?| seems?| sounds?| should| could| would)\b(?! (?:been|why|when|how|what|where))",
     re.IGNORECASE,
 )
+
+
 ALREADY_HEDGED = re.compile(
     r"\b(?:think|thought|guess|suppose|feel|feels|feeling|felt|seems?|sounds?|maybe|perhaps|probably|might|may|believe|"
     r"hope|hopefully|wonder|wish|honest|honestly|sure|know|mean|say|apparently|god)\b|\d",
     re.IGNORECASE,
 )
+
+
 COURTESY = re.compile(r"\b(?:thank|thanks|thx|bye|goodbye|sorry|please|welcome|glad|luck)\b", re.IGNORECASE)
+
+
 NO_CLOSING_FILLER = re.compile(r"\b(?:know|lol|haha|right|ok|okay|too|though)\b", re.IGNORECASE)
+
 
 # What is never edited: quoted words, an unclosed quotation up to the end, addresses, @names and #tags.
 PROTECTED = tuple(
@@ -94,28 +132,47 @@ PROTECTED = tuple(
         r"(?:https?://|www\.)\S+|\S*[@#]\S*",
     )
 )
+
+
 MAY_NEED_PROTECTION = re.compile(r"[\"“«`\u2018@#/]|www\.|(?<!\w)'")
+
+
 NEGATIVE_WORDS = frozenset(
     ("no", "nope", "never", "none", "nobody", "nothing", "nowhere", "neither", "nor", "without")
 )
+
+
 UNMARKED_NOTS = (
     "aint arent cant couldnt didnt doesnt dont hadnt hasnt havent isnt shouldnt wasnt werent wont wouldnt"
 )
+
+
 NOTS = frozenset(("not", *UNMARKED_NOTS.split()))
+
+
 CAPITALISED = re.compile(r"(?<![.!?…\n])(?<![.!?…][)\]])[^\S\n]+[^\w\s]*([^\W\d_][\w'\u2019-]*)")
+
+
 SENTENCE_END = re.compile(r"[.!?…]+[)\]]*\s+|\n\s*")
+
+
 ABBREVIATION = re.compile(
     r"(?:\b(?:[a-z]|mr|mrs|ms|dr|st|prof|vs|etc|e\.g|i\.e|approx|a\.m|p\.m)|(?:^|\n)\d+)\.\s+$", re.I
 )
+
 
 # Contraction never before a gap: "that is how sad I am", "yes I am but ...", "more than I am today".
 GAP = (
     r"(?! (?:and|but|or|nor|because|cause|cuz|if|when|while|although|than|then|too|here|now|today|also|as|is|are|was|"
     r"were|at|i|he|she|it|we|they|you|thanks?|yes|yeah)\b)(?= [A-Za-z])"
 )
+
+
 BEFORE_GAP = frozenset(
     ("than", "as", "what", "who", "where", "how", "whoever", "wherever", "whatever", "all", "here")
 )
+
+
 CONTRACTIONS = re.compile(
     rf"\b(?:(?P<am>I|i) am|(?P<are>[Yy]ou|[Ww]e|[Tt]hey) are|(?P<is>[Hh]e|[Ss]he|[Ii]t|[Tt]hat|[Tt]here) is){GAP}"
     rf"|\b(?P<will>I|i|[Yy]ou|[Hh]e|[Ss]he|[Ii]t|[Ww]e|[Tt]hey) will{GAP}(?! not\b)"
@@ -126,20 +183,31 @@ CONTRACTIONS = re.compile(
     r"|\b(?P<negated>[Dd]o|[Dd]oes|[Dd]id|[Ii]s|[Aa]re|[Ww]as|[Ww]ere|[Hh]ave|[Hh]as|[Hh]ad|[Ww]ould|[Cc]ould|"
     r"[Ss]hould|[Cc]an|[Ww]ill)(?: not|(?<=an)not)\b(?! (?:only|just)\b)"
 )
+
+
 SHORT_FORMS = {"am": "m", "are": "re", "is": "s", "will": "ll", "have": "ve", "would": "d"}
+
+
 EXPANSIONS = re.compile(
     r"\b(?P<subject>I|i|[Yy]ou|[Ww]e|[Tt]hey|[Hh]e|[Ss]he|[Ii]t|[Tt]hat|[Tt]his|[Tt]here|who|people)"
     r"(?: (?P<verb>do|does|did|is|are|was|were|have|has|had|would|could|should|ca|wo)n(?P<negated>['\u2019]t)"
     r"(?! (?:I|i|you|we|they|he|she|it)\b)|['\u2019](?P<short>m|re|ve|ll)(?! (?:gonna|gotta)\b))\b"
 )
+
+
 LONG_FORMS = {"m": "am", "re": "are", "ve": "have", "ll": "will"}
+
 
 VERB = (
     r"(?= (?:be|have|do|get|go|make|take|try|tell|say|see|let|lose|need|keep|start|look|give|call|talk|ask|find|happen|"
     r"come|leave|stay|stop|feel|help|know|think|live|learn|move|quit|spend|pay|put|hear|die|cry|sleep|eat|buy|sell|"
     r"hurt|fail|end|become|finish|meet|play|read|write|listen|wait|change|visit|apologize|lie|hide|run|deal)\b)"
 )
+
+
 SAID_OF = r"\b((?:is|are|was|were|am|just|feel|feels|felt|feeling|it|i)|\w+['\u2019](?:s|m|re)) "
+
+
 # (what the text must hold, checked first because it is fast; pattern; replacement)
 STYLE_SHIFTS = tuple(
     (needle, re.compile(pattern), replacement)
@@ -176,14 +244,17 @@ STYLE_SHIFTS = tuple(
     )
 )
 
+
 PAUSED_BEFORE = re.compile(r"(?P<gap>,? )(?=(?:but|because|cuz|although)\b)")
+
+
 NO_PAUSE_BEHIND = (" not", " just", " only", " all", "nothing", "anything")
+
+
 PAUSED_AFTER = re.compile(
     r"\b(?:am|is|are|was|were|(?:I|i|[Ii]t|[Hh]e|[Ss]he)['\u2019][ms]|(?:[Tt]hey|[Yy]ou|[Ww]e)['\u2019]re)"
     r"(?P<gap> )(?=(?:a|an|so|just|really|very)\b)"
 )
-
-# ------------------------------------------------------------------------------------------------------ text functions
 
 
 class Edit(NamedTuple):

@@ -22,15 +22,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import httpx2  # the HTTP client of huggingface_hub 2.x, named here for its exceptions
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-    constants,
-    get_token,
-    hf_hub_url,
-    snapshot_download,
-)
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_url, snapshot_download
 from huggingface_hub import resolve_revision as resolve_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -42,19 +35,30 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from command_line import InputError
+from rareturn.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+
 # Nothing else is pushed or pulled: pickles (.bin, .pt, .pkl) run code when they are loaded.
 SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".model", ".jinja", ".png", ".html")
+
+
 TEXT_FILES = ("merges.txt", "vocab.txt")
 
+
 TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+
+
 PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typing error
+
+
 TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub waits for ever by default
 
+
 Content = Path | bytes | Callable[[bytes | None], bytes]
+
+
 Result = TypeVar("Result")
 
 
@@ -74,9 +78,6 @@ class _NotYet(Exception):
 def may_travel(name: str) -> bool:
     """Whether a file of this name is ever pushed or pulled."""
     return name.endswith(SUFFIXES) or PurePosixPath(name).name in TEXT_FILES
-
-
-# ------------------------------------------------------------------------------------------------------------ persistence
 
 
 class _Persistence:
@@ -145,9 +146,6 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, httpx2.TransportError):
             return f"{type(cause).__name__} ({cause})"
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------- pushing
 
 
 class _Local:
@@ -338,9 +336,6 @@ def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str
             persistence.call(api.add_collection_item, collection.slug, repo_id, repo_type, exists_ok=True)
     except (HfHubHTTPError, httpx2.HTTPError, ValueError, KeyError, OSError) as error:
         logger.warning("collection %r of %s: not updated: %s", title, namespace, explain(error))
-
-
-# ---------------------------------------------------------------------------------------------------------------- pulling
 
 
 def resolve_revision(repo_id: str, *, repo_type: str = "model", revision: str | None = None) -> str | None:

@@ -1,0 +1,164 @@
+"""Records from files, dataset folders and the Hub, one at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rareturn.errors import InputError, first_line
+
+HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
+
+
+def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]:
+    """Raw records of a source, and the name to call it in messages.
+
+    Args:
+        source: a .json (an array), .jsonl, .parquet or .csv file; a dataset folder (`save_to_disk`, or files that
+            `datasets.load_dataset` reads); or a Hub dataset, `ORG/NAME[:path/of/file][@revision]`.
+        split: the split to take where the source has several and names none.
+
+    Raises:
+        InputError: no such source, or not what its name says. Reading is lazy: iterating may raise it too.
+    """
+    path = Path(source)
+    if path.is_file():
+        return str(source), _read_file(path)
+    if path.is_dir():
+        return str(source), _read_dataset(source, None, split)
+    match = HUB_FILE.fullmatch(source)
+    if path.suffix in READERS and not (match and match["path"]):
+        raise InputError(f"{source}: no such file")
+    if match is None:
+        raise InputError(f"{source}: no such file or folder, nor a Hub dataset ORG/NAME[:path][@revision]")
+    if match["path"] is None:
+        return source, _read_dataset(match["repo"], match["revision"], split)
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        local = hf_hub_download(match["repo"], match["path"], repo_type="dataset", revision=match["revision"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        raise InputError(f"{source}: cannot be fetched from the Hub: {first_line(error)}") from None
+    return source, _read_file(Path(local))
+
+
+def _read_file(path: Path) -> Iterable[Any]:
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise InputError(f"{path}: unknown kind of file; one of {', '.join(READERS)} is expected")
+    return reader(path)
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    """The elements of a JSON array, one at a time: a file of any size needs the memory of its longest row."""
+    decoder = json.JSONDecoder()
+    buffer, place, passed, expected = "", 0, 0, "["
+    with open(path, encoding="utf-8") as file:
+
+        def more() -> bool:
+            nonlocal buffer, place, passed
+            passed, buffer, place = passed + place, buffer[place:], 0
+            new = file.read(max(1 << 16, len(buffer)))
+            buffer += new
+            return bool(new)
+
+        def fail(problem: str) -> InputError:
+            return InputError(f"{path}: not valid JSON: {problem} (character {passed + place + 1})")
+
+        try:
+            while True:
+                while place < len(buffer) and buffer[place] in " \t\r\n":
+                    place += 1
+                if place == len(buffer):
+                    if more():
+                        continue
+                    if expected == "end":
+                        return
+                    raise fail("the file ends too early" if passed + place else "the file is empty")
+                character = buffer[place]
+                if expected == "end":
+                    raise fail("something follows the array")
+                if expected == "[" and character != "[":
+                    raise InputError(f"{path}: a JSON file must hold an array of rows")
+                if character in {"[": "[", "first": "]", "next": ",]"}.get(expected, ""):
+                    expected = {"[": "first", ",": "row", "]": "end"}[character]
+                    place += 1
+                    continue
+                if expected == "next":
+                    raise fail("a comma or the end of the array is missing")
+                try:
+                    record, end = decoder.raw_decode(buffer, place)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    if more():
+                        continue
+                    raise fail(getattr(error, "msg", "nested too deeply")) from None
+                yield record
+                place, expected = end, "next"
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not a UTF-8 text: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a UTF-8 text: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file: {first_line(error)}") from None
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    csv.field_size_limit(1 << 30)
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a CSV file: {error}") from None
+
+
+READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+
+
+def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:
+    import datasets
+
+    try:
+        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name, revision=revision)
+    except Exception as error:  # the datasets library raises whatever its readers raise
+        raise InputError(f"{name}: cannot be read as a dataset: {first_line(error)}") from None
+    if isinstance(dataset, dict):
+        if split not in dataset:
+            raise InputError(
+                f"{name}: has no split {split!r} (it has {', '.join(dataset)}); name a file with {name}:path"
+            )
+        dataset = dataset[split]
+    return dataset

@@ -1,0 +1,202 @@
+"""Exact search for a bias and a gate: sweeps that score every value of one number at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rareturn.decisions import metrics
+from rareturn.decisions.metrics import SCORE_TOLERANCE, count_rows, term
+from rareturn.decisions.probabilities import log_probabilities
+
+
+class Problem:
+    """Rows on which a rule is searched: log probabilities, labels, row weights, the metric and the class of the gate."""
+
+    def __init__(
+        self,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        positive_labels: Sequence[int],
+        metric: str,
+        protected_class: int | None = None,
+        weights: np.ndarray | None = None,
+    ):
+        self.probabilities = np.asarray(probabilities, dtype=np.float64)
+        self.log_p = log_probabilities(self.probabilities)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.positive_labels, self.metric, self.protected_class = positive_labels, metric, protected_class
+        self.num_labels = self.log_p.shape[1]
+        self.weights = np.ones(len(self.labels)) if weights is None else np.asarray(weights, dtype=np.float64)
+        self.support = np.bincount(self.labels, self.weights, self.num_labels)
+        self.term_weights = np.array(metrics.term_weights(metric, self.support, positive_labels))
+        shares = self.support + 0.5
+        self.log_prior = np.log(shares / shares.sum())
+
+    def subset(self, rows: np.ndarray, weights: np.ndarray | None = None) -> Problem:
+        """The problem on some rows, with other weights if given."""
+        return Problem(
+            self.probabilities[rows],
+            self.labels[rows],
+            self.positive_labels,
+            self.metric,
+            self.protected_class,
+            self.weights[rows] if weights is None else weights,
+        )
+
+    def score(self, bias: np.ndarray, threshold: float | None = None) -> float:
+        """The metric of a rule on these rows."""
+        predictions = (self.log_p + bias).argmax(axis=1)
+        if threshold is not None:
+            predictions[self.probabilities[:, self.protected_class] >= threshold] = self.protected_class
+        counts = count_rows(self.labels, predictions, self.num_labels, self.weights)
+        return float((self.term_weights * term(self.metric, *counts)).sum())
+
+
+def _sweep_scores(
+    problem: Problem,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    origin: np.ndarray,
+    target: int,
+    counts: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Scores after moving 0, 1, … m rows, in the order given, from the label `origin` that predicts them to `target`.
+
+    Only two labels' terms change a step, and a label loses its rows in a known order: cumulative sums give every score
+    at once.
+
+    Args:
+        labels, weights, origin: of the rows that move, in order, [m]; no origin is `target`.
+        counts: hits, support and predicted before the first move, [c] each.
+
+    Returns:
+        float64 [m + 1].
+    """
+    hits, support, predicted = counts
+    metric, term_weights = problem.metric, problem.term_weights
+    moved = np.concatenate([[0.0], np.cumsum(weights)])
+    moved_hits = np.concatenate([[0.0], np.cumsum(weights * (labels == target))])
+    gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
+    # Grouped by origin, each group in order: what a label has lost is a cumulative sum less its value at the group's
+    # start.
+    grouped = np.argsort(origin.astype(np.int16), kind="stable")
+    own, lost_rows = origin[grouped], weights[grouped]
+    lost_hits = lost_rows * (labels[grouped] == own)
+    starts = np.searchsorted(own, np.arange(problem.num_labels))
+    all_rows, all_hits = np.cumsum(lost_rows), np.cumsum(lost_hits)
+    left_rows = (predicted + np.append(0.0, all_rows)[starts])[own] - all_rows
+    left_hits = (hits + np.append(0.0, all_hits)[starts])[own] - all_hits
+    own_support = support[own]
+    changes = np.empty(len(labels))
+    changes[grouped] = term_weights[own] * (
+        term(metric, left_hits, own_support, left_rows)
+        - term(metric, left_hits + lost_hits, own_support, left_rows + lost_rows)
+    )
+    rest = (
+        float((term_weights * term(metric, hits, support, predicted)).sum())
+        - term_weights[target] * gained[0]
+    )
+    swept = term_weights[target] * gained
+    swept += rest
+    swept[1:] += np.cumsum(changes)
+    return swept
+
+
+def _best_interval(edges: np.ndarray, interval_scores: np.ndarray) -> tuple[float, float] | None:
+    """Middle of the widest of the best-scoring intervals between ascending edges [m + 1], and its score (of [m]).
+
+    Intervals narrower than 1e-9 are not offered, since no value in one survives rounding; None if that leaves none.
+    """
+    widths = np.diff(edges)
+    offered = np.flatnonzero(widths > 1e-9)
+    if not len(offered):
+        return None
+    best = interval_scores[offered].max()
+    tied = offered[interval_scores[offered] >= best - SCORE_TOLERANCE]
+    widest = tied[widths[tied].argmax()]
+    return float((edges[widest] + edges[widest + 1]) / 2), float(interval_scores[widest])
+
+
+def _sweep_bias(
+    problem: Problem, bias: np.ndarray, threshold: float | None, label: int
+) -> tuple[float, float]:
+    """Best value of one label's bias, everything else fixed, and its score.
+
+    A row that the gate leaves free goes to `label` once its bias passes the row's breakpoint: the best other label's
+    log p + bias, less the row's own log p. Below the first and above the last breakpoint, 1 nat of distance is kept.
+    """
+    log_p, labels, weights = problem.log_p, problem.labels, problem.weights
+    gated_hits = gated_rows = 0.0
+    if threshold is not None:
+        gated = problem.probabilities[:, problem.protected_class] >= threshold
+        gated_hits = weights[gated & (labels == problem.protected_class)].sum()
+        gated_rows = weights[gated].sum()
+        log_p, labels, weights = log_p[~gated], labels[~gated], weights[~gated]
+    if not len(labels):
+        return float(bias[label]), problem.score(bias, threshold)
+    others = log_p + bias
+    others[:, label] = -np.inf
+    origin = others.argmax(axis=1)
+    breakpoints = others[np.arange(len(origin)), origin] - log_p[:, label]
+    del others
+    hits, _, predicted = count_rows(labels, origin, problem.num_labels, weights)
+    if threshold is not None:
+        hits[problem.protected_class] += gated_hits
+        predicted[problem.protected_class] += gated_rows
+    order = np.argsort(breakpoints)
+    swept = _sweep_scores(
+        problem, labels[order], weights[order], origin[order], label, (hits, problem.support, predicted)
+    )
+    breakpoints = breakpoints[order]
+    edges = np.concatenate([[breakpoints[0] - 2.0], breakpoints, [breakpoints[-1] + 2.0]])
+    best = _best_interval(edges, swept)
+    assert best is not None  # the two outer intervals are 2 wide
+    return best
+
+
+def sweep_threshold(problem: Problem, bias: np.ndarray) -> tuple[float | None, float]:
+    """Best threshold of the gate at this bias, and its score; None where having no gate is as good."""
+    protected = problem.protected_class
+    predictions = (problem.log_p + bias).argmax(axis=1)
+    counts = count_rows(problem.labels, predictions, problem.num_labels, problem.weights)
+    moving = np.flatnonzero(predictions != protected)
+    probability = problem.probabilities[moving, protected]
+    order = np.argsort(probability)[::-1]
+    moving, probability = moving[order], probability[order]
+    swept = _sweep_scores(
+        problem, problem.labels[moving], problem.weights[moving], predictions[moving], protected, counts
+    )
+    # Thresholds in ascending order: the k-th interval lets all rows but the k least likely ones through the gate.
+    best = _best_interval(np.concatenate([[0.0], probability[::-1]]), swept[:0:-1]) if len(moving) else None
+    if best is None or best[1] <= swept[0] + SCORE_TOLERANCE:
+        return None, float(swept[0])
+    return best
+
+
+def ascend(
+    problem: Problem, bias: np.ndarray, threshold: float | None = None, max_rounds: int = 20
+) -> tuple[float, np.ndarray, float | None]:
+    """Coordinate ascent over the biases and the gate until a whole round improves nothing.
+
+    Returns:
+        score, bias [c], threshold; the score is never below that of the start.
+    """
+    bias, current = np.array(bias, dtype=np.float64), problem.score(bias, threshold)
+    num_coordinates = problem.num_labels + (problem.protected_class is not None)
+    idle = 0
+    for step in range(max_rounds * num_coordinates):
+        coordinate = step % num_coordinates
+        idle += 1
+        if coordinate < problem.num_labels:
+            value, value_score = _sweep_bias(problem, bias, threshold, coordinate)
+            if value_score > current + SCORE_TOLERANCE:
+                bias[coordinate], current, idle = value, value_score, 0
+        else:
+            value, value_score = sweep_threshold(problem, bias)
+            if value_score > current + SCORE_TOLERANCE:
+                threshold, current, idle = value, value_score, 0
+        if idle == num_coordinates:
+            break
+    return current, bias, threshold

@@ -1,0 +1,109 @@
+"""Files that are whole or not there: atomic writes, and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rareturn.errors import InputError
+
+
+def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file beside its place and rename it there: a killed process leaves the old file or the new one.
+
+    Args:
+        overwrite: if false, a file that is there already (or that another process is first to put there) stays.
+
+    Raises:
+        InputError: the disk is full or the place cannot be written; what was there before is untouched.
+    """
+    path = Path(path)
+    # The name is unique: the folds of a run are processes that write into one folder.
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(beside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                os.replace(beside, path)
+            elif not path.exists():
+                _link(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what libraries raise on a full disk, each its own, into one line.
+
+    Raises:
+        InputError: the block failed and there is no room in the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, InputError) or not (full or shutil.disk_usage(folder).free < 1 << 16):
+            raise
+        raise InputError(
+            f"{folder}: no space left on the disk; make room and repeat, what is complete stays"
+        ) from None
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Give a file its name unless another process took it; network drives without hard links rename instead."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.replace(beside, path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True) -> None:
+    """`write_bytes` of indented JSON; a NaN or an infinity in it is a ValueError, since other readers refuse them."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(), overwrite=overwrite)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: the file is missing, unreadable, cut short or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def packaged(name: str | os.PathLike) -> Path:
+    """A file or folder that is not code: in a checkout it lies in the root, an installed package has it inside."""
+    package = Path(__file__).parent
+    return next((root / name for root in (package.parent, package) if (root / name).exists()), package / name)

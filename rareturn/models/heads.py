@@ -1,0 +1,78 @@
+"""Classification heads that transformers does not have."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class SegmentMeanConfig(PretrainedConfig):
+    """Config of a `SegmentMeanClassifier`: `encoder` is the encoder's own config."""
+
+    model_type = "segment_mean_classifier"
+    sub_configs: ClassVar = {"encoder": AutoConfig}
+
+    def __init__(self, encoder: Any = None, **options: Any):
+        if isinstance(encoder, dict):
+            encoder = AutoConfig.for_model(**encoder)
+        self.encoder = encoder
+        super().__init__(**options)
+
+
+class SegmentMeanClassifier(PreTrainedModel):
+    """An encoder whose target tokens and context tokens are averaged apart, and a linear head on both averages.
+
+    Sentence encoders such as all-MiniLM are trained to mean something as averages, not at their first token; with a few
+    hundred rows a head on the averages learns what a head on the first token cannot. Each average is scaled to length
+    `SCALE`, so that the head's learning rate can be the encoder's.
+
+    `from_pretrained` loads what `save_pretrained` wrote; `AutoModelForSequenceClassification` refuses it by its model
+    type instead of loading the encoder under a random head.
+    """
+
+    config_class = SegmentMeanConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    SCALE = 20.0
+
+    def __init__(self, config: SegmentMeanConfig, encoder: nn.Module | None = None):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Linear(2 * config.encoder.hidden_size, config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The encoder is pretrained and the head is initialised above."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits of shape (rows, num_labels); `segment_ids` is 0 on the target's tokens and 1 on the context's."""
+        if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = segment_ids
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        averages = []
+        for segment in (0, 1):
+            weight = ((segment_ids == segment) & (attention_mask == 1)).to(hidden.dtype)[..., None]
+            average = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+            averages.append(nn.functional.normalize(average, dim=-1) * self.SCALE)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.cat(averages, dim=-1))))
+
+
+AutoConfig.register(SegmentMeanConfig.model_type, SegmentMeanConfig)
+
+
+class FloatHead(nn.Linear):
+    """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)

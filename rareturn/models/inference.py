@@ -1,0 +1,100 @@
+"""How a model predicts, and what the machine under it can do."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from rareturn.data.rendering import Rendered
+from rareturn.models.loading import BaseModel
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 arithmetic is native here: it halves a step's time where it is, and multiplies it where it is not."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def place(model: nn.Module, base: BaseModel) -> nn.Module:
+    """The model on the GPU of this process, if there is one, for prediction; a quantized one is there already."""
+    if torch.cuda.is_available() and base.quantization == "none":
+        model.to(torch.cuda.current_device())
+    return model.eval()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        is_4bit = parameter.__class__.__name__ == "Params4bit"
+        count = parameter.numel() * (2 * parameter.element_size() if is_4bit else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
+    """Under which name a batch tells an encoder's target from its context; None if the encoder is not told."""
+    if base.pooling == "mean":
+        return "segment_ids"
+    example = tokenizer("a", "b").get("token_type_ids") or [0]
+    return "token_type_ids" if example[-1] == 1 else None
+
+
+def predict_logits(
+    model: nn.Module,
+    rendered: Sequence[Rendered],
+    batches: Sequence[Sequence[int]],
+    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]],
+    *,
+    num_labels: int,
+    bf16: bool = False,
+    description: str | None = None,
+    alone: bool = False,
+) -> np.ndarray:
+    """Logits of rows; several processes share the batches.
+
+    Args:
+        batches: indices of rows, each row once.
+        description: of the progress bar; None shows none.
+        alone: whether each process has rows of its own.
+
+    Returns:
+        float32 of shape (rows, num_labels), in the rows' order, on every process.
+    """
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized() and not alone:
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    device = next(model.parameters()).device
+    logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
+    # As many passes on each process, since a sharded model needs them all for a pass: a last one may be done twice.
+    own = list(batches[rank::world_size]) + list(batches[-1:]) * (rank >= len(batches) % world_size > 0)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in tqdm(own, desc=description, unit="batch", disable=rank > 0 or not description):
+            inputs = {
+                key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
+            }
+            logits[list(batch)] = model(**inputs).logits.float().cpu().numpy()
+    model.train(was_training)
+    if world_size > 1:
+        parts: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(parts, logits)
+        for part in parts:
+            logits = np.where(np.isnan(logits), part, logits)
+    return logits
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had on the GPU, or in memory where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

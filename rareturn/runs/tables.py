@@ -1,0 +1,167 @@
+"""Logit tables: Parquet files with no word of any dialogue."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rareturn.data.rows import Row
+from rareturn.errors import InputError
+from rareturn.files import write_bytes
+
+TABLE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("dialogue_id", pa.string()),
+        ("fold", pa.int32()),
+        ("label", pa.int32()),
+        ("logits", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass
+class LogitTable:
+    """Logits of rows, with no word of their dialogues.
+
+    Attributes:
+        id, dialogue_id: n strings each.
+        fold: int64 [n], the fold whose model made the logits.
+        label: int64 [n], -1 where there is none.
+        logits: float32 [n, c].
+    """
+
+    id: list[str]
+    dialogue_id: list[str]
+    fold: np.ndarray
+    label: np.ndarray
+    logits: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def take(self, positions: Sequence[int] | np.ndarray) -> LogitTable:
+        """The rows at these positions, in this order."""
+        return LogitTable(
+            [self.id[position] for position in positions],
+            [self.dialogue_id[position] for position in positions],
+            self.fold[positions],
+            self.label[positions],
+            self.logits[positions],
+        )
+
+
+def make_table(rows: Sequence[Row], fold: int, logits: np.ndarray) -> LogitTable:
+    """The table of a fold's model on these rows; `logits` of shape (rows, labels)."""
+    return LogitTable(
+        [row.id for row in rows],
+        [row.dialogue_id for row in rows],
+        np.full(len(rows), fold, dtype=np.int64),
+        np.array([row.label for row in rows], dtype=np.int64),
+        logits.astype(np.float32),
+    )
+
+
+def write_table(path: str | os.PathLike, table: LogitTable) -> None:
+    """Write a table as Parquet (columns of `TABLE_SCHEMA`, zstd); equal tables give equal bytes.
+
+    Raises:
+        InputError: the disk is full or the place cannot be written.
+        ValueError: the columns disagree in length, or a logit is not finite.
+    """
+    logits = np.ascontiguousarray(table.logits, dtype=np.float32)
+    if logits.ndim != 2 or {len(table.id), len(table.dialogue_id), len(table.fold), len(table.label)} != {
+        len(logits)
+    }:
+        raise ValueError(f"{path}: the columns of a table must have one length")
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            f"{path}: row {table.id[int(np.argmin(np.isfinite(logits).all(1)))]!r}: logits not finite"
+        )
+    offsets = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
+    columns = [
+        pa.array(table.id, pa.string()),
+        pa.array(table.dialogue_id, pa.string()),
+        pa.array(np.asarray(table.fold), pa.int32()),
+        pa.array(np.asarray(table.label), pa.int32()),
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(logits.reshape(-1))),
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_arrays(columns, schema=TABLE_SCHEMA),
+        buffer,
+        compression="zstd",
+        write_page_checksum=True,
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def read_table(path: str | os.PathLike) -> LogitTable:
+    """Read and check one table.
+
+    Raises:
+        InputError: no Parquet file, a missing column, a wrong type, an empty cell, a duplicate id, logits that are not
+            finite or whose number changes from row to row; names the file and the first row.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            missing = [name for name in TABLE_SCHEMA.names if name not in file.schema_arrow.names]
+            if missing:
+                raise InputError(f"{path}: no column {', '.join(map(repr, missing))}")
+            table = file.read(columns=TABLE_SCHEMA.names).combine_chunks()
+        table.validate(full=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {str(error)[:200]}") from None
+    _check_types(path, table.schema)
+    ids = table["id"].to_pylist()
+    for name in TABLE_SCHEMA.names:
+        if table[name].null_count:
+            row = int(np.argmax(table[name].is_null().to_numpy(zero_copy_only=False)))
+            raise InputError(f"{path}: row {ids[row]!r}: {name}: empty")
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        duplicate = next(row_id for row_id in ids if row_id in seen or seen.add(row_id))
+        raise InputError(f"{path}: row {duplicate!r}: id: appears more than once")
+    lists = table["logits"].combine_chunks().cast(pa.large_list(pa.float32()))
+    widths = np.diff(lists.offsets.to_numpy()) if ids else np.zeros(0, np.int64)
+    if ids and (widths != widths[0]).any():
+        row = int(np.argmax(widths != widths[0]))
+        raise InputError(
+            f"{path}: row {ids[row]!r}: logits: {widths[row]} numbers, {widths[0]} in the row before"
+        )
+    values = lists.flatten().to_numpy(zero_copy_only=False)
+    logits = values.reshape(len(ids), int(widths[0]) if ids else 0)
+    if not np.isfinite(logits).all():
+        row = int(np.argmin(np.isfinite(logits).all(1)))
+        raise InputError(f"{path}: row {ids[row]!r}: logits: not finite")
+    return LogitTable(
+        ids,
+        table["dialogue_id"].to_pylist(),
+        table["fold"].to_numpy().astype(np.int64),
+        table["label"].to_numpy().astype(np.int64),
+        np.array(logits, dtype=np.float32),
+    )
+
+
+def _check_types(path: str | os.PathLike, schema: pa.Schema) -> None:
+    """A table that another tool wrote may hold wider types (pandas: large strings, int64, lists of doubles)."""
+    types = {name: schema.field(name).type for name in TABLE_SCHEMA.names}
+    for name in ("id", "dialogue_id"):
+        if not (pa.types.is_string(types[name]) or pa.types.is_large_string(types[name])):
+            raise InputError(f"{path}: column {name!r}: strings expected, not {types[name]}")
+    for name in ("fold", "label"):
+        if not pa.types.is_signed_integer(types[name]):
+            raise InputError(f"{path}: column {name!r}: integers expected, not {types[name]}")
+    kind = types["logits"]
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(
+        kind.value_type
+    ):
+        raise InputError(f"{path}: column 'logits': lists of float32 expected, not {kind}")
