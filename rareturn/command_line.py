@@ -1,7 +1,7 @@
-"""What every script does with its command line: read flags and a recipe, and answer a mistake in one line.
+"""What every script does with its command line: flags and a recipe in, one line out where something is wrong.
 
-A recipe is a YAML mapping whose keys are the script's own flags (`TrainingArguments` names included). Flags given
-on the command line win over the recipe, the recipe wins over the defaults.
+A recipe is a YAML mapping whose keys are the script's own flags (`TrainingArguments` names included). Its values are
+put in front of the words that the user typed, so a flag on the command line wins over the recipe.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
+import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import yaml
 
 from rareturn.errors import InputError
 
+REQUIRED = MISSING
+TRAINING_GROUP = "transformers' TrainingArguments"
 PACKAGES = (
     "torch",
     "transformers",
@@ -33,6 +38,129 @@ PACKAGES = (
     "scikit-learn",
     "numpy",
 )
+SECRET = re.compile(r"--(?:\w+[_-])?token")
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field that is a flag of the command line.
+
+    Args:
+        default: `REQUIRED` for a flag that must be given.
+        help: what it is, its unit, and why the default is what it is.
+        options: more for `argparse`, such as `choices`.
+    """
+    metadata = {"help": help, **options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class HubArguments:
+    """Where results are pushed; the same flags in every script that makes something to share."""
+
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = flag(False, "Push what this script makes.")
+    hub_namespace: str | None = flag(None, "User or organisation to push to.")
+    hub_name: str | None = flag(None, "Name of the system; repositories are called after it.")
+    hub_private_repo: bool = flag(True, "Make new repositories private. An existing one stays as it is.")
+    push_only: bool = flag(False, "Push what is complete on disk and compute nothing.")
+
+    def __post_init__(self) -> None:
+        if self.wanted and not (self.hub_namespace and self.hub_name):
+            raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is pushed."""
+        return self.push_to_hub or self.push_only
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it was written, one spelling a flag, and a default where it says something."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        if action.nargs in (0, "?"):
+            return ", ".join(names)
+        return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if silent else super()._get_help_string(action)
+
+
+def parse_arguments(
+    argument_classes: Sequence[type],
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    training_arguments: Callable[[], type] | None = None,
+) -> tuple[Any, ...]:
+    """Parse the recipe that `--config` names and the flags into one instance of each dataclass.
+
+    Args:
+        argument_classes: the script's own dataclasses; a ValueError in `__post_init__` is a user error.
+        description: what `--help` begins with, as it is.
+        argv: the arguments; `sys.argv[1:]` by default.
+        training_arguments: gives one more class, whose 120 flags `--help` leaves to `--help_all`. It is called only
+            when it is needed, because importing transformers' `TrainingArguments` takes seconds. Where it has a flag
+            that `argument_classes` have too, theirs stands.
+
+    Returns:
+        An instance of each class, that of `training_arguments` last.
+
+    Raises:
+        InputError: an unreadable recipe, an unknown key or flag, or a value that is refused.
+    """
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> None:
+            raise InputError(message)
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = list(argument_classes)
+    if training_arguments is not None and not {"-h", "--help"} & set(argv):
+        classes.append(training_arguments())
+        classes[-1]._argument_group_name = TRAINING_GROUP
+    parser = Parser(
+        usage="%(prog)s [--config RECIPE] [flags]",
+        description=description,
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")
+    if training_arguments is not None:
+        help_all = "Show the flags of transformers' TrainingArguments too."
+        parser.add_argument("--help_all", action="help", help=help_all)
+    # Of two flags of one name the later one stands, so the script's own are added last; in the help they come first.
+    for argument_class in (*classes[len(argument_classes) :], *argument_classes):
+        parser._add_dataclass_arguments(argument_class)
+    parser._action_groups.sort(key=lambda group: group.title == TRAINING_GROUP)
+    for action in list(parser._actions):
+        if action.type is string_to_bool and action.default is None:
+            # Where neither is given the script decides; transformers gives such a flag no bare form of its own.
+            action.nargs, action.const = "?", True
+            negative = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
+            parser.add_argument(
+                *negative, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=""
+            )
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"The opposite of --{action.dest}."
+    words = _recipe_words(parser, argv) + argv
+    namespace = vars(parser.parse_args(words))
+    instances = []
+    for argument_class in classes:
+        names = {field.name for field in dataclasses.fields(argument_class) if field.init}
+        try:
+            instances.append(argument_class(**{name: namespace[name] for name in names}))
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from None
+    return tuple(instances)
 
 
 def read_recipe(path: str) -> dict[str, Any]:
@@ -53,99 +181,64 @@ def read_recipe(path: str) -> dict[str, Any]:
     return recipe
 
 
-def parse_arguments(
-    argument_classes: Sequence[type], description: str, argv: Sequence[str] | None = None
-) -> tuple[Any, ...]:
-    """Parse flags, on top of the recipe that `--config` names, into one instance of each dataclass.
-
-    Args:
-        argument_classes: dataclasses as `HfArgumentParser` takes them; a ValueError in `__post_init__` is a user error.
-        description: the first paragraph of `--help`.
-        argv: the arguments; `sys.argv[1:]` by default.
-
-    Raises:
-        InputError: an unreadable recipe, an unknown key in it, or values that a dataclass refuses.
-    """
-    # A second of imports, which reading a recipe should not cost.
-    from transformers.hf_argparser import HfArgumentParser, string_to_bool
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(argument_classes, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")
-    flags = {action.dest: action for action in parser._actions}
-    for name, action in flags.items():
-        # Where neither is given the script decides; transformers gives such flags no bare form of their own.
-        if action.type is string_to_bool and action.default is None:
-            action.nargs, action.const = "?", True
-            negative = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
-            parser.add_argument(*negative, dest=name, action="store_false", default=argparse.SUPPRESS)
-    recipe_path = _recipe_path(argv)
-    if recipe_path is not None:
-        recipe = read_recipe(recipe_path)
-        for key, value in recipe.items():
-            if key not in flags or key in ("config", "help"):
-                near = difflib.get_close_matches(key, flags, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"{recipe_path}: unknown key {key!r}{hint}")
-            parser.set_defaults(**{key: _as_flag_value(flags[key], value, f"{recipe_path}: {key}")})
-            flags[key].required = False
-    namespace = parser.parse_args(argv)
-    instances = []
-    for argument_class in argument_classes:
-        names = {field.name for field in dataclasses.fields(argument_class) if field.init}
-        values = {name: value for name, value in vars(namespace).items() if name in names}
-        try:
-            instances.append(argument_class(**values))
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from None
-    return tuple(instances)
-
-
-def _recipe_path(argv: list[str]) -> str | None:
-    for position, argument in enumerate(argv):
-        if argument == "--config":
-            if position + 1 == len(argv):
-                raise InputError("--config needs the path of a recipe")
-            return argv[position + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
-
-
-def _as_flag_value(action: Any, value: Any, where: str) -> Any:
-    """A recipe's value as the flag would have parsed it: YAML reads 1e-4 as a string and 5 as an int."""
-    if value is None and (action.required or action.default is not None):
-        raise InputError(f"{where}: null is not a valid value; leave the key out for the default")
-    if value is None or action.type is None:
-        return value
-    if isinstance(value, dict):
-        return json.dumps(value)
-    many = isinstance(value, list)
-    if many != (action.nargs in ("+", "*")):
-        raise InputError(f"{where}: expected {'one value' if many else 'a list'}, not {value!r}")
+def _recipe_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The recipe as words of a command line; they are parsed alone first, so that an error names the recipe."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config")
     try:
-        converted = [
-            action.type(item if isinstance(item, bool) else str(item))
-            for item in (value if many else [value])
-        ]
-    except (ValueError, TypeError):
-        raise InputError(f"{where}: {value!r} is not a valid value") from None
-    except Exception as error:  # argparse.ArgumentTypeError of transformers' own converters
-        raise InputError(f"{where}: {error}") from None
-    if action.choices is not None and any(item not in action.choices for item in converted):
-        raise InputError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
-    return converted if many else converted[0]
+        path = finder.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        raise InputError("--config needs the path of a recipe") from None
+    if path is None:
+        return []
+    words = []
+    flags = {action.dest for action in parser._actions} - {"config", "help", "help_all"}
+    for key, value in read_recipe(path).items():
+        if key not in flags:
+            near = difflib.get_close_matches(key, flags, n=1)
+            raise InputError(
+                f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        if value is None:
+            raise InputError(f"{path}: {key}: null is not a value; leave the key out for the default")
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        else:
+            text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
+            words.append(f"--{key}={text}")
+    required = [action for action in parser._actions if action.required]
+    for action in required:
+        action.required = False
+    try:
+        parser.parse_args(words)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    for action in required:
+        action.required = True
+    return words
+
+
+def start_logging(level: int = logging.INFO) -> None:
+    """Log lines to stderr, with the time; the HTTP clients speak up only when something is wrong."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=level)
+    for name in ("httpx", "httpx2", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """The words of a command line, the value of each `--…_token` replaced by `***`."""
+    shown, hide = [], False
+    for word in words:
+        name, given, _ = word.partition("=")
+        secret = SECRET.fullmatch(name) is not None
+        shown.append(f"{name}=***" if secret and given else "***" if hide else word)
+        hide = secret and not given
+    return shown
 
 
 def provenance() -> dict[str, Any]:
     """How this process was started: `command` (without tokens), versions of `packages`, the project's `git_commit`."""
-    words = list(sys.argv)
-    for position, word in enumerate(words):
-        if "token" in word.split("=")[0]:
-            words[position] = word.split("=")[0]
-            if "=" not in word and position + 1 < len(words):
-                words[position + 1] = "***"
-    words[0] = os.path.basename(words[0])
+    words = [os.path.basename(sys.argv[0]), *without_secrets(sys.argv[1:])]
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return {
@@ -165,13 +258,13 @@ def run(main: Callable[[], Any]) -> None:
             print(f"{script}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        # A path that the user gave and that cannot be what it is to be; whoever met it first, a library or we.
+        # A path that the user gave and that is not what it should be; whoever met it first, a library or we.
         if error.filename is None:
             raise
         print(f"{script}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        # An error that is nobody's mistake but expected all the same (a push that failed) brings its exit status along.
+        # An expected failure that is nobody's mistake (a push that did not arrive) brings its own exit status.
         if not hasattr(error, "exit_code"):
             raise
         print(f"{script}: error: {error}", file=sys.stderr)
