@@ -23,16 +23,8 @@ from tqdm import tqdm
 
 from rareturn import command_line
 from rareturn.command_line import parse_arguments
-from rareturn.decisions.cross_fitting import (
-    CrossFit,
-    Recipe,
-    Rule,
-    cross_fit,
-    fit_rule,
-    grouped_folds,
-    predict,
-    rule_fitter,
-)
+from rareturn.decisions.cross_fitting import CrossFit, Recipe, cross_fit, fit_rule, grouped_folds, rule_fitter
+from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
 from rareturn.decisions.probabilities import (
     BLENDS,
@@ -41,7 +33,7 @@ from rareturn.decisions.probabilities import (
     probability_quality,
     softmax,
 )
-from rareturn.decisions.rules import METHODS
+from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
 from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, interval_text
@@ -181,7 +173,7 @@ def fit_row(name: str, recipe: Recipe, run: Run, arguments: CalibrationArguments
         seed=arguments.seed,
         progress=bar.update,
     )
-    return Row(name, rule, predict(logits, rule), cross_fitted, seconds)
+    return Row(name, rule, rule.predict([logits]).labels, cross_fitted, seconds)
 
 
 def temperature_quality(run: Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:

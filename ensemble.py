@@ -32,16 +32,16 @@ from rareturn.data.rows import DataArguments, Row, load_rows
 from rareturn.decisions import probabilities as probabilities_module
 from rareturn.decisions.cross_fitting import (
     Recipe,
-    Rule,
     cross_fit,
     cross_fitted_scaling,
     fit_rule,
     rule_fitter,
     search_weights,
 )
+from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, check_labels
 from rareturn.decisions.probabilities import BLENDS, check_weights, softmax, test_probabilities
-from rareturn.decisions.rules import METHODS, Decision, decide
+from rareturn.decisions.rules import Decision, Rule, decide
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_bytes, write_json
 from rareturn.reports import comparison

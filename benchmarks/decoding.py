@@ -35,10 +35,11 @@ from rareturn.command_line import parse_arguments, provenance  # noqa: E402
 from rareturn.data.folds import assign_folds  # noqa: E402
 from rareturn.data.label_guide import load_label_guide  # noqa: E402
 from rareturn.data.rows import load_rows  # noqa: E402
-from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, predict, rule_fitter  # noqa: E402
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, rule_fitter  # noqa: E402
+from rareturn.decisions.methods import METHODS, fit  # noqa: E402
 from rareturn.decisions.metrics import score  # noqa: E402
 from rareturn.decisions.probabilities import softmax  # noqa: E402
-from rareturn.decisions.rules import METHODS, Decision, decide, fit  # noqa: E402
+from rareturn.decisions.rules import Decision, decide  # noqa: E402
 from rareturn.errors import InputError  # noqa: E402
 from rareturn.files import write_json  # noqa: E402
 from rareturn.reports import tables as tables_module  # noqa: E402
@@ -189,7 +190,7 @@ def measure_table(arguments: BenchmarkArguments, table: Table, method: str, bar:
         seed=arguments.seed,
         progress=bar.update,
     )
-    in_sample = predict(table.logits, rule)
+    in_sample = rule.predict([[run] for run in table.logits]).labels
     return {
         "in_sample": score(table.labels, in_sample, num_labels, table.positive_labels, METRIC),
         "cross_fitted": fitted.metrics[METRIC],
@@ -302,8 +303,8 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
         for method in arguments.methods:
             recipe = make_recipe(arguments, table, method)
             rule = fit_rule(recipe, [logits], labels, table.groups)
-            truth = score(fresh_labels, predict([fresh_logits], rule), 9, positive, METRIC)
-            tuned = score(labels, predict([logits], rule), 9, positive, METRIC)
+            truth = score(fresh_labels, rule.predict([[fresh_logits]]).labels, 9, positive, METRIC)
+            tuned = score(labels, rule.predict([[logits]]).labels, 9, positive, METRIC)
             fitted = cross_fit(
                 rule_fitter(recipe, [logits], labels, table.groups),
                 labels,

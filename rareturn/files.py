@@ -10,9 +10,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from rareturn.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True) -> None:
@@ -107,3 +111,20 @@ def packaged(name: str | os.PathLike) -> Path:
     """A file or folder that is not code: in a checkout it lies in the root, an installed package has it inside."""
     package = Path(__file__).parent
     return next((root / name for root in (package.parent, package) if (root / name).exists()), package / name)
+
+
+def check_content(model: type[Model], content: Any, where: str) -> Model:
+    """What a file holds, as a pydantic model.
+
+    Raises:
+        InputError: one line a problem, all of them at once: the file, the place in it, what is wrong.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(map(str, problem["loc"]))
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {place}: {said}" if place else f"{where}: {said}")
+        raise InputError(*lines) from None

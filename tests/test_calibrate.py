@@ -16,9 +16,10 @@ import pytest
 import calibrate
 from rareturn import command_line
 from rareturn.data.folds import write_folds
+from rareturn.decisions.methods import METHODS, fit
 from rareturn.decisions.metrics import METRIC_NAMES, score
 from rareturn.decisions.probabilities import softmax
-from rareturn.decisions.rules import METHODS, Decision, decide, fit
+from rareturn.decisions.rules import Decision, decide
 from rareturn.files import write_json
 from rareturn.runs.folder import table_path
 from rareturn.runs.reading import read_run

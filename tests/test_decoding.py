@@ -19,10 +19,10 @@ from rareturn.decisions.cross_fitting import (
     cross_fit,
     fit_rule,
     grouped_folds,
-    predict,
     rule_fitter,
     search_weights,
 )
+from rareturn.decisions.methods import METHODS, _random_biases, _soft_score, fit
 from rareturn.decisions.metrics import (
     METRIC_NAMES,
     bootstrap_interval,
@@ -44,7 +44,7 @@ from rareturn.decisions.probabilities import (
     probability_quality,
     softmax,
 )
-from rareturn.decisions.rules import METHODS, Decision, _random_biases, _soft_score, decide, fit
+from rareturn.decisions.rules import Decision, decide
 from rareturn.decisions.search import Problem, _sweep_bias, sweep_threshold
 from rareturn.decisions.voting import scoped, vote, vote_probabilities
 from rareturn.errors import InputError
@@ -531,7 +531,7 @@ def test_the_cross_fitted_score_is_true_and_its_interval_covers():
         logits, labels, dialogue = draw_dialogues(generator, 80)
         data = ([logits], labels, dialogue.tolist())
         rule = fit_rule(recipe, *data)
-        truth = score(fresh_labels, predict([fresh_logits], rule), 4, positive)
+        truth = score(fresh_labels, rule.predict([[fresh_logits]]).labels, 4, positive)
         fitted = cross_fit(
             rule_fitter(recipe, *data),
             labels,
@@ -554,7 +554,9 @@ def test_a_method_that_learns_nothing_is_not_flattered():
     probabilities = softmax(generator.standard_normal((300, 5)))
     groups = [f"d{row // 5}" for row in range(300)]
     recipe = Recipe(positive_labels=(0, 1, 2, 3, 4), method="exact")
-    in_sample = predict([np.log(probabilities)], fit_rule(recipe, [np.log(probabilities)], labels, groups))
+    in_sample = (
+        fit_rule(recipe, [np.log(probabilities)], labels, groups).predict([[np.log(probabilities)]]).labels
+    )
     fitted = cross_fit(
         rule_fitter(recipe, [np.log(probabilities)], labels, groups),
         labels,
@@ -579,7 +581,7 @@ def test_auto_keeps_argmax_where_nothing_helps_and_leaves_it_where_much_does():
     tilted = sharp + np.array([0.0, -4.0, 0.0, 4.0])
     rule = fit_rule(recipe, [tilted], labels, groups)
     assert rule.method == "exact"
-    assert score(labels, predict([tilted], rule), 4, range(4)) > 0.8
+    assert score(labels, rule.predict([[tilted]]).labels, 4, range(4)) > 0.8
 
 
 def test_one_standard_error_is_by_tier_and_the_best_of_a_tier_is_taken():

@@ -10,6 +10,7 @@ import numpy as np
 
 from rareturn.decisions import metrics as metrics_module
 from rareturn.decisions import probabilities as probabilities_module
+from rareturn.decisions.methods import METHODS, TIERS, UNGATED_METHODS, fit
 from rareturn.decisions.metrics import (
     SCORE_TOLERANCE,
     bootstrap_interval,
@@ -18,7 +19,7 @@ from rareturn.decisions.metrics import (
     score,
 )
 from rareturn.decisions.probabilities import check_weights, fit_temperature, log_loss, softmax
-from rareturn.decisions.rules import METHODS, TIERS, UNGATED_METHODS, Decision, decide, fit
+from rareturn.decisions.rules import Decision, Rule, decide
 from rareturn.errors import InputError
 
 
@@ -178,21 +179,6 @@ class Recipe:
     seed: int = 42
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rule:
-    """A fitted rule: `decision` on the blend of the runs by `weights` [runs], and the method that it came from."""
-
-    decision: Decision
-    weights: np.ndarray
-    method: str
-
-
-def predict(logits: Sequence[np.ndarray], rule: Rule, kind: str = "arithmetic") -> np.ndarray:
-    """Labels int64 [n] that a rule gives runs' logits, one array [n, c] a run."""
-    probabilities = [softmax(run, rule.decision.temperature) for run in logits]
-    return decide(probabilities_module.blend(probabilities, rule.weights, kind), rule.decision)
-
-
 def fit_rule(
     recipe: Recipe, logits: Sequence[np.ndarray], labels: np.ndarray, groups: Sequence[Hashable]
 ) -> Rule:
@@ -218,7 +204,7 @@ def fit_rule(
         found = select(recipe, probabilities, labels, groups)
         method, gated = found.method, found.gated
     decision = _fit_candidate(recipe, (method, gated), probabilities, labels, groups)
-    return Rule(dataclasses.replace(decision, temperature=temperature), weights, method)
+    return Rule(dataclasses.replace(decision, temperature=temperature), weights, method, recipe.blend)
 
 
 def _resolve_weights(recipe: Recipe, logits: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
@@ -254,12 +240,12 @@ def _fit_candidate(
 def rule_fitter(
     recipe: Recipe, logits: Sequence[np.ndarray], labels: np.ndarray, groups: Sequence[Hashable]
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """`fit_rule` and `predict` in the form that `cross_fit` takes: everything fitted is fitted inside the folds."""
+    """`fit_rule` and its prediction in the form that `cross_fit` takes: everything fitted is fitted inside the folds."""
     labels, group_indices = np.asarray(labels), metrics_module.index_groups(groups)[0]
 
     def fit_predict(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         rule = fit_rule(recipe, [run[train] for run in logits], labels[train], group_indices[train].tolist())
-        return predict([run[held_out] for run in logits], rule, recipe.blend)
+        return rule.predict([[run[held_out]] for run in logits]).labels
 
     return fit_predict
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from rareturn.data.rows import NO_LABEL, Row
 from rareturn.decisions import metrics as metrics_module
-from rareturn.decisions.cross_fitting import Rule
 from rareturn.decisions.metrics import cohens_kappa, score_predictions
 from rareturn.decisions.probabilities import probability_quality
-from rareturn.decisions.rules import Decision, decide
+from rareturn.decisions.rules import Decision, Rule, decide
 from rareturn.decisions.voting import Voting
 from rareturn.reports.figures import (
     agreement,
