@@ -64,16 +64,16 @@ def make_tokenizer(vocab_size: int = 2048, model_max_length: int = 4096) -> PreT
 
 
 def decoder_config(architecture: str = "qwen3", **changes):
-    """The configuration of a tiny decoder: 2 layers, 4 query and 2 key/value heads, hidden size 32."""
+    """The configuration of a tiny decoder: 2 layers, 4 query and 2 key/value heads, hidden size 64."""
     tokenizer = make_tokenizer()
     settings = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": 16,
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -98,7 +98,7 @@ def make_tiny_decoder(path: str | Path, architecture: str = "qwen3", seed: int =
 
 
 def make_tiny_encoder(path: str | Path, seed: int = 0, **changes) -> str:
-    """Save a tiny BERT (2 layers, hidden size 32, 512 positions) and a WordPiece tokenizer in `path`."""
+    """Save a tiny BERT (2 layers, hidden size 64, 512 positions) and a WordPiece tokenizer in `path`."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -110,8 +110,8 @@ def make_tiny_encoder(path: str | Path, seed: int = 0, **changes) -> str:
     tokenizer = BertTokenizerFast(str(path / "vocab.txt"), do_lower_case=True, model_max_length=512)
     settings = {
         "vocab_size": len(vocabulary),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 512,
