@@ -108,9 +108,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def packaged(name: str | os.PathLike) -> Path:
-    """A file or folder that is not code: in a checkout it lies in the root, an installed package has it inside."""
+    """A file or folder that is not code: an installed package has it inside, a checkout in its root."""
     package = Path(__file__).parent
-    return next((root / name for root in (package.parent, package) if (root / name).exists()), package / name)
+    inside = package / name
+    return inside if inside.exists() else package.parent / name
 
 
 def check_content(model: type[Model], content: Any, where: str) -> Model:
