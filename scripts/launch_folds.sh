@@ -119,12 +119,29 @@ trap 'stop_folds 130' INT
 trap 'stop_folds 143' TERM
 trap 'stop_folds 129' HUP
 
+# The words of a command, the value of every --…_token hidden: logs are shown around.
+without_secrets() {
+    local word hide='' shown=()
+    for word in "$@"; do
+        if [ -n "$hide" ]; then
+            shown+=('***')
+            hide=''
+        elif [[ $word =~ ^(--([a-zA-Z_-]+[_-])?token)= ]]; then
+            shown+=("${BASH_REMATCH[1]}=***")
+        else
+            shown+=("$word")
+            [[ ! $word =~ ^--([a-zA-Z_-]+[_-])?token$ ]] || hide=yes
+        fi
+    done
+    echo "${shown[*]}"
+}
+
 start_fold() {
     local fold=$1 slot=$2 log=$output_dir/logs/fold-$1.log
     local command=("$PYTHON" "$script" --config "$recipe" --fold "$fold" "${@:3}") devices=${slots[$2]}
     devices=${devices#cpu}
     # A log grows: the lines of a fold's training stay when the complete fold is launched again.
-    printf '== %s: %s\n' "$(date '+%F %T')" "${command[*]}" >>"$log"
+    printf '== %s: %s\n' "$(date '+%F %T')" "$(without_secrets "${command[@]}")" >>"$log"
     touch "$stamps/$fold"
     began[fold]=$SECONDS
     # Job control gives each fold a process group of its own, workers included, that can be stopped as one.

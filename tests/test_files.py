@@ -34,11 +34,15 @@ def test_a_process_that_dies_in_the_middle_of_a_write_leaves_what_was_there(
     path = tmp_path / "table.parquet"
     if present is not None:
         path.write_bytes(present)
-    died = subprocess.run([sys.executable, "-c", KILLED_AFTER_1000_BYTES, path], cwd=ROOT, capture_output=True)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED_AFTER_1000_BYTES, path], cwd=ROOT, capture_output=True
+    )
     assert died.returncode == -signal.SIGXFSZ, died.stderr.decode()
     assert (path.read_bytes() if path.exists() else None) == present
     half = [other for other in tmp_path.iterdir() if other != path]
-    assert [other.stat().st_size for other in half] == [1000]  # it did die in the middle, and beside the place
+    assert [other.stat().st_size for other in half] == [
+        1000
+    ]  # it did die in the middle, and beside the place
     assert all(other.name.startswith(".") for other in half)
 
 

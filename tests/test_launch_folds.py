@@ -124,6 +124,17 @@ def test_folds_beside_each_other_share_the_cores(place: Path) -> None:
     assert {fold["threads"] for fold in metrics(place)} == {str(max(1, (os.cpu_count() or 1) // 2))}
 
 
+def test_no_token_in_a_log(place: Path) -> None:
+    assert (
+        launch(place, "--hub_token", "hf_a", "--push_to_hub_token=hf_b", "--tokens_per_batch", "9").returncode
+        == 0
+    )
+    for fold in range(3):
+        first_line = (place / f"run/logs/fold-{fold}.log").read_text().splitlines()[0]
+        assert "hf_" not in first_line
+        assert first_line.endswith("--hub_token *** --push_to_hub_token=*** --tokens_per_batch 9")
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended, and waits for its parent to ask how, does not."""
     try:
