@@ -28,7 +28,7 @@ from rareturn.data.folds import FoldDataArguments, read_run_data, write_folds
 from rareturn.decisions.metrics import load_metric
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
-from rareturn.models.inference import has_fast_bf16, peak_memory
+from rareturn.models.inference import peak_memory
 from rareturn.models.loading import find_base_model
 from rareturn.models.probing import FrozenFeatures, block_sizes, choose_C, fit_head
 from rareturn.models.training import CLASS_WEIGHTS
@@ -80,7 +80,7 @@ class ProbeArguments(FoldDataArguments):
     )
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast. Default: where the processor or GPU computes in bf16 natively."},
+        metadata={"help": "bf16 autocast. Default: on a GPU; float32 on every processor."},
     )
     per_device_eval_batch_size: int = field(
         default=32, metadata={"help": "Turns in a forward pass of an encoder."}
@@ -124,7 +124,9 @@ class ProbeArguments(FoldDataArguments):
             raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
         self.C = sorted(set(self.C))
         if self.bf16 is None:
-            self.bf16 = self.dtype == "float32" and has_fast_bf16()
+            import torch
+
+            self.bf16 = self.dtype == "float32" and torch.cuda.is_available()
 
 
 def check_same_recipe(run_dir: Path, recipe: dict[str, Any]) -> None:

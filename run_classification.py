@@ -45,7 +45,6 @@ from rareturn.files import disk_errors, read_json, write_json
 from rareturn.models import training as training_module
 from rareturn.models.inference import (
     count_parameters,
-    has_fast_bf16,
     peak_memory,
     predict_logits,
     segment_name,
@@ -194,7 +193,7 @@ class FoldTrainingArguments(TrainingArguments):
 
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast. Default: where the processor or GPU computes in bf16 natively."},
+        metadata={"help": "bf16 autocast. Default: on a GPU; float32 on every processor."},
     )
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to write a checkpoint to resume from."}
@@ -218,7 +217,7 @@ class FoldTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = has_fast_bf16() and not (self.fp16 or (self.use_cpu and torch.cuda.is_available()))
+            self.bf16 = torch.cuda.is_available() and not (self.fp16 or self.use_cpu)
         if not torch.cuda.is_available():
             self.use_cpu = True
         if self.load_best_model_at_end:

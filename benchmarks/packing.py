@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file's own folder has a packing.py too
 
-from rareturn.command_line import parse_arguments, provenance, run  # noqa: E402
+from rareturn.command_line import (  # noqa: E402
+    REQUIRED,
+    flag,
+    parse_arguments,
+    provenance,
+    run,
+    start_logging,
+)
 from rareturn.data.label_guide import LabelGuide, load_label_guide  # noqa: E402
 from rareturn.data.rendering import Renderer, render_instruction, render_turn  # noqa: E402
 from rareturn.data.rows import Row, Turn, load_rows  # noqa: E402
@@ -58,7 +65,7 @@ WINDOWS = {
     "stride 1": {"window_stride": 1},
     "whole dialogues": {"max_turns": 100, "max_seq_length": 2048},
 }
-WORDS = (
+WORDS = [
     "I",
     "was",
     "thinking",
@@ -73,35 +80,28 @@ WORDS = (
     "to",
     "say",
     "how",
-)
+]
 
 
 @dataclass
 class ScriptArguments:
     """What is measured."""
 
-    train_file: str = field(metadata={"help": "Labelled rows."})
-    augmented_file: str | None = field(default=None, metadata={"help": "Variants made by augment.py."})
-    label_guide: str = field(default="label_guides/dmrs.yaml", metadata={"help": "The labels' YAML file."})
-    model: str = field(
-        default="tiny",
-        metadata={"help": "Shape of the model; its weights are random.", "choices": list(SHAPES)},
+    _argument_group_name = "Benchmark"
+
+    train_file: str = flag(REQUIRED, "Labelled rows.")
+    augmented_file: str | None = flag(None, "Variants made by augment.py.")
+    label_guide: str = flag("label_guides/dmrs.yaml", "The labels' YAML file.")
+    model: str = flag("tiny", "Shape of the model; its weights are random.", choices=list(SHAPES))
+    num_dialogues: int = flag(6, "Dialogues to take, drawn by the seed; 6 take minutes on one core.")
+    batch_sizes: list[int] = flag([2, 4, 8], "Rows of an unpacked forward pass to try: divisors of 16.")
+    tokens_per_batch: int = flag(2048, "Tokens of a packed pass: the baseline's two rows of 1,024.")
+    turns: list[int] = flag(
+        [25, 50, 100, 200, 400], "Turns of the made-up dialogues that show how the cost grows."
     )
-    num_dialogues: int = field(default=6, metadata={"help": "Dialogues to take, drawn by the seed."})
-    batch_sizes: list[int] = field(
-        default_factory=lambda: [2, 4, 8],
-        metadata={"help": "Rows of a forward pass to try for unpacked rows: divisors of 16."},
-    )
-    tokens_per_batch: int = field(
-        default=2048, metadata={"help": "Tokens of a packed pass: the baseline's two rows of 1,024."}
-    )
-    turns: list[int] = field(
-        default_factory=lambda: [25, 50, 100, 200, 400],
-        metadata={"help": "Lengths of the made-up dialogues that show how the cost grows."},
-    )
-    repeats: int = field(default=3, metadata={"help": "Rounds; medians are reported."})
-    seed: int = field(default=42, metadata={"help": "Of the weights, the choice of dialogues and the order."})
-    output: str = field(default="packing.json", metadata={"help": "JSON file for all figures."})
+    repeats: int = flag(3, "Rounds; medians are reported, and three leave out an outlier.")
+    seed: int = flag(42, "Of the weights, the choice of dialogues and the order.")
+    output: str = flag("packing.json", "JSON file for all figures.")
 
     def __post_init__(self) -> None:
         if any(ROWS_PER_STEP % size for size in self.batch_sizes):
@@ -413,7 +413,7 @@ def make_table(results: list[dict]) -> str:
 
 def main() -> None:
     (arguments,) = parse_arguments((ScriptArguments,), __doc__)
-    logging.basicConfig(level=logging.WARNING)
+    start_logging(logging.WARNING)
 
     guide = load_label_guide(arguments.label_guide)
     originals = load_rows(arguments.train_file, guide)

@@ -24,7 +24,7 @@ from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, blend, test_pro
 from rareturn.decisions.rules import Decision, decide
 from rareturn.errors import InputError
 from rareturn.models import inference
-from rareturn.models.inference import has_fast_bf16, predict_logits, segment_name
+from rareturn.models.inference import predict_logits, segment_name
 from rareturn.models.loading import (
     LOADING,
     BaseModel,
@@ -70,7 +70,7 @@ class _TrainedVoter:
 
     def __init__(self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, bases: _Bases):
         self.scope, self.guide = run.get("label_scope"), guide
-        self.bf16 = bool(run["loader"].get("bf16")) and has_fast_bf16()
+        self.bf16 = bool(run["loader"].get("bf16"))
         self.base = bases.find(run)
         config = load_config(self.base)
         self.is_encoder = is_encoder(config)
@@ -125,7 +125,7 @@ class _ProbeVoter:
             layer=run["features"]["layer"],
             window=run["window"],
             batch_size=32,
-            bf16=bool(run["loader"].get("bf16")) and has_fast_bf16(),
+            bf16=bool(run["loader"].get("bf16")),
             show_progress=False,
         )
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]

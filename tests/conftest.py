@@ -19,9 +19,12 @@ os.environ |= {
     "RARETURN_BACKOFF_SECONDS": "0.02",
     "RARETURN_PUSH_SECONDS": "20",
 }
-for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "https_proxy", "all_proxy"):
-    for name in (variable, variable.upper()):
-        os.environ.pop(name, None)
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_ASSETS_CACHE", "HF_MODULES_CACHE")
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+for variable in (*OFFLINE, *TOKENS, *CACHES, *PROXIES, *map(str.upper, PROXIES)):
+    os.environ.pop(variable, None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402

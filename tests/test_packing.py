@@ -240,10 +240,19 @@ def test_lora_with_activation_checkpointing(decoders, quantization):
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
-    logit_difference, gradient_difference = compare(model, rows, render(rows, max_turns=10))
-    bound = 1e-5 if quantization == "none" else 1e-2  # NF4 computes in bf16
-    assert logit_difference <= bound
-    assert gradient_difference <= bound
+    rendered = render(rows, max_turns=10)
+    if quantization == "nf4":
+        # In bf16 as it comes, packed rows are only close: batches of other shapes round sums otherwise, at every product
+        # by up to 2^-9 of a value, and these weights make logits of up to 4. In float32 it is the same computation.
+        logit_difference, gradient_difference = compare(model, rows, rendered)
+        assert logit_difference <= 5e-2
+        assert gradient_difference <= 5e-2
+        for module in model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = torch.float32
+    logit_difference, gradient_difference = compare(model, rows, rendered)
+    assert logit_difference <= 1e-5
+    assert gradient_difference <= 1e-5
 
 
 # ------------------------------------------------------------------------------------- attention that takes no tree
@@ -462,6 +471,8 @@ def test_adapters_on_one_base_are_the_adapters_each_on_its_own(decoders, tmp_pat
         batches = way.prediction_batches(rows, rendered)
         return predict_logits(model, rendered, batches, way.collate, num_labels=len(GUIDE.labels))
 
+    # No tolerance: the same batches go through the same kernels with the same weights, in bf16 too, so that nothing
+    # rounds otherwise. A difference would be another adapter's weights, or weights that a prediction has changed.
     apart = []
     for fold in range(2):
         model = load_trained(base, tmp_path / str(fold), GUIDE.names, PAD)

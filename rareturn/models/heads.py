@@ -1,4 +1,7 @@
-"""Classification heads that transformers does not have."""
+"""Classification heads that transformers does not have.
+
+Importing this module lets `AutoModelForSequenceClassification` load a saved `SegmentMeanClassifier`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -24,14 +33,11 @@ class SegmentMeanConfig(PretrainedConfig):
 
 
 class SegmentMeanClassifier(PreTrainedModel):
-    """An encoder whose target tokens and context tokens are averaged apart, and a linear head on both averages.
+    """A linear head on two averages of an encoder's token vectors: over the target's tokens and over the context's.
 
-    Sentence encoders such as all-MiniLM are trained to mean something as averages, not at their first token; with a few
+    Sentence encoders such as all-MiniLM are trained to carry meaning in averages, not in their first token; with a few
     hundred rows a head on the averages learns what a head on the first token cannot. Each average is scaled to length
-    `SCALE`, so that the head's learning rate can be the encoder's.
-
-    `from_pretrained` loads what `save_pretrained` wrote; `AutoModelForSequenceClassification` refuses it by its model
-    type instead of loading the encoder under a random head.
+    `SCALE`, so that the head can use the encoder's learning rate.
     """
 
     config_class = SegmentMeanConfig
@@ -50,29 +56,46 @@ class SegmentMeanClassifier(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The encoder is pretrained and the head is initialised above."""
+        """Nothing: the encoder is pretrained, and the constructor initialises the head."""
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, segment_ids: torch.Tensor, **inputs: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        segment_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits of shape (rows, num_labels); `segment_ids` is 0 on the target's tokens and 1 on the context's."""
+        """Logits of rows.
+
+        Args:
+            input_ids, attention_mask: shape (rows, tokens).
+            segment_ids: 0 on the target's tokens and 1 on the context's, shape (rows, tokens).
+            token_type_ids: the same, as BERT's tokenizer names them; one of the two must be given.
+
+        Returns:
+            `logits` of shape (rows, num_labels).
+        """
+        segments = token_type_ids if segment_ids is None else segment_ids
         if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = segment_ids
+            inputs["token_type_ids"] = segments
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         averages = []
         for segment in (0, 1):
-            weight = ((segment_ids == segment) & (attention_mask == 1)).to(hidden.dtype)[..., None]
+            weight = ((segments == segment) & (attention_mask == 1)).to(hidden.dtype)[..., None]
             average = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
             averages.append(nn.functional.normalize(average, dim=-1) * self.SCALE)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(torch.cat(averages, dim=-1))))
 
 
 AutoConfig.register(SegmentMeanConfig.model_type, SegmentMeanConfig)
+AutoModelForSequenceClassification.register(SegmentMeanConfig, SegmentMeanClassifier)
 
 
 class FloatHead(nn.Linear):
     """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 of shape (rows, num_labels), of hidden states of shape (rows, hidden size)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)

@@ -1,4 +1,4 @@
-"""How a model predicts, and what the machine under it can do."""
+"""How a model predicts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,8 @@ from rareturn.data.rendering import Rendered
 from rareturn.models.loading import BaseModel
 
 
-def has_fast_bf16() -> bool:
-    """Whether bf16 arithmetic is native here: it halves a step's time where it is, and multiplies it where it is not."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def place(model: nn.Module, base: BaseModel) -> nn.Module:
-    """The model on the GPU of this process, if there is one, for prediction; a quantized one is there already."""
+    """The model in evaluation mode, on this process's GPU if there is one; a quantized model is there already."""
     if torch.cuda.is_available() and base.quantization == "none":
         model.to(torch.cuda.current_device())
     return model.eval()
@@ -41,7 +34,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
-    """Under which name a batch tells an encoder's target from its context; None if the encoder is not told."""
+    """The name under which a batch tells an encoder's target from its context; None if the encoder is not told."""
     if base.pooling == "mean":
         return "segment_ids"
     example = tokenizer("a", "b").get("token_type_ids") or [0]
@@ -63,6 +56,7 @@ def predict_logits(
 
     Args:
         batches: indices of rows, each row once.
+        bf16: compute under bf16 autocast.
         description: of the progress bar; None shows none.
         alone: whether each process has rows of its own.
 
@@ -74,15 +68,14 @@ def predict_logits(
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     device = next(model.parameters()).device
     logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
-    # As many passes on each process, since a sharded model needs them all for a pass: a last one may be done twice.
+    # A sharded model needs every process in each pass, so a process with one batch fewer repeats the last one.
     own = list(batches[rank::world_size]) + list(batches[-1:]) * (rank >= len(batches) % world_size > 0)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in tqdm(own, desc=description, unit="batch", disable=rank > 0 or not description):
-            inputs = {
-                key: value.to(device) for key, value in collate([rendered[index] for index in batch]).items()
-            }
+            inputs = collate([rendered[index] for index in batch])
+            inputs = {key: value.to(device) for key, value in inputs.items()}
             logits[list(batch)] = model(**inputs).logits.float().cpu().numpy()
     model.train(was_training)
     if world_size > 1:

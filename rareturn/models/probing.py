@@ -27,20 +27,15 @@ from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
-from rareturn.models import loading
-from rareturn.models.loading import BaseModel, load_classifier, load_config, load_tokenizer
+from rareturn.models.inference import place
+from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, load_tokenizer
 from rareturn.models.packing import PackedBatches, can_branch, collate_packed, row_hidden_states
 from rareturn.models.training import class_weights
 
 logger = logging.getLogger(__name__)
 
-
 ENCODER_PARTS = ("target", "context", "history", "previous")
-
-
 INNER_FOLDS = 3
-
-
 TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 
 
@@ -80,13 +75,13 @@ class FrozenFeatures:
         self.layer = max(1, round(num_layers * 2 / 3)) if layer is None else layer
         if not 1 <= self.layer <= num_layers:
             raise InputError(f"--layer {layer}: {base.name} has layers 1 to {num_layers}")
-        self.is_encoder = loading.is_encoder(config)
+        self.is_encoder = is_encoder(config)
         self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
         self.show_progress = show_progress
         self.tokenizer = load_tokenizer(base)
-        self.renderer = (
-            None if self.is_encoder else Renderer(self.tokenizer, guide, is_encoder=False, **window)
-        )
+        self.renderer = None
+        if not self.is_encoder:
+            self.renderer = Renderer(self.tokenizer, guide, is_encoder=False, **window)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -113,14 +108,14 @@ class FrozenFeatures:
 
     def load(self) -> nn.Module:
         """The model, without the layers above the one whose output is taken."""
-        # A classifier's head is not used, but this loader is the one that knows quantization and placement.
-        model = load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id).eval()
-        if self.base.quantization == "none":
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        # The head that comes with it is not used, but this loader knows quantization and dtype.
+        classifier = load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id)
+        model = place(classifier, self.base)
         keep_layers(_backbone(model), self.layer)
         return model
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
+        """An encoder's features: every distinct turn is embedded once, then averaged per row."""
         max_turns = self.window["max_turns"]
         texts: dict[str, int] = {}
         turns_of_rows = [
@@ -128,38 +123,34 @@ class FrozenFeatures:
             for row in rows
         ]
         embeddings = self._embed(list(texts), _backbone(model))
-        size = embeddings.shape[1]
-        features = np.zeros((len(rows), len(ENCODER_PARTS), size), dtype=np.float32)
+        features = np.zeros((len(rows), len(ENCODER_PARTS), embeddings.shape[1]), dtype=np.float32)
         for row, turns, parts in zip(rows, turns_of_rows, features, strict=True):
             *before, target = turns
             same_speaker = [turn.speaker == row.turns[-1].speaker for turn in row.turns[-len(turns) : -1]]
             history = [turn for turn, same in zip(before, same_speaker, strict=True) if same]
             others = [turn for turn, same in zip(before, same_speaker, strict=True) if not same]
-            for place, chosen in enumerate(([target], before, history, others[-1:])):
+            for part, chosen in enumerate(([target], before, history, others[-1:])):
                 if chosen:
-                    parts[place] = embeddings[chosen].mean(axis=0)
+                    parts[part] = embeddings[chosen].mean(axis=0)
         return features.reshape(len(rows), -1)
 
     def _embed(self, texts: Sequence[str], backbone: nn.Module) -> np.ndarray:
         """Mean-pooled embeddings of texts, longest first; a text beyond the limit loses its beginning."""
         limit = min(self.window["max_seq_length"], position_limit(backbone), self.tokenizer.model_max_length)
         self.tokenizer.truncation_side = "left"
-        ids = self.tokenizer(list(texts), verbose=False)["input_ids"]
-        too_long = [index for index, tokens in enumerate(ids) if len(tokens) > limit]
-        if too_long:
-            logger.warning(f"{len(too_long)} turns are longer than {limit} tokens and lost their beginning")
-            cut = self.tokenizer([texts[index] for index in too_long], truncation=True, max_length=limit)
-            for index, tokens in zip(too_long, cut["input_ids"], strict=True):
-                ids[index] = tokens
+        cut = sum(len(tokens) > limit for tokens in self.tokenizer(list(texts), verbose=False)["input_ids"])
+        if cut:
+            logger.warning(f"{cut} turns are longer than {limit} tokens and lost their beginning")
+        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         embeddings = np.zeros((len(ids), backbone.config.hidden_size), dtype=np.float32)
         with tqdm(total=len(ids), desc="turns", unit="turn", disable=not self.show_progress) as progress:
             for begin in range(0, len(order), self.batch_size):
                 batch = order[begin : begin + self.batch_size]
-                inputs = self.tokenizer.pad(
+                padded = self.tokenizer.pad(
                     {"input_ids": [ids[index] for index in batch]}, return_tensors="pt"
                 )
-                inputs = inputs.to(backbone.device)
+                inputs = padded.to(backbone.device)
                 mask = inputs["attention_mask"][..., None]
                 hidden = backbone(**inputs).last_hidden_state.float()
                 embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
@@ -167,13 +158,12 @@ class FrozenFeatures:
         return embeddings
 
     def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
+        """A decoder's features, a dialogue's rows in one pass."""
         rendered = self.renderer.render(rows)
         try:
             branches = can_branch(model, max(map(len, rendered)))
         except InputError:
-            raise InputError(
-                f"{self.base.name}: no probe of this architecture's last token is possible"
-            ) from None
+            raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
         batches = PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches).prediction_batches(rows, rendered)
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
         with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
@@ -193,7 +183,7 @@ def keep_layers(backbone: nn.Module, count: int) -> None:
     """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays.
 
     Raises:
-        InputError: the layers are no plain list, and fewer than all are wanted.
+        InputError: fewer than all are wanted, and the model does not keep them in a plain list.
     """
     num_layers = backbone.config.get_text_config().num_hidden_layers
     for module in list(backbone.modules()):
@@ -312,11 +302,9 @@ def fit_head(
     with threadpool_limits(1):
         model.fit((features - mean) / scale, labels)
     coef, intercept = model.coef_, model.intercept_
-    if len(classes) == 2:  # one vector there: the log odds of the second label
-        coef, intercept = (
-            np.concatenate([-coef / 2, coef / 2]),
-            np.concatenate([-intercept / 2, intercept / 2]),
-        )
+    if len(classes) == 2:  # scikit-learn has one vector there: the log odds of the second label
+        halves = np.array([-0.5, 0.5])
+        coef, intercept = halves[:, None] * coef, halves * intercept
     all_coef = np.zeros((num_labels, features.shape[1]), dtype=np.float32)
     all_intercept = np.full(num_labels, OUT_OF_SCOPE_LOGIT, dtype=np.float32)
     all_coef[classes], all_intercept[classes] = coef, intercept
