@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from rareturn.errors import InputError, first_line
 
+MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -57,51 +60,31 @@ def _read_file(path: Path) -> Iterable[Any]:
 
 def _read_json(path: Path) -> Iterator[Any]:
     """The elements of a JSON array, one at a time: a file of any size needs the memory of its longest row."""
-    decoder = json.JSONDecoder()
-    buffer, place, passed, expected = "", 0, 0, "["
-    with open(path, encoding="utf-8") as file:
+    # ijson's C backend would turn half a character (a lone surrogate) into "?" without a word; this one keeps it, so
+    # that the row is refused.
+    parser = ijson.get_backend("python")
+    try:
+        with open(path, "rb") as file:
+            events = _rows_only(parser.basic_parse(file, use_float=True), path)
+            yield from parser.items(parser.parse(events), "item")
+    except (ijson.JSONError, ValueError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None
 
-        def more() -> bool:
-            nonlocal buffer, place, passed
-            passed, buffer, place = passed + place, buffer[place:], 0
-            new = file.read(max(1 << 16, len(buffer)))
-            buffer += new
-            return bool(new)
 
-        def fail(problem: str) -> InputError:
-            return InputError(f"{path}: not valid JSON: {problem} (character {passed + place + 1})")
+def _rows_only(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+    """The events of a JSON parser, if they are an array's and not nested so deeply that they would fill the memory.
 
-        try:
-            while True:
-                while place < len(buffer) and buffer[place] in " \t\r\n":
-                    place += 1
-                if place == len(buffer):
-                    if more():
-                        continue
-                    if expected == "end":
-                        return
-                    raise fail("the file ends too early" if passed + place else "the file is empty")
-                character = buffer[place]
-                if expected == "end":
-                    raise fail("something follows the array")
-                if expected == "[" and character != "[":
-                    raise InputError(f"{path}: a JSON file must hold an array of rows")
-                if character in {"[": "[", "first": "]", "next": ",]"}.get(expected, ""):
-                    expected = {"[": "first", ",": "row", "]": "end"}[character]
-                    place += 1
-                    continue
-                if expected == "next":
-                    raise fail("a comma or the end of the array is missing")
-                try:
-                    record, end = decoder.raw_decode(buffer, place)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    if more():
-                        continue
-                    raise fail(getattr(error, "msg", "nested too deeply")) from None
-                yield record
-                place, expected = end, "next"
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a UTF-8 text: {error}") from None
+    Raises:
+        InputError: they are not.
+    """
+    depth = 0
+    for event, value in events:
+        if depth == 0 and event != "start_array":
+            raise InputError(f"{path}: a JSON file must hold an array of rows")
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > MAX_DEPTH:
+            raise InputError(f"{path}: not valid JSON: nested too deeply")
+        yield event, value
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
