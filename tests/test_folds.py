@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny_models import make_tokenizer
 
 from rareturn.data.folds import (
+    FoldDataArguments,
     assign_folds,
     check_folds,
+    folds_fingerprint,
     held_out_part,
     label_counts,
     limit_rows,
     parse_label_scope,
+    read_folds,
     training_part,
 )
 from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
 
@@ -86,12 +92,14 @@ def test_folds_that_cannot_be_made():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda folds: folds.pop("a"), "folds: row 'a' is in no fold"),
-        (lambda folds: folds.update(zz=0), "folds: 'zz' is no original row of the training file"),
-        (lambda folds: folds.update(a=5), "folds: 'a' has fold 5"),
+        (lambda folds: folds.pop("a"), "folds: row 'a' of the training file is in no fold"),
+        (
+            lambda folds: folds.update(zz=0),
+            "folds: row 'zz' is not an original row of the training file",
+        ),
         (
             lambda folds: folds.update({"a#aug0": 0}),
-            "folds: 'a#aug0' is no original row of the training file",
+            "folds: row 'a#aug0' is not an original row of the training file",
         ),
         (lambda folds: folds.update(b=1), "folds: dialogue 'd1' is in two folds"),
         (lambda folds: folds.update(dict.fromkeys("cd", 0)), "folds: fold 1 is empty"),
@@ -123,6 +131,47 @@ def test_a_class_that_no_training_part_has():
         "folds: all rows of label 8 are in fold 0: nothing to train on",
         "folds: all rows of label 1 are in fold 1: nothing to train on",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({"folds": {"a": 0, "b": 5, "c": -1}}, ["folds: row 'b': fold 5 is not one of 0..1 (and 1 more rows like it)"]),
+        ({"folds": {}}, ["folds: Dictionary should have at least 1 item after validation, not 0"]),
+        ({"folds": {"a": True}}, ["folds.a: Input should be a valid integer"]),
+        (
+            {"num_folds": True, "fold_seed": "1", "fold_groups": "dialogues"},
+            [
+                "num_folds: Input should be a valid integer",
+                "fold_seed: Input should be a valid integer",
+                "fold_groups: Input should be 'dialogue' or 'none'",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_all_problems_of_a_folds_file_are_said_at_once(changes, problems, tmp_path):
+    path = tmp_path / "folds.json"
+    content = {"num_folds": 2, "fold_seed": 1, "fold_groups": "dialogue", "folds": {"a": 0, "b": 1}}
+    path.write_text(json.dumps(content))
+    assert read_folds(path) == content
+    path.write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError) as caught:
+        read_folds(path)
+    assert caught.value.lines() == [f"{path}: {problem}" for problem in problems]
+
+
+def test_the_fingerprint_of_folds_sees_every_fold_and_not_the_order():
+    fingerprint = folds_fingerprint({"a": 0, "b": 1})
+    assert fingerprint == folds_fingerprint({"b": 1, "a": 0})
+    assert len({fingerprint, folds_fingerprint({"a": 1, "b": 0}), folds_fingerprint({"a": 0})}) == 3
+
+
+def test_few_turns_need_no_word_about_the_stride():
+    """`--max_turns 5` alone was refused, because `window_stride` is 10."""
+    window = FoldDataArguments(max_turns=5).window
+    assert window["window_stride"] == 5
+    Renderer(make_tokenizer(), GUIDE, is_encoder=False, **window)
+    assert FoldDataArguments().window == {"max_turns": 30, "max_seq_length": 1024, "window_stride": 10}
 
 
 def test_a_smoke_run_keeps_rare_labels_and_the_order(demo):

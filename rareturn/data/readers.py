@@ -7,12 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
 from rareturn.errors import InputError, first_line
 
+# Each escape of a JSON text; a pair of surrogates is one.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
 MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -60,15 +62,29 @@ def _read_file(path: Path) -> Iterable[Any]:
 
 def _read_json(path: Path) -> Iterator[Any]:
     """The elements of a JSON array, one at a time: a file of any size needs the memory of its longest row."""
-    # ijson's C backend would turn half a character (a lone surrogate) into "?" without a word; this one keeps it, so
-    # that the row is refused.
-    parser = ijson.get_backend("python")
+    number = 1
     try:
         with open(path, "rb") as file:
-            events = _rows_only(parser.basic_parse(file, use_float=True), path)
-            yield from parser.items(parser.parse(events), "item")
+            source = ijson.from_iter(_marked_pieces(file))
+            events = _rows_only(ijson.basic_parse(source, use_float=True), path)
+            for row in ijson.items(ijson.parse(events), "item"):
+                yield row
+                number += 1
     except (ijson.JSONError, ValueError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+        reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+        reason = reason.splitlines()[0]
+        raise InputError(f"{path}: not valid JSON at row {number}: {reason}") from None
+
+
+def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """A JSON file in pieces that cut no escape, with U+FFFE for each half of a character (a lone surrogate).
+
+    ijson's parser would turn it into "?" without a word; a text that holds U+FFFE is refused with its row.
+    """
+    while piece := file.read(1 << 16):
+        while b"\\" in piece[-12:] and (more := file.read(1 << 6)):
+            piece += more
+        yield ESCAPE.sub(lambda match: b"\\ufffe" if match["half"] else match[0], piece)
 
 
 def _rows_only(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:

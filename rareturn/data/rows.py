@@ -21,7 +21,8 @@ from rareturn.errors import InputError
 
 NO_LABEL = -1
 MAX_PROBLEMS_KEPT = 10_000
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and so every tokenizer cannot
+# JSON can spell a lone surrogate; UTF-8, and so every tokenizer, cannot. For U+FFFE see `readers`.
+LONE_SURROGATE = re.compile("[\ud800-\udfff\ufffe]")
 
 
 class Turn(NamedTuple):
