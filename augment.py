@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rareturn.command_line import HubArguments, flag, parse_arguments, run, start_logging
+from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Columns, DataArguments, Row, load_rows
 from rareturn.errors import InputError
@@ -46,8 +46,7 @@ class ScriptArguments:
     _argument_group_name = "Augmentation"
 
     train_file: str = flag(
-        "AIMH/PsyDefConv:Splits/train.json",
-        "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision].",
+        REQUIRED, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
     )
     output_file: str = flag("augmented.jsonl", "Where the variants go: .jsonl or .parquet.")
     labels: list[str] = flag(

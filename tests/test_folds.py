@@ -19,7 +19,9 @@ from rareturn.data.folds import (
     limit_rows,
     parse_label_scope,
     read_folds,
+    read_run_data,
     training_part,
+    write_folds,
 )
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rendering import Renderer
@@ -92,14 +94,17 @@ def test_folds_that_cannot_be_made():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda folds: folds.pop("a"), "folds: row 'a' of the training file is in no fold"),
+        (
+            lambda folds: folds.pop("a"),
+            "folds: row 'a' of the training file is in no fold; use another output_dir",
+        ),
         (
             lambda folds: folds.update(zz=0),
-            "folds: row 'zz' is not an original row of the training file",
+            "folds: row 'zz' is not in the training file; use another output_dir",
         ),
         (
             lambda folds: folds.update({"a#aug0": 0}),
-            "folds: row 'a#aug0' is not an original row of the training file",
+            "folds: row 'a#aug0' is not in the training file; use another output_dir",
         ),
         (lambda folds: folds.update(b=1), "folds: dialogue 'd1' is in two folds"),
         (lambda folds: folds.update(dict.fromkeys("cd", 0)), "folds: fold 1 is empty"),
@@ -172,6 +177,38 @@ def test_few_turns_need_no_word_about_the_stride():
     assert window["window_stride"] == 5
     Renderer(make_tokenizer(), GUIDE, is_encoder=False, **window)
     assert FoldDataArguments().window == {"max_turns": 30, "max_seq_length": 1024, "window_stride": 10}
+
+
+def test_a_run_without_rows_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^--train_file is missing"):
+        read_run_data(FoldDataArguments(), tmp_path)
+
+
+def test_a_folds_file_of_another_split_or_of_other_rows_is_refused_by_name(tmp_path):
+    arguments = FoldDataArguments(train_file=str(TRAIN))
+    data = read_run_data(arguments, tmp_path)
+    write_folds(tmp_path, data.folds, **arguments.split)
+    assert read_run_data(arguments, tmp_path).folds == data.folds
+    path = tmp_path / "folds.json"
+    with pytest.raises(InputError) as caught:
+        read_run_data(FoldDataArguments(train_file=str(TRAIN), fold_seed=1, num_folds=4), tmp_path)
+    assert caught.value.lines() == [
+        f"{path}: num_folds: 5 there, 4 asked for",
+        f"{path}: fold_seed: 42 there, 1 asked for",
+    ]
+    row_id = data.originals[0].id
+    path.unlink()
+    write_folds(
+        tmp_path,
+        {("zz" if key == row_id else key): fold for key, fold in data.folds.items()},
+        **arguments.split,
+    )
+    with pytest.raises(InputError) as caught:
+        read_run_data(arguments, tmp_path)
+    assert caught.value.lines() == [
+        f"{path}: row {row_id!r} of the training file is in no fold; use another output_dir",
+        f"{path}: row 'zz' is not in the training file; use another output_dir",
+    ]
 
 
 def test_a_smoke_run_keeps_rare_labels_and_the_order(demo):

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +57,8 @@ class FoldDataArguments(DataArguments):
 
     _argument_group_name = "Rows, folds and window"
 
-    train_file: str = flag(
-        "AIMH/PsyDefConv:Splits/train.json",
-        "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision].",
+    train_file: str | None = flag(
+        None, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
     )
     augmented_file: str | None = flag(
         None, "Variants made by augment.py; one is trained on only where its source is."
@@ -144,6 +143,8 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     Raises:
         InputError: what `load_rows`, `read_folds` and `check_folds` refuse; a variant among the originals.
     """
+    if arguments.train_file is None:
+        raise InputError("--train_file is missing; give it here or in the recipe")
     guide = load_label_guide(arguments.label_guide)
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
     read = {"label_guide": guide, "columns": arguments.columns}
@@ -163,10 +164,10 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         test = load_rows(arguments.test_file, **read, require_labels=False, split="test")
     path = run_dir / "folds.json"
     if path.exists():
-        folds = _folds_made_by(path, arguments.split)
+        folds, where = _folds_made_by(path, arguments.split), str(path)
     else:
-        folds = assign_folds(originals, **arguments.split)
-    check_folds(originals + augmented, folds, arguments.num_folds, arguments.fold_groups)
+        folds, where = assign_folds(originals, **arguments.split), "folds"
+    check_folds(originals + augmented, folds, arguments.num_folds, arguments.fold_groups, where)
     return RunData(guide, originals, augmented, test, folds, scope)
 
 
@@ -212,53 +213,48 @@ def assign_folds(
     return folds
 
 
-def check_folds(rows: Sequence[Row], folds: dict[str, int], num_folds: int, fold_groups: str) -> None:
+def check_folds(
+    rows: Sequence[Row], folds: dict[str, int], num_folds: int, fold_groups: str, where: str = "folds"
+) -> None:
     """Check what every result rests on, at every start.
 
     Args:
         rows: original and augmented rows.
         folds: row id to fold, original rows only.
+        where: what error lines begin with: the file that the folds come from.
 
     Raises:
         InputError: a row without a fold, a fold of an unknown or augmented row, a dialogue in two folds, an empty
             fold, or a class that is missing from a training part.
     """
     originals = [row for row in rows if row.augmented_from is None]
-    _check_coverage((row.id for row in originals), folds)
+    _check_coverage([row.id for row in originals], folds, where)
     problems = []
     if fold_groups == "dialogue":
         fold_of_dialogue: dict[str, int] = {}
         for row in originals:
             if fold_of_dialogue.setdefault(row.dialogue_id, folds[row.id]) != folds[row.id]:
-                problems.append(f"folds: dialogue {row.dialogue_id!r} is in two folds")
+                problems.append(f"{where}: dialogue {row.dialogue_id!r} is in two folds")
     classes = {row.label for row in originals}
     for fold in range(num_folds):
-        held_out = sum(folds[row.id] == fold for row in originals)
-        if not held_out:
-            problems.append(f"folds: fold {fold} is empty")
+        if fold not in folds.values():
+            problems.append(f"{where}: fold {fold} is empty")
         missing = classes - {row.label for row in originals if folds[row.id] != fold}
         problems += [
-            f"folds: all rows of label {label} are in fold {fold}: nothing to train on"
+            f"{where}: all rows of label {label} are in fold {fold}: nothing to train on"
             for label in sorted(missing)
         ]
     if problems:
         raise InputError(*problems)
 
 
-def _check_coverage(row_ids: Iterable[str], folds: Mapping[str, int], where: str = "folds") -> None:
+def _check_coverage(row_ids: Iterable[str], folds: Mapping[str, int], where: str) -> None:
     """Refuse folds that are not those of exactly these original rows."""
-    row_ids = list(row_ids)
-    problems = [
-        f"{where}: row {row_id!r} of the training file is in no fold"
-        for row_id in row_ids
-        if row_id not in folds
-    ]
-    strangers = folds.keys() - set(row_ids)
-    problems += [
-        f"{where}: row {row_id!r} is not an original row of the training file" for row_id in sorted(strangers)
-    ]
-    if problems:
-        raise InputError(*problems, f"{where}: folds of other rows; use another output_dir")
+    wanted = dict.fromkeys(row_ids)
+    lines = [f"{name!r} of the training file is in no fold" for name in wanted if name not in folds]
+    lines += [f"{name!r} is not in the training file" for name in folds if name not in wanted]
+    if lines:
+        raise InputError(*(f"{where}: row {line}; use another output_dir" for line in lines))
 
 
 def folds_fingerprint(folds: Mapping[str, int]) -> str:
@@ -284,12 +280,12 @@ def limit_rows(rows: Sequence[Row], max_samples: int | None) -> list[Row]:
     """At most `max_samples` rows (a smoke run), taken label by label in turn so that rare labels stay."""
     if max_samples is None or len(rows) <= max_samples:
         return list(rows)
-    by_label: dict[int, list[int]] = defaultdict(list)
+    seen: Counter[int] = Counter()
+    turns = []
     for index, row in enumerate(rows):
-        by_label[row.label].append(index)
-    rank = {index: place for indices in by_label.values() for place, index in enumerate(indices)}
-    chosen = sorted(range(len(rows)), key=lambda index: (rank[index], rows[index].label))[:max_samples]
-    return [rows[index] for index in sorted(chosen)]
+        turns.append((seen[row.label], row.label, index))
+        seen[row.label] += 1
+    return [rows[index] for index in sorted(index for *_, index in sorted(turns)[:max_samples])]
 
 
 def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int]:
@@ -315,8 +311,7 @@ def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int
 
 def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
     """Rows per label, shape (num_labels,)."""
-    counts = Counter(row.label for row in rows)
-    return np.array([counts.get(label, 0) for label in range(num_labels)], dtype=np.int64)
+    return np.bincount([row.label for row in rows if row.label >= 0], minlength=num_labels).astype(np.int64)
 
 
 def read_folds(path: str | os.PathLike) -> dict[str, Any]:
