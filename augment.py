@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rareturn"]
+# ///
 """Lexical variants of the target utterances of rare classes, for training only.
 
 Variant j of source i (the running number of a source among the selected rows) takes pattern (i + j) mod 3; a pattern
@@ -11,80 +15,49 @@ variants alone, each with the id `<source>#aug<j>` (j from 0) and its source's i
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rareturn.command_line import parse_arguments, run
+from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Columns, DataArguments, Row, load_rows
-from rareturn.data.variants import augment_text
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
-from rareturn.reports.tables import Table
-from rareturn.runs.hub import push_files
-from rareturn.runs.references import check_name
 
-DATASET_CARD = """---
-configs:
-- config_name: default
-  data_files: augmented.parquet
-license: other
-license_name: that-of-the-source-rows
-language: en
-tags:
-- rareturn
+CARD = """---
+{{ card_data }}
 ---
 
 # Augmented rows
 
-{rows} lexical variants of {sources} rows, made by rareturn's augment.py for training only. Each names its source row in
-`augmented_from`; train on it only where its source is trained on, and never score on it.
+{{ rows }} lexical variants of {{ sources }} rows{{ " of " + corpus if corpus }}, made by rareturn's augment.py for
+training only. Each names its source row in `augmented_from`: train on it only where its source is trained on, and
+never score on it.
 
-The rows hold dialogue text: the licence of the source data binds them.
+The rows hold dialogue text, so the licence of the source data applies to them.
 """
 
 
 @dataclass
 class ScriptArguments:
-    train_file: str = field(
-        default="AIMH/PsyDefConv:Splits/train.json",
-        metadata={"help": "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."},
+    _argument_group_name = "Augmentation"
+
+    train_file: str = flag(
+        REQUIRED, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
     )
-    output_file: str = field(
-        default="augmented.jsonl", metadata={"help": "Where the variants go: .jsonl or .parquet."}
+    output_file: str = flag("augmented.jsonl", "Where the variants go: .jsonl or .parquet.")
+    labels: list[str] = flag(
+        ["rare"],
+        "Numbers of the labels to augment, or the word rare: those with fewer rows than --rare_below.",
     )
-    labels: list[str] = field(
-        default_factory=lambda: ["rare"],
-        metadata={
-            "help": "Numbers of the labels to augment, or the word rare (default): those below --rare_below."
-        },
+    rare_below: int = flag(
+        90, "A label with fewer rows is rare. 90 gives the paper's labels 2, 4, 5 and 8, without 3."
     )
-    rare_below: int = field(
-        default=90,
-        metadata={
-            "help": "A label with fewer rows is rare. 90: the paper's labels 2, 4, 5 and 8, without 3."
-        },
-    )
-    k: int = field(default=3, metadata={"help": "Variants a source row; 3 (the paper): one a pattern."})
-    seed: int = field(
-        default=42, metadata={"help": "Chooses the words and their places; same seed, same bytes."}
-    )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push the variants as the dataset <hub_namespace>/<hub_name>-augmented."},
-    )
-    hub_namespace: str | None = field(default=None, metadata={"help": "User or organisation to push to."})
-    hub_name: str | None = field(default=None, metadata={"help": "First part of the repo's name."})
-    hub_private_repo: bool = field(
-        default=True, metadata={"help": "Make the repo private (default): the variants are dialogue text."}
-    )
-    push_only: bool = field(
-        default=False, metadata={"help": "Push the variants that --output_file holds; make none."}
-    )
+    k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
+    seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -95,8 +68,6 @@ class ScriptArguments:
             )
         if Path(self.output_file).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"--output_file must end with .jsonl or .parquet, not {self.output_file}")
-        if (self.push_to_hub or self.push_only) and not (self.hub_namespace and self.hub_name):
-            raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
 
 
 def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: LabelGuide) -> list[int]:
@@ -121,23 +92,20 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
     return labels
 
 
-def augment_rows(sources: Sequence[Row], k: int, seed: int) -> list[tuple[Row, list[Row]]]:
-    """Each source with its variants, at most `k`."""
-    made = []
-    for number, source in enumerate(sources):
-        target = source.turns[-1]
-        texts = augment_text(target.text, number, k, f"{seed}/{source.id}")
-        variants = [
-            replace(
-                source,
-                id=f"{source.id}#aug{j}",
-                turns=(*source.turns[:-1], target._replace(text=text)),
-                augmented_from=source.id,
-            )
-            for j, text in enumerate(texts)
-        ]
-        made.append((source, variants))
-    return made
+def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
+    """At most `k` variants of the source, the selected row of that running number."""
+    from rareturn.data.variants import augment_text
+
+    target = source.turns[-1]
+    return [
+        replace(
+            source,
+            id=f"{source.id}#aug{j}",
+            turns=(*source.turns[:-1], target._replace(text=text)),
+            augmented_from=source.id,
+        )
+        for j, text in enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}"))
+    ]
 
 
 def to_record(row: Row, columns: Columns) -> dict[str, Any]:
@@ -153,21 +121,21 @@ def to_record(row: Row, columns: Columns) -> dict[str, Any]:
 
 def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
     """The output file; equal rows give equal bytes."""
+    records = [to_record(row, columns) for row in rows]
     if suffix == ".jsonl":
-        return "".join(
-            json.dumps(to_record(row, columns), ensure_ascii=False) + "\n" for row in rows
-        ).encode()
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     import pyarrow
     import pyarrow.parquet
 
     sink = pyarrow.BufferOutputStream()
-    table = pyarrow.Table.from_pylist([to_record(row, columns) for row in rows])
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
 def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, guide: LabelGuide) -> str:
-    """Counts a label before and after, and the sources that gave fewer than `k` variants."""
+    """The number of rows of each label before and after, and the sources that gave fewer than `k` variants."""
+    from rareturn.reports.tables import Table
+
     before = Counter(row.label for row in rows)
     added = Counter(variant.label for _, found in made for variant in found)
     cells = [
@@ -179,75 +147,100 @@ def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, 
         ("label", "before", "variants", "after"),
         [(name, str(had), str(new), str(had + new)) for name, had, new in cells],
     )
-    short = [f"{source.id} ({len(found)})" for source, found in made if len(found) < k]
-    listed = ", ".join(short[:20]) + (f" and {len(short) - 20} more" if len(short) > 20 else "")
-    return f"{table.text()}\n{len(short)} of {len(made)} sources gave fewer than {k} variants" + (
-        f": {listed}" if short else ""
+    few = [f"{source.id} ({len(found)})" for source, found in made if len(found) < k]
+    listed = ", ".join(few[:20]) + (f" and {len(few) - 20} more" if len(few) > 20 else "")
+    line = f"{len(few)} of {len(made)} sources gave fewer than {k} variants"
+    return f"{table.text()}\n{line}" + (f": {listed}" if few else "")
+
+
+def card(rows: Sequence[Row], guide: LabelGuide) -> str:
+    """The README.md of the pushed dataset; licence, language and corpus are those that the guide names."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    data = DatasetCardData(
+        configs=[{"config_name": "default", "data_files": "augmented.parquet"}],
+        license=guide.license,
+        language=guide.language,
+        source_datasets=[guide.dataset] if guide.dataset else None,
+        tags=["rareturn"],
     )
+    numbers = {"rows": len(rows), "sources": len({row.augmented_from for row in rows})}
+    return str(DatasetCard.from_template(data, template_str=CARD, corpus=guide.dataset, **numbers)) + "\n"
 
 
-def push(rows: Sequence[Row], columns: Columns, arguments: ScriptArguments) -> None:
+def push(
+    rows: Sequence[Row], arguments: ScriptArguments, data: DataArguments, hub: HubArguments, guide: LabelGuide
+) -> None:
     """Push the variants, and nothing else, as a dataset; `load_rows` and `datasets.load_dataset` read it.
 
     Raises:
         InputError: a name that no repo can have.
         PushError: the Hub does not take it; the output file stays.
     """
-    namespace = check_name(arguments.hub_namespace, "hub_namespace")
-    repo_id = f"{namespace}/{check_name(f'{arguments.hub_name}-augmented', 'hub_name: repo')}"
-    readme = DATASET_CARD.format(rows=len(rows), sources=len({row.augmented_from for row in rows}))
+    from rareturn.runs.hub import push_files
+    from rareturn.runs.references import check_name
+
+    namespace = check_name(hub.hub_namespace, "hub_namespace")
+    repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
+    table = file_bytes(rows, data.columns, ".parquet")
     sha = push_files(
         repo_id,
-        {"augmented.parquet": file_bytes(rows, columns, ".parquet"), "README.md": readme.encode()},
+        {"augmented.parquet": table, "README.md": card(rows, guide).encode()},
         message=f"{len(rows)} augmented rows",
         kept_in=arguments.output_file,
         repo_type="dataset",
-        private=arguments.hub_private_repo,
+        private=hub.hub_private_repo,
     )
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")
 
 
 def main() -> None:
     # Arguments and logging
-    arguments, data = parse_arguments((ScriptArguments, DataArguments), __doc__)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments, data, hub = parse_arguments((ScriptArguments, DataArguments, HubArguments), __doc__)
+    start_logging()
 
     # Data
     guide = load_label_guide(data.label_guide)
+    if guide.language and guide.language.lower().split("-")[0] not in ("en", "eng", "english"):
+        raise InputError(
+            f"{data.label_guide}: language: {guide.language!r}, but the patterns of augment.py are English"
+        )
     rows = load_rows(arguments.train_file, guide, columns=data.columns)
     originals = [row for row in rows if row.augmented_from is None]
-    if arguments.push_only:
+    if hub.push_only:
         variants = load_rows(
             arguments.output_file, guide, columns=data.columns, sources_of_augmented=originals
         )
-        push(variants, data.columns, arguments)
+        push(variants, arguments, data, hub, guide)
         return
     labels = selected_labels(arguments, originals, guide)
     sources = [row for row in originals if row.label in labels]
 
     # Variants
-    made = augment_rows(sources, arguments.k, arguments.seed)
+    made = [
+        (source, variants_of(source, number, arguments.k, arguments.seed))
+        for number, source in enumerate(sources)
+    ]
     variants = [variant for _, found in made for variant in found]
-    taken = {row.id for row in rows} & {variant.id for variant in variants}
+    taken = sorted({row.id for row in rows} & {variant.id for variant in variants})
     if taken:
         raise InputError(
-            *(
-                f"{arguments.train_file}: {row_id}: the file has this variant already"
-                for row_id in sorted(taken)
-            )
+            *(f"{arguments.train_file}: {name}: the file has this variant already" for name in taken)
         )
     if not variants:
         raise InputError(
             f"{arguments.train_file}: no pattern finds anything to change in {len(sources)} rows"
         )
 
-    # Save and push
+    # Save
     content = file_bytes(variants, data.columns, Path(arguments.output_file).suffix)
     write_bytes(arguments.output_file, content)
     print(summary(originals, made, arguments.k, guide))
     print(f"wrote {len(variants)} variants to {arguments.output_file}")
-    if arguments.push_to_hub:
-        push(variants, data.columns, arguments)
+
+    # Push
+    if hub.push_to_hub:
+        push(variants, arguments, data, hub, guide)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from rareturn.data.label_guide import LabelGuide, parse_label_guide
 from rareturn.data.rendering import Renderer
-from rareturn.data.rows import Row, Turn
+from rareturn.data.rows import Row, Turn, turn_problem
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, blend, test_probabilities
 from rareturn.decisions.rules import Decision, decide
 from rareturn.errors import InputError
@@ -274,17 +274,11 @@ def check_dialogue(dialogue: Any, guide: LabelGuide, where: str) -> tuple[Turn, 
         raise InputError(f"{where}: must be a list of turns")
     problems, turns = [], []
     for number, turn in enumerate(dialogue, 1):
-        text, speaker = (turn.get("text"), turn.get("speaker")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(text, str) or not isinstance(speaker, str):
-            problems.append(f"{where}: turn {number} must have a text and a speaker")
-        elif not text.strip():
-            problems.append(f"{where}: turn {number} is empty")
-        elif speaker not in guide.speakers:
-            problems.append(
-                f"{where}: turn {number} has unknown speaker {speaker!r} (not {' or '.join(guide.speakers)})"
-            )
+        problem = turn_problem(turn, guide)
+        if problem:
+            problems.append(f"{where}: turn {number} {problem}")
         else:
-            turns.append(Turn(text, speaker))
+            turns.append(Turn(turn["text"], turn["speaker"]))
     if problems:
         raise InputError(*problems)
     return tuple(turns)

@@ -345,6 +345,26 @@ def test_rows_that_are_variants_already_are_no_sources(
     assert "r0#aug0: the file has this variant already" in errors
 
 
+def test_a_card_says_only_what_the_guide_says() -> None:
+    """Every corpus was given English and a licence of its own making."""
+    guide = GUIDE.model_copy(update={"license": None, "language": None, "dataset": None})
+    card = augment.card(load_rows(str(DEMO), GUIDE)[:2], guide)
+    assert "license:" not in card and "language:" not in card and "PsyDefConv" not in card
+
+
+def test_a_corpus_in_another_language_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guide, output = tmp_path / "guide.yaml", tmp_path / "out.jsonl"
+    guide.write_text(json.dumps({**GUIDE.to_dict(), "language": "de"}))
+    flags = ("--train_file", DEMO, "--labels", 2, "--output_file", output, "--label_guide", guide)
+    errors = refused(monkeypatch, capsys, *flags)
+    assert (
+        errors == f"augment.py: error: {guide}: language: 'de', but the patterns of augment.py are English\n"
+    )
+    assert not output.exists()
+
+
 def test_push(
     tmp_path: Path, hub_here, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,6 +380,13 @@ def test_push(
     reference = "org/demo-augmented:augmented.parquet"
     assert load_rows(reference, GUIDE, sources_of_augmented=originals) == local
     assert "pushed 6 variants to org/demo-augmented at " in capsys.readouterr().out
+
+    from huggingface_hub import DatasetCard
+
+    readme = files["README.md"].decode()
+    card = DatasetCard(readme).data
+    assert (card.license, card.language, card.source_datasets) == ("cc-by-nc-4.0", "en", ["AIMH/PsyDefConv"])
+    assert "6 lexical variants of 2 rows of AIMH/PsyDefConv" in readme
 
     run(monkeypatch, *flags, "--push_only", *where)  # nothing is new, so nothing is committed
     assert hub_here.files("org/demo-augmented", "dataset") == files

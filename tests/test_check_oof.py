@@ -56,7 +56,7 @@ def test_what_breaks_the_contract_is_one_line_and_status_2(tmp_path: Path, case:
         message = "the oof table of fold 2 is missing"
     else:
         labels = [{"number": number, "name": name, "definition": "d"} for number, name in enumerate(LABELS)]
-        guide = {"task": "t", "positive": [1], "labels": labels}
+        guide = {"task": "t", "speakers": ["x"], "positive": [1], "labels": labels}
         (tmp_path / "guide.yaml").write_text(yaml.safe_dump(guide))
         arguments += ["--label_guide", tmp_path / "guide.yaml"]
         message = "positive_labels: the run has [1, 2]"

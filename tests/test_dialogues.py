@@ -121,11 +121,29 @@ def test_a_json_array_is_read_the_same_however_it_is_cut(chunk, tmp_path, monkey
     def open_in_pieces(*arguments, **options):
         file = real_open(*arguments, **options)
         read = file.read
-        file.read = lambda size: read(chunk)
+        file.read = lambda size: read(min(size, chunk))
         return file
 
     monkeypatch.setattr(readers, "open", open_in_pieces, raising=False)
     assert list(read_records(str(path))[1]) == records
+
+
+def test_numbers_and_repeated_keys_of_a_json_array_are_those_of_the_json_module(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1, "a": 2, "b": 7.0, "c": 1e2, "d": 9223372036854775807, "e": -0}]')
+    (read,) = read_records(str(path))[1]
+    (expected,) = json.loads(path.read_text())
+    assert read == expected and list(map(type, read.values())) == list(map(type, expected.values()))
+
+
+def test_a_big_json_array_needs_the_memory_of_one_row(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"id": str(number), "text": "word " * 2000} for number in range(400)]))
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(str(path))[1]) == 400
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 4_000_000 and peak < 1_000_000
 
 
 def test_turns_are_shared_between_rows(demo):
@@ -171,15 +189,16 @@ def test_a_source_that_is_not_there(name, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.json", '[{"id": "1", "dialogue_id": "d", "dia', "not valid JSON: Unterminated string starting at (character 2)"),
-        ("rows.json", '[{"id": "1"}', "not valid JSON: the file ends too early (character 13)"),
-        ("rows.json", '[{"id": "1"} {"id": "2"}]', "not valid JSON: a comma or the end of the array is missing (character 14)"),
-        ("rows.json", '[{"id": "1"},]', "not valid JSON: Expecting value (character 14)"),
-        ("rows.json", "[]]", "not valid JSON: something follows the array (character 3)"),
-        ("rows.json", "", "not valid JSON: the file is empty (character 1)"),
+        ("rows.json", '[{"id": "1", "dialogue_id": "d", "dia', "not valid JSON at row 1: parse error: premature EOF"),
+        ("rows.json", '[{"id": "1"}', "not valid JSON at row 2: parse error: premature EOF"),
+        ("rows.json", '[{"id": "1"} {"id": "2"}]', "not valid JSON at row 2: parse error: after array element, I expect ',' or ']'"),
+        ("rows.json", '[{"id": "1"},]', "not valid JSON at row 2: parse error: unallowed token at this point in JSON text"),
+        ("rows.json", "[]]", "not valid JSON at row 1: parse error: trailing garbage"),
+        ("rows.json", "", "not valid JSON at row 1: parse error: premature EOF"),
         ("rows.json", '{"id": "1"}', "a JSON file must hold an array of rows"),
         ("rows.json", "[]", "holds no rows"),
-        ("rows.json", "[" * 100_000, "not valid JSON: nested too deeply (character 2)"),
+        ("rows.json", '[{"id": NaN}]', "not valid JSON at row 1: lexical error: invalid char in json text."),
+        ("rows.json", "[" * 100_000, "not valid JSON: nested too deeply"),
         ("rows.jsonl", '{"id": "1"\n', "line 1: not valid JSON: Expecting ',' delimiter: line 2 column 1 (char 11)"),
         ("rows.jsonl", "", "holds no rows"),
         ("rows.parquet", "PAR1", "not a Parquet file: "),
@@ -199,7 +218,7 @@ def test_a_file_that_cannot_be_read(name, content, message, tmp_path):
 def test_a_file_in_another_encoding(name, tmp_path):
     path = tmp_path / name
     path.write_bytes('[{"id": "Zoë"}]'.encode("latin-1"))
-    with pytest.raises(InputError, match="utf-8"):
+    with pytest.raises(InputError, match=r"utf-8|UTF8"):
         load_rows(str(path), GUIDE)
 
 
@@ -221,7 +240,10 @@ TURN = {"text": "I did it.", "speaker": "seeker"}
         ({"current_text": None}, ["b: current_text: missing"]),
         ({"current_text": "\n"}, ["b: current_text: empty"]),
         ({"current_text": "Something else"}, ["b: current_text: is not the last turn's text"]),
-        ({"dialogue": [TURN, {"text": "And?", "speaker": "supporter"}]}, ["b: current_text: is not the last turn's text"]),
+        ({"dialogue": [TURN, {"text": "And?", "speaker": "supporter"}]}, [
+            "b: dialogue: the last turn is by 'supporter', not by the label guide's target_speaker 'seeker'",
+            "b: current_text: is not the last turn's text",
+        ]),
         ({"dialogue": None}, ["b: dialogue: missing"]),
         ({"dialogue": []}, ["b: dialogue: empty"]),
         ({"dialogue": "seeker: I did it."}, ["b: dialogue: must be a list of turns, not a text"]),
@@ -264,6 +286,27 @@ def test_a_missing_field_is_as_bad_as_an_empty_one(tmp_path):
     assert problems_of(tmp_path, [record("a"), ["b"]]) == ["row 2: not an object with fields"]
 
 
+@pytest.mark.parametrize("require_labels", [True, False])
+def test_a_row_is_a_turn_of_the_target_speaker_in_training_too(require_labels, tmp_path):
+    dialogue = [{"text": "I did it.", "speaker": "seeker"}, {"text": "How was it?", "speaker": "supporter"}]
+    bad = record("b", text="How was it?", dialogue=dialogue)
+    assert problems_of(tmp_path, [record("a"), bad], require_labels=require_labels) == [
+        "b: dialogue: the last turn is by 'supporter', not by the label guide's target_speaker 'seeker'"
+    ]
+
+
+def test_of_many_speakers_a_line_names_a_few_and_the_count(tmp_path):
+    names = [f"speaker {number}" for number in range(260)]
+    guide = parse_label_guide({**GUIDE.to_dict(), "speakers": names, "target_speaker": names[0]}, "guide")
+    (tmp_path / "rows.json").write_text(json.dumps([record("a")]))
+    with pytest.raises(InputError) as caught:
+        load_rows(str(tmp_path / "rows.json"), guide)
+    assert caught.value.lines()[0].endswith(
+        "a: dialogue: turn 1 has unknown speaker 'supporter' "
+        "(not speaker 0, speaker 1, speaker 2, speaker 3, speaker 4 or one of 255 more)"
+    )
+
+
 def test_half_a_character_is_refused_here_and_not_by_the_tokenizer(tmp_path):
     """A lone surrogate, as a cut emoji leaves it in JSON, is no text that can be encoded."""
     bad = record("b", text="ok \ud83d")
@@ -271,6 +314,11 @@ def test_half_a_character_is_refused_here_and_not_by_the_tokenizer(tmp_path):
         "b: current_text: holds half a character (a lone surrogate)",
         "b: dialogue: turn 2 holds half a character (a lone surrogate)",
     ]
+    # An escape may lie across any of the pieces in which a file is read; whole characters and backslashes stay.
+    for length in range(65_300, 65_600, 7):
+        good = record("a", text="x" * length + '\\ud83d \\"\U0001f600' * 3)
+        bad = record("b", text="x" * length + "\U0001f600\ud83d")
+        assert len(problems_of(tmp_path, [good, bad])) == 2
     assert problems_of(tmp_path, [record("\ud83d")]) == [
         "row 1: id: holds half a character (a lone surrogate)"
     ]
@@ -320,16 +368,23 @@ def test_augmented_rows_in_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda guide: guide.pop("task"), "task must be a sentence"),
-        (lambda guide: guide.update(labels=guide["labels"][:1]), "labels must list at least two labels"),
+        (lambda guide: guide.pop("task"), "task: Field required"),
+        (lambda guide: guide.update(labels=guide["labels"][:1]), "labels: Tuple should have at least 2 items after validation, not 1"),
         (lambda guide: guide["labels"][2].update(number=3), "labels: entry 2 must have number 2, not 3"),
-        (lambda guide: guide["labels"][2].pop("definition"), "labels: entry 2 must have number, name and definition"),
-        (lambda guide: guide["labels"][1].update(name=guide["labels"][0]["name"]), "labels: two labels have one name"),
+        (lambda guide: guide["labels"][2].pop("definition"), "labels.2.definition: Field required"),
+        (lambda guide: guide["labels"][1].update(name=guide["labels"][0]["name"]), "labels: two labels have the same name"),
         (lambda guide: guide.update(positive=[9]), "positive: 9 is not a label"),
-        (lambda guide: guide.update(positive=[1, 1]), "positive: a label stands twice"),
-        (lambda guide: guide.update(protected=True), "protected: True is not a label"),
-        (lambda guide: guide.update(target_speaker="bot"), "target_speaker: 'bot' is not among the speakers"),
-        (lambda guide: guide.update(colour="red"), "unknown key 'colour'"),
+        (lambda guide: guide.update(positive=[1, 1]), "positive: a label is listed twice"),
+        (lambda guide: guide.update(protected=True), "protected: Input should be a valid integer"),
+        (lambda guide: guide.update(target_speaker="bot"), "target_speaker: 'bot' is not among the speakers (seeker or supporter)"),
+        (lambda guide: guide.update(colour="red"), "colour: Extra inputs are not permitted"),
+        (lambda guide: guide.update(task=" "), "task: empty"),
+        (lambda guide: guide.update(protected=9), "protected: 9 is not a label"),
+        (lambda guide: guide.update(license=4), "license: Input should be a valid string"),
+        (
+            lambda guide: guide.pop("target_speaker"),
+            "target_speaker: missing; write whose turns are classified (seeker or supporter), such as 'target_speaker: seeker'",
+        ),
     ],
 )  # fmt: skip
 def test_a_label_guide_that_breaks_a_rule(change, problem):
@@ -338,6 +393,26 @@ def test_a_label_guide_that_breaks_a_rule(change, problem):
     with pytest.raises(InputError) as caught:
         parse_label_guide(content, "guide.yaml")
     assert caught.value.lines() == [f"guide.yaml: {problem}"]
+
+
+def test_all_problems_of_a_label_guide_are_said_at_once():
+    content = {**GUIDE.to_dict(), "task": 3, "positive": [9], "colour": "red"}
+    content["labels"][1]["name"] = ""
+    del content["target_speaker"]
+    with pytest.raises(InputError) as caught:
+        parse_label_guide(content, "guide.yaml")
+    places = [line.split(": ")[1] for line in caught.value.lines()]
+    assert places == ["task", "target_speaker", "labels.1.name", "colour"]
+
+
+def test_a_guide_of_one_speaker_needs_no_target_and_hub_keys_travel():
+    content = {**GUIDE.to_dict(), "speakers": ["me"], "target_speaker": None}
+    guide = parse_label_guide(content, "guide")
+    assert guide.target_speaker == "me"
+    assert (guide.license, guide.language, guide.dataset) == ("cc-by-nc-4.0", "en", "AIMH/PsyDefConv")
+    for key in ("license", "language", "dataset"):
+        assert guide.to_dict()[key] == content.pop(key)
+    assert not {"license", "language", "dataset"} & set(parse_label_guide(content, "guide").to_dict())
 
 
 def test_a_label_guide_survives_a_round_trip(tmp_path):

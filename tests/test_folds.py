@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from tiny_models import make_tokenizer
 
 from rareturn.data.folds import (
+    FoldDataArguments,
     assign_folds,
     check_folds,
+    folds_fingerprint,
     held_out_part,
     label_counts,
     limit_rows,
     parse_label_scope,
+    read_folds,
+    read_run_data,
     training_part,
+    write_folds,
 )
 from rareturn.data.label_guide import load_label_guide
+from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
 
@@ -86,12 +94,17 @@ def test_folds_that_cannot_be_made():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda folds: folds.pop("a"), "folds: row 'a' is in no fold"),
-        (lambda folds: folds.update(zz=0), "folds: 'zz' is no original row of the training file"),
-        (lambda folds: folds.update(a=5), "folds: 'a' has fold 5"),
+        (
+            lambda folds: folds.pop("a"),
+            "folds: row 'a' of the training file is in no fold; use another output_dir",
+        ),
+        (
+            lambda folds: folds.update(zz=0),
+            "folds: row 'zz' is not in the training file; use another output_dir",
+        ),
         (
             lambda folds: folds.update({"a#aug0": 0}),
-            "folds: 'a#aug0' is no original row of the training file",
+            "folds: row 'a#aug0' is not in the training file; use another output_dir",
         ),
         (lambda folds: folds.update(b=1), "folds: dialogue 'd1' is in two folds"),
         (lambda folds: folds.update(dict.fromkeys("cd", 0)), "folds: fold 1 is empty"),
@@ -122,6 +135,79 @@ def test_a_class_that_no_training_part_has():
     assert caught.value.lines() == [
         "folds: all rows of label 8 are in fold 0: nothing to train on",
         "folds: all rows of label 1 are in fold 1: nothing to train on",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({"folds": {"a": 0, "b": 5, "c": -1}}, ["folds: row 'b': fold 5 is not one of 0..1 (and 1 more rows like it)"]),
+        ({"folds": {}}, ["folds: Dictionary should have at least 1 item after validation, not 0"]),
+        ({"folds": {"a": True}}, ["folds.a: Input should be a valid integer"]),
+        (
+            {"num_folds": True, "fold_seed": "1", "fold_groups": "dialogues"},
+            [
+                "num_folds: Input should be a valid integer",
+                "fold_seed: Input should be a valid integer",
+                "fold_groups: Input should be 'dialogue' or 'none'",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_all_problems_of_a_folds_file_are_said_at_once(changes, problems, tmp_path):
+    path = tmp_path / "folds.json"
+    content = {"num_folds": 2, "fold_seed": 1, "fold_groups": "dialogue", "folds": {"a": 0, "b": 1}}
+    path.write_text(json.dumps(content))
+    assert read_folds(path) == content
+    path.write_text(json.dumps({**content, **changes}))
+    with pytest.raises(InputError) as caught:
+        read_folds(path)
+    assert caught.value.lines() == [f"{path}: {problem}" for problem in problems]
+
+
+def test_the_fingerprint_of_folds_sees_every_fold_and_not_the_order():
+    fingerprint = folds_fingerprint({"a": 0, "b": 1})
+    assert fingerprint == folds_fingerprint({"b": 1, "a": 0})
+    assert len({fingerprint, folds_fingerprint({"a": 1, "b": 0}), folds_fingerprint({"a": 0})}) == 3
+
+
+def test_few_turns_need_no_word_about_the_stride():
+    """`--max_turns 5` alone was refused, because `window_stride` is 10."""
+    window = FoldDataArguments(max_turns=5).window
+    assert window["window_stride"] == 5
+    Renderer(make_tokenizer(), GUIDE, is_encoder=False, **window)
+    assert FoldDataArguments().window == {"max_turns": 30, "max_seq_length": 1024, "window_stride": 10}
+
+
+def test_a_run_without_rows_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^--train_file is missing"):
+        read_run_data(FoldDataArguments(), tmp_path)
+
+
+def test_a_folds_file_of_another_split_or_of_other_rows_is_refused_by_name(tmp_path):
+    arguments = FoldDataArguments(train_file=str(TRAIN))
+    data = read_run_data(arguments, tmp_path)
+    write_folds(tmp_path, data.folds, **arguments.split)
+    assert read_run_data(arguments, tmp_path).folds == data.folds
+    path = tmp_path / "folds.json"
+    with pytest.raises(InputError) as caught:
+        read_run_data(FoldDataArguments(train_file=str(TRAIN), fold_seed=1, num_folds=4), tmp_path)
+    assert caught.value.lines() == [
+        f"{path}: num_folds: 5 there, 4 asked for",
+        f"{path}: fold_seed: 42 there, 1 asked for",
+    ]
+    row_id = data.originals[0].id
+    path.unlink()
+    write_folds(
+        tmp_path,
+        {("zz" if key == row_id else key): fold for key, fold in data.folds.items()},
+        **arguments.split,
+    )
+    with pytest.raises(InputError) as caught:
+        read_run_data(arguments, tmp_path)
+    assert caught.value.lines() == [
+        f"{path}: row {row_id!r} of the training file is in no fold; use another output_dir",
+        f"{path}: row 'zz' is not in the training file; use another output_dir",
     ]
 
 

@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDE = parse_label_guide(
     {
         "task": "Classify the last seeker turn.",
+        "speakers": ["seeker", "supporter"],
+        "target_speaker": "seeker",
         "labels": [
             {"number": number, "name": name, "definition": "see above"}
             for number, name in enumerate("abcdefghi")

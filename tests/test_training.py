@@ -348,7 +348,7 @@ def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object],
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "type.yaml").write_text("num_train_epochs: many\n")
     (tmp_path / "guide.yaml").write_text(
-        "task: t\nlabels:\n- {number: 0, name: a, definition: d}\n- {number: 1, name: b, definition: d}\n"
+        "task: t\nspeakers: [seeker, supporter]\ntarget_speaker: seeker\nlabels:\n- {number: 0, name: a, definition: d}\n- {number: 1, name: b, definition: d}\n"
     )
     return {
         "truncated": ({"train_file": tmp_path / "cut.json"}, "cut.json: not valid JSON"),

@@ -5,67 +5,85 @@ A fold is held out, its rows judged by a model of the others. Runs that share `f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validator
 
+from rareturn.command_line import flag
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import DataArguments, Row, data_fingerprint, load_rows
 from rareturn.errors import InputError, first_line
-from rareturn.files import read_json, write_json
+from rareturn.files import check_content, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+FoldGroups = Literal["dialogue", "none"]
+FOLD_GROUPS = get_args(FoldGroups)
 
-FOLD_GROUPS = ("dialogue", "none")
+
+class FoldsFile(BaseModel):
+    """What a `folds.json` holds: how the folds were made, and the fold of each row."""
+
+    num_folds: Annotated[StrictInt, Field(ge=2)]
+    fold_seed: StrictInt
+    fold_groups: FoldGroups
+    folds: Annotated[dict[str, StrictInt], Field(min_length=1)]
+
+    @field_validator("folds")
+    @classmethod
+    def _exist(cls, folds: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        number = info.data.get("num_folds")
+        wrong = [row_id for row_id, fold in folds.items() if number and not 0 <= fold < number]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more rows like it)" if len(wrong) > 1 else ""
+            raise ValueError(f"row {wrong[0]!r}: fold {folds[wrong[0]]} is not one of 0..{number - 1}{more}")
+        return folds
 
 
 @dataclass
 class FoldDataArguments(DataArguments):
     """Flags of every script that trains a run: which rows, which folds, and how much of a dialogue a row sees."""
 
-    train_file: str = field(
-        default="AIMH/PsyDefConv:Splits/train.json",
-        metadata={"help": "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."},
+    _argument_group_name = "Rows, folds and window"
+
+    train_file: str | None = flag(
+        None, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
     )
-    augmented_file: str | None = field(
-        default=None, metadata={"help": "Variants made by augment.py; trained on only where their source is."}
+    augmented_file: str | None = flag(
+        None, "Variants made by augment.py; one is trained on only where its source is."
     )
-    test_file: str | None = field(default=None, metadata={"help": "Rows to predict; labels optional."})
-    num_folds: int = field(default=5, metadata={"help": "Folds of the run. 5, as in the paper."})
-    fold_seed: int = field(
-        default=42,
-        metadata={"help": "Seed of the folds; kept apart from --seed so that runs line up row by row."},
+    test_file: str | None = flag(None, "Rows to predict; labels are optional.")
+    num_folds: int = flag(5, "Folds of the run; 5 as in the paper.")
+    fold_seed: int = flag(42, "Seed of the folds; not --seed, so that runs line up row by row.")
+    fold_groups: str = flag(
+        "dialogue",
+        "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
+        choices=list(FOLD_GROUPS),
     )
-    fold_groups: str = field(
-        default="dialogue",
-        metadata={
-            "help": "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
-            "choices": list(FOLD_GROUPS),
-        },
+    label_scope: list[str] | None = flag(
+        None, "Labels that a specialist is trained on, such as 1-8 or 1 2 3. Default: all."
     )
-    label_scope: list[str] | None = field(
-        default=None, metadata={"help": "Specialist: labels to train on, such as 1-8 or 1 2 3. Default: all."}
+    max_turns: int = flag(30, "Turns that a row sees at most, its own included; 30 as in the paper.")
+    max_seq_length: int = flag(
+        1024,
+        "Tokens of a row at most; the oldest turns go first. 1024 as in the paper. (An encoder's probe: tokens of "
+        "a turn.)",
     )
-    max_turns: int = field(default=30, metadata={"help": "Turns a row sees at most, its own included."})
-    max_seq_length: int = field(
-        default=1024,
-        metadata={
-            "help": "Tokens of a row at most; the oldest turns go first. (An encoder's probe: of a turn.)"
-        },
-    )
-    window_stride: int = field(
-        default=10,
-        metadata={"help": "Turns by which a long dialogue's window moves; 1 is the paper's sliding window."},
+    window_stride: int = flag(
+        10,
+        "Turns by which a long dialogue's window moves, so that neighbouring rows share a prefix; 1 is the paper's "
+        "sliding window. At most --max_turns: a larger number counts as that.",
     )
 
     @property
@@ -76,7 +94,11 @@ class FoldDataArguments(DataArguments):
     @property
     def window(self) -> dict[str, int]:
         """How much of a dialogue a row sees, as `Renderer` takes it."""
-        return {name: getattr(self, name) for name in ("max_turns", "max_seq_length", "window_stride")}
+        return {
+            "max_turns": self.max_turns,
+            "max_seq_length": self.max_seq_length,
+            "window_stride": min(self.window_stride, self.max_turns),
+        }
 
 
 @dataclass(frozen=True)
@@ -119,8 +141,10 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         run_dir: where a `folds.json`, if there is one, must agree.
 
     Raises:
-        InputError: what `load_rows`, `check_folds` and `write_folds` refuse; a variant among the originals.
+        InputError: what `load_rows`, `read_folds` and `check_folds` refuse; a variant among the originals.
     """
+    if arguments.train_file is None:
+        raise InputError("--train_file is missing; give it here or in the recipe")
     guide = load_label_guide(arguments.label_guide)
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
     read = {"label_guide": guide, "columns": arguments.columns}
@@ -138,10 +162,12 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     test: list[Row] = []
     if arguments.test_file:
         test = load_rows(arguments.test_file, **read, require_labels=False, split="test")
-    folds = assign_folds(originals, **arguments.split)
-    if (run_dir / "folds.json").exists():
-        folds = write_folds(run_dir, folds, **arguments.split)
-    check_folds(originals + augmented, folds, arguments.num_folds, arguments.fold_groups)
+    path = run_dir / "folds.json"
+    if path.exists():
+        folds, where = _folds_made_by(path, arguments.split), str(path)
+    else:
+        folds, where = assign_folds(originals, **arguments.split), "folds"
+    check_folds(originals + augmented, folds, arguments.num_folds, arguments.fold_groups, where)
     return RunData(guide, originals, augmented, test, folds, scope)
 
 
@@ -160,30 +186,26 @@ def assign_folds(
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    by_dialogue = fold_groups == "dialogue"
+    unit = "dialogues" if by_dialogue else "rows"
     labels = np.array([row.label for row in rows])
-    groups = np.array([row.dialogue_id for row in rows])
-    units = len(set(groups)) if fold_groups == "dialogue" else len(rows)
+    groups = np.array([row.dialogue_id if by_dialogue else row.id for row in rows])
+    units = len(set(groups))
     if num_folds < 2 or units < num_folds:
-        raise InputError(
-            f"{num_folds} folds cannot be made of {units} {'dialogues' if fold_groups == 'dialogue' else 'rows'}"
-        )
+        raise InputError(f"{num_folds} folds cannot be made of {units} {unit}")
     for label in np.unique(labels):
-        of_label = labels == label
-        count = len(set(groups[of_label])) if fold_groups == "dialogue" else int(of_label.sum())
+        count = len(set(groups[labels == label]))
         if count < num_folds:
-            unit = "dialogues" if fold_groups == "dialogue" else "rows"
             logger.warning(
                 f"label {label} is in {count} {unit} only, fewer than {num_folds} folds: some folds lack it"
             )
-    splitter_class = StratifiedGroupKFold if fold_groups == "dialogue" else StratifiedKFold
+    splitter_class = StratifiedGroupKFold if by_dialogue else StratifiedKFold
     splitter = splitter_class(num_folds, shuffle=True, random_state=fold_seed)
     folds: dict[str, int] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         try:
-            parts = list(
-                splitter.split(np.zeros(len(rows)), labels, groups if fold_groups == "dialogue" else None)
-            )
+            parts = list(splitter.split(np.zeros(len(rows)), labels, groups if by_dialogue else None))
         except ValueError as error:
             raise InputError(f"cannot make {num_folds} folds: {first_line(error)}") from None
     for fold, (_, held_out) in enumerate(parts):
@@ -191,47 +213,53 @@ def assign_folds(
     return folds
 
 
-def check_folds(rows: Sequence[Row], folds: dict[str, int], num_folds: int, fold_groups: str) -> None:
+def check_folds(
+    rows: Sequence[Row], folds: dict[str, int], num_folds: int, fold_groups: str, where: str = "folds"
+) -> None:
     """Check what every result rests on, at every start.
 
     Args:
         rows: original and augmented rows.
         folds: row id to fold, original rows only.
+        where: what error lines begin with: the file that the folds come from.
 
     Raises:
-        InputError: a row in no fold, a fold of an unknown row, a dialogue in two folds, an augmented row that has a
-            fold of its own, an empty fold, or a class that is missing from a training part.
+        InputError: a row without a fold, a fold of an unknown or augmented row, a dialogue in two folds, an empty
+            fold, or a class that is missing from a training part.
     """
     originals = [row for row in rows if row.augmented_from is None]
-    ids = {row.id for row in originals}
-    problems = [f"folds: row {row.id!r} is in no fold" for row in originals if row.id not in folds]
-    problems += [
-        f"folds: {row_id!r} is no original row of the training file" for row_id in folds if row_id not in ids
-    ]
-    problems += [
-        f"folds: {row_id!r} has fold {fold!r}"
-        for row_id, fold in folds.items()
-        if fold not in range(num_folds)
-    ]
-    if problems:
-        raise InputError(*problems)
+    _check_coverage([row.id for row in originals], folds, where)
+    problems = []
     if fold_groups == "dialogue":
         fold_of_dialogue: dict[str, int] = {}
         for row in originals:
             if fold_of_dialogue.setdefault(row.dialogue_id, folds[row.id]) != folds[row.id]:
-                problems.append(f"folds: dialogue {row.dialogue_id!r} is in two folds")
+                problems.append(f"{where}: dialogue {row.dialogue_id!r} is in two folds")
     classes = {row.label for row in originals}
     for fold in range(num_folds):
-        held_out = sum(folds[row.id] == fold for row in originals)
-        if not held_out:
-            problems.append(f"folds: fold {fold} is empty")
+        if fold not in folds.values():
+            problems.append(f"{where}: fold {fold} is empty")
         missing = classes - {row.label for row in originals if folds[row.id] != fold}
         problems += [
-            f"folds: all rows of label {label} are in fold {fold}: nothing to train on"
+            f"{where}: all rows of label {label} are in fold {fold}: nothing to train on"
             for label in sorted(missing)
         ]
     if problems:
         raise InputError(*problems)
+
+
+def _check_coverage(row_ids: Iterable[str], folds: Mapping[str, int], where: str) -> None:
+    """Refuse folds that are not those of exactly these original rows."""
+    wanted = dict.fromkeys(row_ids)
+    lines = [f"{name!r} of the training file is in no fold" for name in wanted if name not in folds]
+    lines += [f"{name!r} is not in the training file" for name in folds if name not in wanted]
+    if lines:
+        raise InputError(*(f"{where}: row {line}; use another output_dir" for line in lines))
+
+
+def folds_fingerprint(folds: Mapping[str, int]) -> str:
+    """SHA-256 over the row ids and their folds in the order of the ids: tells two assignments apart."""
+    return hashlib.sha256(json.dumps(sorted(folds.items()), ensure_ascii=False).encode()).hexdigest()
 
 
 def training_part(rows: Sequence[Row], folds: dict[str, int], fold: int) -> list[Row]:
@@ -252,12 +280,12 @@ def limit_rows(rows: Sequence[Row], max_samples: int | None) -> list[Row]:
     """At most `max_samples` rows (a smoke run), taken label by label in turn so that rare labels stay."""
     if max_samples is None or len(rows) <= max_samples:
         return list(rows)
-    by_label: dict[int, list[int]] = defaultdict(list)
+    seen: Counter[int] = Counter()
+    turns = []
     for index, row in enumerate(rows):
-        by_label[row.label].append(index)
-    rank = {index: place for indices in by_label.values() for place, index in enumerate(indices)}
-    chosen = sorted(range(len(rows)), key=lambda index: (rank[index], rows[index].label))[:max_samples]
-    return [rows[index] for index in sorted(chosen)]
+        turns.append((seen[row.label], row.label, index))
+        seen[row.label] += 1
+    return [rows[index] for index in sorted(index for *_, index in sorted(turns)[:max_samples])]
 
 
 def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int]:
@@ -283,32 +311,33 @@ def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int
 
 def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
     """Rows per label, shape (num_labels,)."""
-    counts = Counter(row.label for row in rows)
-    return np.array([counts.get(label, 0) for label in range(num_labels)], dtype=np.int64)
+    return np.bincount([row.label for row in rows if row.label >= 0], minlength=num_labels).astype(np.int64)
 
 
 def read_folds(path: str | os.PathLike) -> dict[str, Any]:
     """What a `folds.json` holds: `num_folds`, `fold_seed`, `fold_groups`, and `folds` (row id to fold).
 
     Raises:
-        InputError: unreadable, a key missing or of a wrong type, or a fold outside 0..num_folds - 1.
+        InputError: unreadable, or one line for each key that is missing or wrong.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("folds"), dict) or not content["folds"]:
-        raise InputError(f"{path}: folds: a mapping of row ids to folds expected")
-    for key in ("num_folds", "fold_seed"):
-        if type(content.get(key)) is not int:
-            raise InputError(f"{path}: {key}: an integer expected")
-    if content.get("fold_groups") not in FOLD_GROUPS:
-        raise InputError(f"{path}: fold_groups: one of {', '.join(FOLD_GROUPS)} expected")
-    wrong = [
-        f"{path}: row {row_id!r}: fold {short(fold)} is not one of 0..{content['num_folds'] - 1}"
-        for row_id, fold in content["folds"].items()
-        if type(fold) is not int or not 0 <= fold < content["num_folds"]
+    return check_content(FoldsFile, read_json(path), str(path)).model_dump()
+
+
+def _folds_made_by(path: Path, split: Mapping[str, Any]) -> dict[str, int]:
+    """The folds of a file that was made with the same number, seed and kind of folds.
+
+    Raises:
+        InputError: what `read_folds` refuses, or one line for each setting that differs.
+    """
+    present = read_folds(path)
+    problems = [
+        f"{path}: {key}: {present[key]!r} there, {wanted!r} asked for"
+        for key, wanted in split.items()
+        if present[key] != wanted
     ]
-    if wrong:
-        raise InputError(*wrong)
-    return content
+    if problems:
+        raise InputError(*problems)
+    return present["folds"]
 
 
 def write_folds(
@@ -320,29 +349,14 @@ def write_folds(
     counts, as long as it covers the same rows.
 
     Raises:
-        InputError: the file covers other rows, or has another number or kind of folds.
+        InputError: the file covers other rows, or has another number, seed or kind of folds.
     """
     path = Path(run_dir) / "folds.json"
-    content = {
-        "num_folds": num_folds,
-        "fold_seed": fold_seed,
-        "fold_groups": fold_groups,
-        "folds": dict(folds),
-    }
-    write_json(path, content, overwrite=False)
-    present = read_folds(path)
-    for key in ("num_folds", "fold_seed", "fold_groups"):
-        if present[key] != content[key]:
-            raise InputError(f"{path}: {key}: {present[key]!r} there, {content[key]!r} asked for")
-    for row_id in folds:
-        if row_id not in present["folds"]:
-            raise InputError(
-                f"{path}: row {row_id!r} of the training file is in no fold; use another output_dir"
-            )
-    for row_id in present["folds"]:
-        if row_id not in folds:
-            raise InputError(f"{path}: row {row_id!r} is not in the training file; use another output_dir")
-    return present["folds"]
+    split = {"num_folds": num_folds, "fold_seed": fold_seed, "fold_groups": fold_groups}
+    write_json(path, {**split, "folds": dict(folds)}, overwrite=False)
+    present = _folds_made_by(path, split)
+    _check_coverage(folds, present, str(path))
+    return present
 
 
 def short(value: Any) -> str:

@@ -2,44 +2,126 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+)
 
 from rareturn.errors import InputError
-from rareturn.files import packaged
+from rareturn.files import check_content, packaged
+
+HUB_KEYS = ("license", "language", "dataset")
 
 
-@dataclass(frozen=True)
-class Label:
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
+Definition = Annotated[StrictStr, AfterValidator(_one_line)]
+Text = Annotated[Definition, AfterValidator(_not_empty)]
+Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty)]
+
+
+class Label(BaseModel):
     """A class: its number in the rows, its name, and one sentence for the prompt."""
 
-    number: int
-    name: str
-    definition: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: StrictInt
+    name: Name
+    definition: Definition
 
 
-@dataclass(frozen=True)
-class LabelGuide:
+class LabelGuide(BaseModel):
     """What the task is and which labels there are. Label numbers are 0 … n-1 and double as class indices.
 
     Attributes:
-        positive: the labels that the macro scores average over.
-        protected: the label that a decision's gate protects (the majority class), or None.
+        license, language, dataset: of the corpus, in the Hub's words; None where the guide does not say.
         speakers: the speakers that a turn may have.
         target_speaker: the speaker whose turns are classified.
+        positive: the labels that the macro scores average over; all of them by default.
+        protected: the label that a decision's gate protects (the majority class), or None.
     """
 
-    task: str
-    labels: tuple[Label, ...]
-    positive: tuple[int, ...]
-    protected: int | None
-    speakers: tuple[str, ...]
-    target_speaker: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # A field's check sees the fields above it, so the order matters.
+    task: Text
+    license: Text | None = None
+    language: Text | None = None
+    dataset: Text | None = None
+    speakers: Annotated[tuple[Annotated[StrictStr, AfterValidator(_not_empty)], ...], Field(min_length=1)]
+    target_speaker: StrictStr | None = Field(default=None, validate_default=True)
+    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    positive: tuple[StrictInt, ...] | None = Field(default=None, validate_default=True)
+    protected: StrictInt | None = None
+
+    @field_validator("target_speaker")
+    @classmethod
+    def _speaks(cls, name: str | None, info: ValidationInfo) -> str | None:
+        speakers = info.data.get("speakers")
+        if speakers is None:
+            return name
+        if name is None and len(speakers) == 1:
+            return speakers[0]
+        if name is None:
+            raise ValueError(
+                f"missing; write whose turns are classified ({listed(speakers)}), such as "
+                f"'target_speaker: {speakers[0]}'"
+            )
+        if name not in speakers:
+            raise ValueError(f"{name!r} is not among the speakers ({listed(speakers)})")
+        return name
+
+    @field_validator("labels")
+    @classmethod
+    def _count_up(cls, labels: tuple[Label, ...]) -> tuple[Label, ...]:
+        for position, label in enumerate(labels):
+            if label.number != position:
+                raise ValueError(f"entry {position} must have number {position}, not {label.number}")
+        if len({label.name for label in labels}) < len(labels):
+            raise ValueError("two labels have the same name")
+        return labels
+
+    @field_validator("positive")
+    @classmethod
+    def _are_labels(cls, numbers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if "labels" not in info.data:
+            return numbers
+        known = range(len(info.data["labels"]))
+        if numbers is None:
+            return tuple(known)
+        unknown = sorted(set(numbers) - set(known))
+        if not numbers or unknown:
+            raise ValueError(f"{unknown[0]} is not a label" if unknown else "must list label numbers")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("a label is listed twice")
+        return tuple(sorted(numbers))
+
+    @field_validator("protected")
+    @classmethod
+    def _is_label(cls, number: int | None, info: ValidationInfo) -> int | None:
+        if number is not None and "labels" in info.data and number not in range(len(info.data["labels"])):
+            raise ValueError(f"{number} is not a label")
+        return number
 
     @property
     def names(self) -> list[str]:
@@ -51,21 +133,22 @@ class LabelGuide:
 
     def to_dict(self) -> dict[str, Any]:
         """The guide as the YAML file has it; `parse_label_guide` reads it back."""
-        return {
-            "task": self.task,
-            "target_speaker": self.target_speaker,
-            "speakers": list(self.speakers),
-            "positive": list(self.positive),
-            "protected": self.protected,
-            "labels": [dataclasses.asdict(label) for label in self.labels],
-        }
+        content = self.model_dump(mode="json")
+        return {key: value for key, value in content.items() if key not in HUB_KEYS or value is not None}
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """Names for a message: all of them, or the first few and how many more there are."""
+    if len(names) <= shown:
+        return " or ".join(names)
+    return f"{', '.join(names[:shown])} or one of {len(names) - shown} more"
 
 
 def load_label_guide(path: str | os.PathLike) -> LabelGuide:
-    """Read a label guide; a relative path is looked up here first, then beside this file.
+    """Read a label guide; a relative path is looked up here first, then among the guides of this project.
 
     Raises:
-        InputError: no such file, or a guide that breaks a rule of `parse_label_guide`.
+        InputError: no such file, or a guide that `parse_label_guide` refuses.
     """
     place = Path(path)
     if not place.is_absolute() and not place.exists():
@@ -80,63 +163,9 @@ def load_label_guide(path: str | os.PathLike) -> LabelGuide:
 
 
 def parse_label_guide(content: Any, where: str) -> LabelGuide:
-    """Check a guide's content (from YAML, or from a bundle's JSON).
+    """Check a guide's content (from YAML, or from a run's or a bundle's JSON).
 
     Raises:
-        InputError: a missing or ill-typed entry, labels that do not count up from 0, an unknown positive label.
+        InputError: one line for each key that is missing, unknown or wrong.
     """
-
-    def demand(condition: bool, problem: str) -> None:
-        if not condition:
-            raise InputError(f"{where}: {problem}")
-
-    demand(isinstance(content, dict), "a label guide is a mapping")
-    unknown = set(content) - {"task", "target_speaker", "speakers", "positive", "protected", "labels"}
-    demand(not unknown, f"unknown key {min(map(str, unknown), default='')!r}")
-    task, entries = content.get("task"), content.get("labels")
-    demand(isinstance(task, str) and bool(task.strip()), "task must be a sentence")
-    demand(isinstance(entries, list) and len(entries) >= 2, "labels must list at least two labels")
-    labels = []
-    for position, entry in enumerate(entries):
-        demand(
-            isinstance(entry, dict) and set(entry) == {"number", "name", "definition"},
-            f"labels: entry {position} must have number, name and definition",
-        )
-        demand(
-            type(entry["number"]) is int and entry["number"] == position,
-            f"labels: entry {position} must have number {position}, not {entry['number']!r}",
-        )
-        demand(
-            isinstance(entry["name"], str) and bool(entry["name"].strip()),
-            f"labels: {position}: name is empty",
-        )
-        demand(isinstance(entry["definition"], str), f"labels: {position}: definition is not a text")
-        labels.append(Label(position, entry["name"].strip(), " ".join(entry["definition"].split())))
-    demand(len({label.name for label in labels}) == len(labels), "labels: two labels have one name")
-    positive = content.get("positive", list(range(len(labels))))
-    demand(isinstance(positive, list) and bool(positive), "positive must list label numbers")
-    for number in positive:
-        demand(type(number) is int and 0 <= number < len(labels), f"positive: {number!r} is not a label")
-    demand(len(set(positive)) == len(positive), "positive: a label stands twice")
-    protected = content.get("protected")
-    demand(
-        protected is None or (type(protected) is int and 0 <= protected < len(labels)),
-        f"protected: {protected!r} is not a label",
-    )
-    speakers = content.get("speakers", ["seeker", "supporter"])
-    demand(
-        isinstance(speakers, list)
-        and bool(speakers)
-        and all(isinstance(name, str) and name for name in speakers),
-        "speakers must list names",
-    )
-    target_speaker = content.get("target_speaker", speakers[0])
-    demand(target_speaker in speakers, f"target_speaker: {target_speaker!r} is not among the speakers")
-    return LabelGuide(
-        " ".join(task.split()),
-        tuple(labels),
-        tuple(sorted(positive)),
-        protected,
-        tuple(speakers),
-        target_speaker,
-    )
+    return check_content(LabelGuide, content, where)

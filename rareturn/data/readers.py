@@ -7,10 +7,15 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import ijson
 
 from rareturn.errors import InputError, first_line
 
+# Each escape of a JSON text; a pair of surrogates is one.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -57,51 +62,45 @@ def _read_file(path: Path) -> Iterable[Any]:
 
 def _read_json(path: Path) -> Iterator[Any]:
     """The elements of a JSON array, one at a time: a file of any size needs the memory of its longest row."""
-    decoder = json.JSONDecoder()
-    buffer, place, passed, expected = "", 0, 0, "["
-    with open(path, encoding="utf-8") as file:
+    number = 1
+    try:
+        with open(path, "rb") as file:
+            source = ijson.from_iter(_marked_pieces(file))
+            events = _rows_only(ijson.basic_parse(source, use_float=True), path)
+            for row in ijson.items(ijson.parse(events), "item"):
+                yield row
+                number += 1
+    except (ijson.JSONError, ValueError) as error:
+        reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+        reason = reason.splitlines()[0]
+        raise InputError(f"{path}: not valid JSON at row {number}: {reason}") from None
 
-        def more() -> bool:
-            nonlocal buffer, place, passed
-            passed, buffer, place = passed + place, buffer[place:], 0
-            new = file.read(max(1 << 16, len(buffer)))
-            buffer += new
-            return bool(new)
 
-        def fail(problem: str) -> InputError:
-            return InputError(f"{path}: not valid JSON: {problem} (character {passed + place + 1})")
+def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """A JSON file in pieces that cut no escape, with U+FFFE for each half of a character (a lone surrogate).
 
-        try:
-            while True:
-                while place < len(buffer) and buffer[place] in " \t\r\n":
-                    place += 1
-                if place == len(buffer):
-                    if more():
-                        continue
-                    if expected == "end":
-                        return
-                    raise fail("the file ends too early" if passed + place else "the file is empty")
-                character = buffer[place]
-                if expected == "end":
-                    raise fail("something follows the array")
-                if expected == "[" and character != "[":
-                    raise InputError(f"{path}: a JSON file must hold an array of rows")
-                if character in {"[": "[", "first": "]", "next": ",]"}.get(expected, ""):
-                    expected = {"[": "first", ",": "row", "]": "end"}[character]
-                    place += 1
-                    continue
-                if expected == "next":
-                    raise fail("a comma or the end of the array is missing")
-                try:
-                    record, end = decoder.raw_decode(buffer, place)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    if more():
-                        continue
-                    raise fail(getattr(error, "msg", "nested too deeply")) from None
-                yield record
-                place, expected = end, "next"
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not a UTF-8 text: {error}") from None
+    ijson's parser would turn it into "?" without a word; a text that holds U+FFFE is refused with its row.
+    """
+    while piece := file.read(1 << 16):
+        while b"\\" in piece[-12:] and (more := file.read(1 << 6)):
+            piece += more
+        yield ESCAPE.sub(lambda match: b"\\ufffe" if match["half"] else match[0], piece)
+
+
+def _rows_only(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
+    """The events of a JSON parser, if they are an array's and not nested so deeply that they would fill the memory.
+
+    Raises:
+        InputError: they are not.
+    """
+    depth = 0
+    for event, value in events:
+        if depth == 0 and event != "start_array":
+            raise InputError(f"{path}: a JSON file must hold an array of rows")
+        depth += event.startswith("start_") - event.startswith("end_")
+        if depth > MAX_DEPTH:
+            raise InputError(f"{path}: not valid JSON: nested too deeply")
+        yield event, value
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:

@@ -9,26 +9,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rareturn.data.label_guide import LabelGuide
+from rareturn.command_line import flag
+from rareturn.data.label_guide import LabelGuide, listed
 from rareturn.data.readers import read_records
 from rareturn.errors import InputError
 
-logger = logging.getLogger(__name__)
-
-
 NO_LABEL = -1
-
-
 MAX_PROBLEMS_KEPT = 10_000
-
-
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell one, UTF-8 and so every tokenizer cannot
+# JSON can spell a lone surrogate; UTF-8, and so every tokenizer, cannot. For U+FFFE see `readers`.
+LONE_SURROGATE = re.compile("[\ud800-\udfff\ufffe]")
 
 
 class Turn(NamedTuple):
@@ -65,38 +59,29 @@ class Columns:
     current_text: str = "current_text"
     label: str = "label"
 
-    @classmethod
-    def from_flags(cls, arguments: Any) -> Columns:
-        """From a script's `<name>_column` flags."""
-        return cls(
-            **{item.name: getattr(arguments, f"{item.name}_column") for item in dataclasses.fields(cls)}
-        )
-
 
 @dataclass
 class DataArguments:
-    """Flags shared by every script that reads rows: the guide and the column names."""
+    """Flags of every script that reads rows: the label guide and the names of the columns."""
 
-    label_guide: str = field(
-        default="label_guides/dmrs.yaml",
-        metadata={
-            "help": "YAML file with the labels' numbers, names and definitions. Default: the nine DMRS levels."
-        },
+    _argument_group_name = "Label guide and columns"
+
+    label_guide: str = flag(
+        "label_guides/dmrs.yaml",
+        "YAML file with the labels' numbers, names and definitions, and the speakers.",
     )
-    id_column: str = field(default="id", metadata={"help": "Column of the row's id."})
-    dialogue_id_column: str = field(default="dialogue_id", metadata={"help": "Column of the dialogue's id."})
-    dialogue_column: str = field(
-        default="dialogue",
-        metadata={"help": "Column of the turns ({text, speaker}, oldest first, the target last)."},
+    id_column: str = flag("id", "Column of the row's id.")
+    dialogue_id_column: str = flag("dialogue_id", "Column of the dialogue's id.")
+    dialogue_column: str = flag(
+        "dialogue", "Column of the turns ({text, speaker}, oldest first, the target last)."
     )
-    current_text_column: str = field(
-        default="current_text", metadata={"help": "Column of the target's text."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of the label's number."})
+    current_text_column: str = flag("current_text", "Column of the target's text.")
+    label_column: str = flag("label", "Column of the label's number.")
 
     @property
     def columns(self) -> Columns:
-        return Columns.from_flags(self)
+        names = (item.name for item in dataclasses.fields(Columns))
+        return Columns(**{name: getattr(self, f"{name}_column") for name in names})
 
 
 def load_rows(
@@ -137,29 +122,35 @@ def load_rows(
             break
     if not rows and not problems:
         problems.append(f"{where}: holds no rows")
-    origin = {row.id: row for row in (rows if sources_of_augmented is None else sources_of_augmented)}
-    for row in rows:
-        if row.augmented_from is None:
-            if sources_of_augmented is not None:
-                problems.append(f"{where}: {row.id}: augmented_from: missing in a file of augmented rows")
-            continue
-        parent = origin.get(row.augmented_from)
-        if parent is None or parent.augmented_from is not None:
-            problems.append(f"{where}: {row.id}: augmented_from: no original row {row.augmented_from!r}")
-        elif parent.dialogue_id != row.dialogue_id:
-            problems.append(
-                f"{where}: {row.id}: augmented_from: {row.augmented_from!r} is in dialogue {parent.dialogue_id!r}, "
-                f"not {row.dialogue_id!r}"
-            )
-        elif parent.label != row.label:
-            problems.append(
-                f"{where}: {row.id}: {columns.label}: {row.label}, but its source has {parent.label}"
-            )
-        elif parent.turns[:-1] != row.turns[:-1] or parent.turns[-1].speaker != row.turns[-1].speaker:
-            problems.append(f"{where}: {row.id}: {columns.dialogue}: its context is not its source's")
+    problems += _augmentation_problems(rows, sources_of_augmented, where, columns)
     if problems:
         raise InputError(*problems)
     return rows
+
+
+def _augmentation_problems(
+    rows: Sequence[Row], sources: Sequence[Row] | None, where: str, columns: Columns
+) -> Iterator[str]:
+    """What is wrong with the rows that are variants of others; `sources` as in `load_rows`."""
+    origin = {row.id: row for row in (rows if sources is None else sources)}
+    for row in rows:
+        place = f"{where}: {row.id}"
+        if row.augmented_from is None:
+            if sources is not None:
+                yield f"{place}: augmented_from: missing in a file of augmented rows"
+            continue
+        source = origin.get(row.augmented_from)
+        if source is None or source.augmented_from is not None:
+            yield f"{place}: augmented_from: no original row {row.augmented_from!r}"
+        elif source.dialogue_id != row.dialogue_id:
+            yield (
+                f"{place}: augmented_from: {row.augmented_from!r} is in dialogue {source.dialogue_id!r}, "
+                f"not {row.dialogue_id!r}"
+            )
+        elif source.label != row.label:
+            yield f"{place}: {columns.label}: {row.label}, but its source has {source.label}"
+        elif source.turns[:-1] != row.turns[:-1] or source.turns[-1].speaker != row.turns[-1].speaker:
+            yield f"{place}: {columns.dialogue}: its context is not its source's"
 
 
 def _check_record(
@@ -211,29 +202,22 @@ def _check_record(
     elif not dialogue:
         report(columns.dialogue, "empty")
     else:
-        for number, turn in enumerate(dialogue, 1):
-            text = turn.get("text") if isinstance(turn, dict) else None
-            speaker = turn.get("speaker") if isinstance(turn, dict) else None
-            if not isinstance(text, str) or not isinstance(speaker, str):
-                report(columns.dialogue, f"turn {number} must have a text and a speaker")
-            elif speaker not in guide.speakers:
+        for number, said in enumerate(dialogue, 1):
+            problem = turn_problem(said, guide)
+            if problem:
+                report(columns.dialogue, f"turn {number} {problem}")
+            else:
+                turn = Turn(said["text"], said["speaker"])
+                turns.append(shared_turns.setdefault(turn, turn))
+        if len(turns) == len(dialogue):
+            if turns[-1].speaker != guide.target_speaker:
                 report(
                     columns.dialogue,
-                    f"turn {number} has unknown speaker {speaker!r} (not {' or '.join(guide.speakers)})",
+                    f"the last turn is by {turns[-1].speaker!r}, not by the label guide's target_speaker "
+                    f"{guide.target_speaker!r}",
                 )
-            elif not text.strip():
-                report(columns.dialogue, f"turn {number} is empty")
-            elif LONE_SURROGATE.search(text):
-                report(columns.dialogue, f"turn {number} holds half a character (a lone surrogate)")
-            else:
-                turn = Turn(text, speaker)
-                turns.append(shared_turns.setdefault(turn, turn))
-        if (
-            len(turns) == len(dialogue)
-            and current_text is not None
-            and turns[-1].text.strip() != current_text.strip()
-        ):
-            report(columns.current_text, "is not the last turn's text")
+            if current_text is not None and turns[-1].text.strip() != current_text.strip():
+                report(columns.current_text, "is not the last turn's text")
     label = record.get(columns.label)
     if isinstance(label, str) and re.fullmatch(r"\d+", label.strip()):  # CSV has no integers
         label = int(label)
@@ -251,6 +235,18 @@ def _check_record(
     if len(problems) > before:
         return None
     return Row(row_id, dialogue_id, tuple(turns), label, augmented_from)
+
+
+def turn_problem(turn: Any, guide: LabelGuide) -> str | None:
+    """What is wrong with a turn of a record, in words that go on from "turn 3"; None if nothing is."""
+    text, speaker = (turn.get("text"), turn.get("speaker")) if isinstance(turn, Mapping) else (None, None)
+    if not isinstance(text, str) or not isinstance(speaker, str):
+        return "must have a text and a speaker"
+    if speaker not in guide.speakers:
+        return f"has unknown speaker {speaker!r} (not {listed(guide.speakers)})"
+    if not text.strip():
+        return "is empty"
+    return "holds half a character (a lone surrogate)" if LONE_SURROGATE.search(text) else None
 
 
 def _kind(value: Any) -> str:
