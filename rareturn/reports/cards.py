@@ -54,7 +54,9 @@ def _has_score_head(folder: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        keys = [key for path in folder.glob("*.safetensors") for key in safe_open(path, "numpy").offset_keys()]
+        keys = [
+            key for path in folder.glob("*.safetensors") for key in safe_open(path, "numpy").offset_keys()
+        ]
     except SafetensorError:
         return False
     return any("score" in key.split(".") for key in keys)
@@ -88,6 +90,7 @@ def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str |
         (overall, "out-of-fold, argmax") if overall else None,
         tables=tables,
         complete=len(folds),
+        scored=bool(overall),
         loader=loader,
         is_decoder=metrics.get("is_decoder", False),
         **_example(info),

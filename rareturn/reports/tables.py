@@ -79,7 +79,10 @@ def measure_predictions(run: Run, predictions: np.ndarray, seed: int = 42) -> di
 
 def measure_run(run: Run) -> dict[str, Any]:
     """A run on its own: `argmax`, the scores of its out-of-fold rows, and `rows_per_class`."""
-    return {"argmax": measure_predictions(run, run.oof.logits.argmax(axis=1)), "rows_per_class": rows_per_class(run)}
+    return {
+        "argmax": measure_predictions(run, run.oof.logits.argmax(axis=1)),
+        "rows_per_class": rows_per_class(run),
+    }
 
 
 def rows_per_class(run: Run) -> list[int]:
