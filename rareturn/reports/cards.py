@@ -81,17 +81,15 @@ def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str |
     if overall:
         tables.insert(0, score_table({"argmax": overall, "fold_groups": info["fold_groups"]}))
         tables.append(per_class_table(info["label_names"], metrics["rows_per_class"], metrics))
-    loader = info.get("loader", {})
     return _card(
         repo_id or info["name"],
         [info],
-        LIBRARIES.get(loader.get("tuning"), "sklearn"),
         "run",
         (overall, "out-of-fold, argmax") if overall else None,
         tables=tables,
         complete=len(folds),
         scored=bool(overall),
-        loader=loader,
+        loader=info.get("loader", {}),
         is_decoder=metrics.get("is_decoder", False),
         **_example(info),
     )
@@ -113,11 +111,9 @@ def ensemble_card(
         metrics: as `score_table` takes them.
         tables, pictures: what the report shows.
     """
-    libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
     return _card(
         repo_id or bundle["name"],
         infos,
-        libraries.pop() if len(libraries) == 1 else "transformers",
         "ensemble",
         (metrics["cross_fitted"], "out-of-fold, decision cross-fitted"),
         tables=tables,
@@ -129,7 +125,6 @@ def ensemble_card(
 def _card(
     title: str,
     infos: Sequence[Mapping[str, Any]],
-    library: str,
     kind: str,
     scores: tuple[Mapping[str, Any], str] | None,
     **parts: Any,
@@ -137,7 +132,7 @@ def _card(
     """The template filled in, for one run or for an ensemble of several; `scores` go into the model index."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    first = infos[0]
+    libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
     datasets = list(dict.fromkeys(name for info in infos if (name := dataset_of(info))))
     on_hub = [name for name in datasets if HUB_ID.fullmatch(name)]
     licenses = _of_guides(infos, "license")
@@ -155,7 +150,7 @@ def _card(
         if scores
     ]
     data = ModelCardData(
-        library_name=library,
+        library_name=libraries.pop() if len(libraries) == 1 else "transformers",
         base_model=list(dict.fromkeys(name for info in infos if (name := hub_model(info["base_model"]))))
         or None,
         pipeline_tag="text-classification",
@@ -172,11 +167,11 @@ def _card(
         title=title,
         kind=kind,
         infos=infos,
-        info=first,
+        info=infos[0],
         data_names=datasets,
         on_hub=on_hub,
         license_names=licenses,
-        fold_text=FOLD_TEXTS[first["fold_groups"]],
+        fold_text=FOLD_TEXTS[infos[0]["fold_groups"]],
         hub_model=hub_model,
         quoted=lambda text: json.dumps(text, ensure_ascii=False),
         **parts,

@@ -9,13 +9,9 @@ import functools
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BEFORE, AFTER, GREY = "#0072B2", "#D55E00", "#666666"
 WIDTH = 6.2  # inches; narrow, so that the text is legible where a phone shows the whole width
@@ -32,7 +28,7 @@ STYLE = {
 Interval = tuple[float, float]
 
 
-def _as_png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
+def _as_png(draw: Callable[..., Any]) -> Callable[..., bytes]:
     """Let a function that draws a figure return its PNG file, drawn in `STYLE`."""
 
     @functools.wraps(draw)
@@ -49,7 +45,7 @@ def _as_png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
     return png
 
 
-def _figure(title: str, height: float, rows: int = 1, **options) -> tuple[Figure, Sequence[Axes]]:
+def _figure(title: str, height: float, rows: int = 1, **options) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -72,7 +68,7 @@ def _heatmap(
     first: int,
     height: float,
     fontsize: int,
-) -> tuple[Figure, Axes]:
+) -> tuple[Any, Any]:
     """A square of values from 0 to 1 with a text in each cell; rows have names, columns their numbers."""
     figure, (axes,) = _figure(title, 2.0 + height * len(names))
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -96,13 +92,10 @@ def per_class_f1(
     before: tuple[Sequence[float], Sequence[Interval]],
     after: tuple[Sequence[float], Sequence[Interval]],
     positive_labels: Sequence[int],
-) -> Figure:
-    """F1 of every label before and after the decision.
+) -> Any:
+    """F1 of every label: scores [c] and their 95 % intervals [c] before and after the decision.
 
-    Args:
-        rows_per_class: true rows of each label.
-        before, after: the scores [c] and their 95 % intervals [c].
-        positive_labels: the labels that count in the macro scores; the others are marked.
+    Labels outside `positive_labels` are marked, since the macro scores leave them out.
     """
     figure, (axes,) = _figure(
         "F1 of each label before and after the decision rule", 1.5 + 0.5 * len(label_names)
@@ -120,8 +113,7 @@ def per_class_f1(
         for number, (text, rows) in enumerate(zip(_numbered(label_names), rows_per_class, strict=True))
     ]
     axes.set_yticks(places, texts)
-    axes.set_ylim(len(label_names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
+    axes.set(xlim=(0, 1), ylim=(len(label_names) - 0.5, -0.5))
     axes.grid(axis="x", color="#DDDDDD")
     axes.set_axisbelow(True)
     star = "\n* not a positive label" if len(positive_labels) < len(label_names) else ""
@@ -131,7 +123,7 @@ def per_class_f1(
 
 
 @_as_png
-def confusion_matrix(label_names: Sequence[str], counts: np.ndarray, title: str) -> Figure:
+def confusion_matrix(label_names: Sequence[str], counts: np.ndarray, title: str) -> Any:
     """Where each label's rows went; `counts` is int [c, c], true label by predicted label."""
     counts = np.asarray(counts)
     rows = counts.sum(axis=1, keepdims=True)
@@ -142,13 +134,12 @@ def confusion_matrix(label_names: Sequence[str], counts: np.ndarray, title: str)
     ]
     bar = "Share of the true label's rows"
     figure, axes = _heatmap(title, label_names, shares, texts, bar, first=0, height=0.46, fontsize=7)
-    axes.set_ylabel("True label")
-    axes.set_xlabel("Predicted label (number; see the names on the left)")
+    axes.set(xlabel="Predicted label (number; see the names on the left)", ylabel="True label")
     return figure
 
 
 @_as_png
-def agreement(names: Sequence[str], kappa: np.ndarray) -> Figure:
+def agreement(names: Sequence[str], kappa: np.ndarray) -> Any:
     """Cohen's kappa, float [r, r], between the predictions of every two of r systems."""
     title = "How often two systems choose the same label, beyond chance"
     texts = [[f"{value:.2f}" for value in row] for row in kappa]
@@ -162,14 +153,12 @@ def agreement(names: Sequence[str], kappa: np.ndarray) -> Figure:
 @_as_png
 def reliability_diagram(
     before: np.ndarray, after: np.ndarray, labels: np.ndarray, texts: tuple[str, str], num_bins: int = 10
-) -> Figure:
-    """How often the most probable label is right, against how probable it was said to be.
+) -> Any:
+    """How often the most probable label is right, against its probability, in `num_bins` bins of equal width.
 
     Args:
-        before, after: probabilities [n, c].
+        before, after: probabilities [n, c]; `texts` name them in the legend.
         labels: true labels [n].
-        texts: what `before` and `after` are (with their ECE), for the legend.
-        num_bins: equal-width bins of confidence.
     """
     edges = np.linspace(0, 1, num_bins + 1)
     figure, (axes, histogram) = _figure(
@@ -194,13 +183,10 @@ def reliability_diagram(
         axes.plot(x, y, marker + "-", color=colour, label=text, clip_on=False, zorder=3)
         centre = (edges[:-1] + edges[1:]) / 2
         histogram.bar(centre + shift / num_bins, count, 0.4 / num_bins, color=colour)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="Share of rows that are right")
     axes.grid(color="#DDDDDD")
-    axes.set_ylabel("Share of rows that are right")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
-    histogram.set_ylabel("Rows")
-    histogram.set_xlabel("Probability of the most probable label")
+    histogram.set(xlabel="Probability of the most probable label", ylabel="Rows")
     return figure
 
 
@@ -209,7 +195,7 @@ def search_curves(
     curves: Sequence[tuple[str, np.ndarray, np.ndarray, float | None]],
     cross_fitted: tuple[float, Interval],
     metric: str,
-) -> Figure:
+) -> Any:
     """The score against one parameter of the decision at a time, the others as fitted.
 
     Args:
@@ -230,8 +216,7 @@ def search_curves(
         else:
             at = np.interp(fitted, values, scores)
             axes.plot([fitted], [at], "o", color=BEFORE, markersize=8, label=f"fitted value {fitted:.2f}")
-        axes.set_xlabel(text)
-        axes.set_ylabel(metric)
+        axes.set(xlabel=text, ylabel=metric)
         axes.grid(color="#DDDDDD")
         axes.margins(x=0.01)
         axes.legend(loc="best", fontsize=9)

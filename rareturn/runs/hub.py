@@ -210,7 +210,11 @@ def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool
         try:
             if committed:
                 raise _NotYet(f"{missing[0]} did not arrive")
-            committed = repo.commit([_unused(wanted[path]) for path in missing], message, parent)
+            operations = [_unused(wanted[path]) for path in missing]
+            get_session().timeout = TIMEOUT
+            committed = repo.api.create_commit(
+                **repo.where, operations=operations, commit_message=message, parent_commit=parent
+            ).oid
         except Exception as error:
             committed = None
             persistence.wait(error, attempt)
@@ -249,12 +253,6 @@ class _Repo:
         if private and info.private is False:
             _warn_of_public(info.id)
         return info.sha
-
-    def commit(self, operations: list[CommitOperationAdd], message: str, parent: str) -> str:
-        get_session().timeout = TIMEOUT
-        return self.api.create_commit(
-            **self.where, operations=operations, commit_message=message, parent_commit=parent
-        ).oid
 
     def read(self, path: str, revision: str) -> bytes | None:
         """A small file's bytes at a commit, or None."""
