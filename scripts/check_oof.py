@@ -1,11 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rareturn"]
+# ///
 """Check a run's tables, your own or another team's, against the contract of docs/SHARING.md, and print their scores.
 
     python scripts/check_oof.py ORG/NAME-oof:anchor --label_guide label_guides/dmrs.yaml
     python scripts/check_oof.py outputs/minilm-demo
 
-Checked: run.json and folds.json; every row of folds.json once in the out-of-fold tables, in its fold; no dialogue in two
-folds where folds are made of dialogues; finite logits, one a label; labels within the label names; test tables of equal
-rows. Exit status 2 and one line a problem where something is wrong. Nothing of a pulled repo is run.
+Checked: run.json and folds.json; that the out-of-fold tables hold every row of folds.json once, in its fold; that no
+dialogue is in two folds if folds are made of dialogues; that logits are finite, one per label; that labels are within the
+label names; that all test tables hold the same rows. If not, one line per problem and exit status 2. Pulled code never runs.
 """
 
 from __future__ import annotations
@@ -16,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-# A script in a folder of its own finds the modules of the root, from wherever it is started.
+# The script lies in a folder of its own and must find the package in the root, wherever it is started.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rareturn import command_line
+from rareturn.command_line import run as run_script
 from rareturn.data.label_guide import load_label_guide
-from rareturn.decisions import metrics
-from rareturn.decisions.metrics import METRIC_NAMES, bootstrap_interval
 from rareturn.errors import InputError
+from rareturn.reports.tables import SCORE_TITLES, measure_run
 from rareturn.runs.reading import Run, read_run
 
 
@@ -47,7 +50,7 @@ def check_label_guide(run: Run, path: str) -> None:
 
 
 def describe(run: Run) -> list[str]:
-    """What the tables hold, one line a fact."""
+    """What the tables hold, one line per fact."""
     info, sizes = run.info, np.bincount(run.oof.fold, minlength=run.info["num_folds"])
     folds_of: dict[str, set[int]] = {}
     for dialogue_id, fold in zip(run.oof.dialogue_id, run.oof.fold.tolist(), strict=True):
@@ -60,7 +63,7 @@ def describe(run: Run) -> list[str]:
         f"rows       {len(run.oof)}, each once, in {len(sizes)} folds of {sizes.min()} to {sizes.max()}",
         f"dialogues  {len(folds_of)}, {shared or 'none'} of them in more than one fold",
         f"folds      of {'dialogues' if info['fold_groups'] == 'dialogue' else 'rows'}, seed {info['fold_seed']}",
-        f"logits     {run.num_labels} a row, all finite, from {run.oof.logits.min():.2f} to {run.oof.logits.max():.2f}",
+        f"logits     {run.num_labels} per row, all finite, from {run.oof.logits.min():.2f} to {run.oof.logits.max():.2f}",
         f"test       {tests}",
     ]
 
@@ -87,15 +90,12 @@ def main() -> None:
         check_label_guide(run, arguments.label_guide)
 
     # Evaluate
-    predictions = run.oof.logits.argmax(axis=1)
-    facts = {"num_labels": run.num_labels, "positive_labels": run.positive_labels}
-    scores = metrics.scores(run.oof.label, predictions, **facts)
-    low, high = bootstrap_interval(run.oof.label, predictions, run.oof.dialogue_id, **facts)
+    predictions, scores = run.oof.logits.argmax(axis=1), measure_run(run)["argmax"]
     print("\n".join(describe(run)))
-    print("\nArgmax on the out-of-fold rows (nothing is fitted to them; 95 % interval over dialogues)")
-    for name in METRIC_NAMES:
-        interval = f"  [{low:.4f}, {high:.4f}]" if name == "macro_f1_positive" else ""
-        print(f"  {name:<24} {scores[name]:.4f}{interval}")
+    print("\nArgmax on the out-of-fold rows (nothing is fitted to them; 95 % intervals over dialogues)")
+    for name in SCORE_TITLES:
+        low, high = scores["interval"].get(name, (np.nan, np.nan))
+        print(f"  {name:<24} {scores[name]:.4f}  [{low:.4f}, {high:.4f}]")
     print("\n  label                          rows  predicted      F1")
     for number, (name, f1) in enumerate(zip(run.label_names, scores["f1_per_class"], strict=True)):
         counts = f"{(run.oof.label == number).sum():>6} {(predictions == number).sum():>10}"
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run_script(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from hub_server import HubServer
-from huggingface_hub import constants
+from huggingface_hub import DatasetCard, constants
 
 from rareturn.data.folds import read_folds, write_folds
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_bytes, write_json, write_text
 from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path, table_path, write_run_info
 from rareturn.runs.hub import PushError, push_files, resolve_revision
-from rareturn.runs.publish import dataset_card, pull_adapters, push_fold, push_run
+from rareturn.runs.publish import dataset_card, public_info, pull_adapters, push_fold, push_run
 from rareturn.runs.reading import read_run
 from rareturn.runs.references import Reference, parse_reference
 from rareturn.runs.schemas import RUN_KEYS
@@ -484,6 +485,43 @@ def test_pulled_runs_are_checked_like_local_ones(tmp_path: Path, hub_here: HubSe
         read_run("org/demo-oof:anchor")
 
 
+def test_a_pushed_run_json_names_no_folder_of_this_machine(tmp_path: Path, hub_here: HubServer) -> None:
+    private = "/home/somebody/private data"
+    words = [
+        "linear_probe.py",
+        "--train_file",
+        f"{private}/train.json",
+        f"--output_dir={private}/anchor",
+        "--C",
+        "1",
+    ]
+    recipe = {"train_file": f"{private}/train.json", "files": [f"{private}/a.json", "b/c.json"], "C": [0.1]}
+    run_dir = make_run(tmp_path / "anchor", command=shlex.join(words), recipe=recipe)
+    push_all(run_dir)
+    for repo, kind, path in (
+        ("org/demo-anchor", "model", "run.json"),
+        ("org/demo-oof", "dataset", "data/anchor/run.json"),
+    ):
+        content = hub_here.files(repo, kind)[path].decode()
+        assert "somebody" not in content and json.loads(content)["label_names"] == LABELS
+    pulled = read_run("org/demo-oof:anchor").info
+    assert pulled["command"] == "linear_probe.py --train_file train.json --output_dir=anchor --C 1"
+    assert pulled["recipe"] == {"train_file": "train.json", "files": ["a.json", "b/c.json"], "C": [0.1]}
+    # It is the same run: on disk all is as it was, and the two are compared without their folders.
+    assert read_run(run_dir).info["recipe"] == recipe
+    assert public_info(read_run(run_dir).info) == pulled == public_info(pulled)
+
+
+def test_a_public_repo_is_warned_of_once(
+    tmp_path: Path, hub_here: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for repo, kind in (("org/open-anchor", "model"), ("org/open-oof", "dataset")):
+        hub_here.create(repo, kind, private=False)
+    push_all(make_run(tmp_path / "anchor"), name="open")
+    warnings = [record.getMessage() for record in caplog.records if "is public" in record.getMessage()]
+    assert [warning.split()[0] for warning in warnings] == ["org/open-anchor", "org/open-oof"]
+
+
 def test_a_private_repo_needs_a_token_and_no_error_shows_it(
     tmp_path: Path, hub_here: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -567,16 +605,30 @@ def test_the_dataset_card_keeps_what_others_wrote(tmp_path: Path, hub_here: HubS
 
 
 @pytest.mark.parametrize(
-    "present",
-    [b"", b"# Prose\n", b"---\n---\n", b"---\r\nlicense: mit\r\n---\r\nx", b"--- no header\nx\n---\n"],
+    ("present", "prose"),
+    [
+        (b"", ""),
+        (b"# Prose\n", "# Prose\n"),
+        (b"---\n---\n", "---\n---\n"),  # to the Hub no header
+        (b"---\r\nlicense: mit\r\n---\r\nx", "x"),
+        (b"--- no header\nx\n---\n", "--- no header\nx\n---\n"),
+    ],
 )
-def test_dataset_cards_of_every_shape(present: bytes) -> None:
-    card = dataset_card(present, "org/x-oof", "anchor", has_test=True)
-    header, prose = card.decode().removeprefix("---\n").split("---\n", 1)
-    assert [config["config_name"] for config in yaml.safe_load(header)["configs"]] == ["anchor"]
-    assert present.decode().endswith(prose)
-    assert ("license" in yaml.safe_load(header)) == (b"license" in present)
-    assert dataset_card(card, "org/x-oof", "anchor", has_test=True) == card
+def test_dataset_cards_of_every_shape(present: bytes, prose: str) -> None:
+    content = dataset_card(present, "org/x-oof", "anchor", has_test=True)
+    card = DatasetCard(content.decode())
+    assert [config["config_name"] for config in card.data["configs"]] == ["anchor"]
+    assert card.text == prose
+    assert card.data.license == ("mit" if b"license" in present else None)
+    assert dataset_card(content, "org/x-oof", "anchor", has_test=True) == content
+
+
+def test_a_new_dataset_card_names_the_run_and_its_splits() -> None:
+    card = DatasetCard(dataset_card(None, "org/x-oof", "anchor", has_test=False).decode())
+    files = [{"split": "oof", "path": "data/anchor/oof-fold-*.parquet"}]
+    assert card.data["configs"] == [{"config_name": "anchor", "data_files": files}]
+    assert card.data.tags == ["rareturn"] and card.text.startswith("\n# x: logits\n")
+    assert 'load_dataset("org/x-oof", "anchor", split="oof")' in card.text
 
 
 @pytest.mark.parametrize("header", ["a: [", "configs: all", "configs: [1]", "- a"])

@@ -1,16 +1,26 @@
 """Tables, the report page, the pictures and the cards."""
 
+import ast
 import html.parser
 import io
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
+from running import words_of
+from test_artifacts import ROOT, make_run
+from tiny_models import make_tiny_decoder, make_tiny_encoder
 
-from rareturn.reports.cards import ensemble_card, hub_dataset, run_card
-from rareturn.reports.ensemble import Picture, report_page
+from rareturn.decisions.probabilities import softmax
+from rareturn.reports.cards import dataset_of, ensemble_card, run_card, run_results
+from rareturn.reports.ensemble import Picture, make_page
 from rareturn.reports.figures import (
     agreement,
     confusion_matrix,
@@ -19,6 +29,8 @@ from rareturn.reports.figures import (
     search_curves,
 )
 from rareturn.reports.tables import Table, score_table
+from rareturn.runs.folder import adapter_dir, metrics_path
+from rareturn.runs.publish import push_fold
 
 NAMES = ["None", "Action", "Denial <b>"]
 STAGE = {
@@ -32,6 +44,15 @@ STAGE = {
     "interval": {"macro_f1_positive": [0.5, 0.7], "f1_per_class": [[0.9, 1.0], [0.4, 0.6], [0.0, 0.5]]},
 }
 RESULTS = {"folds": {0: STAGE}, "argmax": STAGE, "rows_per_class": [30, 20, 5]}
+GUIDE = {
+    "task": "Say which.",
+    "labels": [
+        {"number": number, "name": name, "definition": f"It is {name}."} for number, name in enumerate(NAMES)
+    ],
+    "positive": [1, 2],
+    "speakers": ["patient", "therapist"],
+    "target_speaker": "patient",
+}
 METRICS = {"argmax": STAGE, "in_sample": STAGE, "cross_fitted": STAGE, "fold_groups": "dialogue"}
 
 
@@ -50,6 +71,7 @@ def run_info(**changes):
         "data_fingerprint": "d",
         "prompt_fingerprint": "p",
         "packages": {"torch": "2.13.0", "peft": "0.21.2"},
+        "label_guide": GUIDE,
         "command": "run_classification.py --train_file /home/somebody/private.json",
         "git_commit": None,
         "loader": {"quantization": "nf4", "dtype": "bfloat16", "tuning": "lora"},
@@ -69,10 +91,10 @@ def test_text_table_is_aligned():
     ]
 
 
-def test_table_cells_cannot_break_out_of_markdown_or_html():
-    table = Table("T <i>", ("a|b",), [["<script>|"]])
-    assert table.markdown().splitlines() == ["| a\\|b |", "|---|", "| <script>\\| |"]
-    assert "<script>" not in table.html() and "&lt;script&gt;" in table.html()
+def test_table_cells_cannot_break_out_of_markdown() -> None:
+    table = Table("T <i>", ("a|b", "c"), [["<script>|", "1"]], "A note.")
+    card = ensemble_card({"name": "x"}, [run_info()], METRICS, [table], [])
+    assert "### T <i>\n\n| a\\|b | c |\n|---|---:|\n| <script>\\| | 1 |\n\nA note.\n" in card
 
 
 def test_tuned_figures_never_stand_alone():
@@ -102,15 +124,26 @@ class _Links(html.parser.HTMLParser):
 
 
 def test_page_needs_nothing_beside_itself():
-    picture = Picture("f.png", agreement(["a"], np.eye(1)), 'Kappa of "a" & <b>')
-    table = Table("Scores", ("x", "y"), [["<img src=http://example.org/x>", "1"]])
-    page = report_page("Report <x>", [("", ["Text & more."]), ("Part", [table, picture])])
+    metrics = METRICS | {"metric": "macro_f1_positive", "method": "prior <b>", "rows": 1234, "dialogues": 2}
+    metrics["notes"] = ["Text & more."]
+    hostile = Table("Scores <i>", ("x", "y"), [["<img src=http://example.org/x>", "1 [0.1, 0.2]"]])
+    tables = dict.fromkeys(("scores", "per class", "runs", "rule", "probabilities"), hostile)
+    files = ("per_class_f1.png", "confusion.png", "agreement.png", "search_curves.png", "reliability.png")
+    pictures = [Picture(name, agreement(["a"], np.eye(1)), 'Kappa of "a" & <b>') for name in files]
+    page = make_page("Report <x>", metrics, tables, pictures)
     parser = _Links()
     parser.feed(page)
     assert parser.open == []
-    assert len(parser.found) == 1 and parser.found[0].startswith("data:image/png;base64,")
-    assert "Text &amp; more." in page and "<h2>Part</h2>" in page
+    assert len(parser.found) == 5 and all(link.startswith("data:image/png;base64,") for link in parser.found)
+    assert "<h1>Ensemble Report &lt;x&gt;</h1>" in page and "Text &amp; more." in page
+    assert "Scores &lt;i&gt;" in page and "&lt;img src=http" in page and "prior &lt;b&gt;" in page
+    assert "[0.1,\u00a00.2]" in page and "1,234 out-of-fold rows" in page
     assert 'name="viewport"' in page and "url(" not in page and "@import" not in page
+    # A vote has no rule to show.
+    vote = make_page(
+        "x", metrics, {key: tables[key] for key in ("scores", "per class", "runs")}, pictures[:3]
+    )
+    assert "<h2>Decision</h2>" in page and "<h2>Decision</h2>" not in vote
 
 
 def _pictures():
@@ -147,7 +180,6 @@ base_model:
 datasets:
 - AIMH/PsyDefConv
 library_name: peft
-license: cc-by-nc-4\.0
 pipeline_tag: text-classification
 tags:
 - rareturn
@@ -162,7 +194,7 @@ model-index:
 
 # org/name-anchor
 
-One run of rareturn: 5 models, one a fold, .*
+A run of rareturn: 5 models, one per fold, .*
 
 Labels: 0 None \(not positive\); 1 Action; 2 Denial <b>\.
 
@@ -173,12 +205,12 @@ Labels: 0 None \(not positive\); 1 Action; 2 Denial <b>\.
 
 ## Training data
 
-\[AIMH/PsyDefConv\]\(https://huggingface\.co/datasets/AIMH/PsyDefConv\); its licence binds .*
+Data set: \[AIMH/PsyDefConv\]\(https://huggingface\.co/datasets/AIMH/PsyDefConv\)\. Licence: not stated\. .*
 Folds: 5 folds of whole dialogues: .*
 
 ## Scores
 
-Every row was scored by the model that had not seen its fold; .*
+Every row was scored by the model that had not seen its fold\. .*
 
 ### Scores on out-of-fold rows
 
@@ -200,24 +232,32 @@ Every row was scored by the model that had not seen its fold; .*
 \| 1 Action \| 20 \| 0\.500 \[0\.400, 0\.600\] \|
 \| 2 Denial <b> \| 5 \| 0\.250 \[0\.000, 0\.500\] \|
 
-## How to load
+## How to use
+
+Needs `peft` and `transformers` and `bitsandbytes`\.
 
 ```python
+import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
+repo, revision = "org/name-anchor", "main"
+labels = \["None", "Action", "Denial <b>"\]
 base = AutoModelForSequenceClassification\.from_pretrained\(
     "Qwen/Qwen3-8B",
     revision="a{40}",
-    num_labels=3,
+    num_labels=len\(labels\),
+    dtype="bfloat16",
     quantization_config=.*,
 \)
-model = PeftModel\.from_pretrained\(base, "org/name-anchor", subfolder="fold-0", revision="main"\)
+model = PeftModel\.from_pretrained\(base, repo, subfolder="fold-0", revision=revision\)
+.*
+print\(dict\(zip\(labels, probabilities\.tolist\(\)\)\)\)
 ```
 
-A commit SHA in place of `main` pins all folds at once\.
+This prints the probability of every label for the last turn: `\{"None": …, "Action": …, …\}`\. .* A commit SHA in place of `main` .*
 
-The scores hold for this loader alone: quantization `nf4`, dtype `bfloat16`, tuning `lora`\. .*
+The scores hold for this loader only: quantization `nf4`, dtype `bfloat16`, tuning `lora`\. .*
 
 ## Versions
 
@@ -272,12 +312,31 @@ def test_card_of_a_local_probe_names_no_path(tmp_path):
     ],
 )
 def test_only_hub_datasets_are_named(train_file, dataset):
-    assert hub_dataset(run_info(recipe={"train_file": train_file})) == dataset
+    assert dataset_of(run_info(recipe={"train_file": train_file})) == dataset
+    guide = GUIDE | {"dataset": "org/other"}
+    assert dataset_of(run_info(recipe={"train_file": train_file}, label_guide=guide)) == "org/other"
 
 
-def test_licence_of_the_run_wins_over_the_default():
-    card = run_card(run_info(license="cc-by-4.0"), {"folds": {}})
-    assert ModelCard(card).data.license == "cc-by-4.0"
+def with_guide(**facts):
+    return run_info(recipe={"train_file": "train.json"}, label_guide=GUIDE | facts)
+
+
+def test_licence_language_and_data_set_come_from_the_label_guide(monkeypatch):
+    # The keys are new to the guide: here it is only read for the example, which does not need them.
+    monkeypatch.setattr("rareturn.reports.cards._example", lambda info: {"turns": []})
+    first = with_guide(license="cc-by-4.0", language="en", dataset="org/calls")
+    second = with_guide(license="odbl", language=["de", "fr"], dataset="Letters of 1912")
+    cards = [run_card(info, {"folds": {}}) for info in (first, second, with_guide())]
+    data = [ModelCard(card).data for card in cards]
+    assert [found.license for found in data] == ["cc-by-4.0", "odbl", None]
+    assert [found.language for found in data] == ["en", ["de", "fr"], None]
+    assert [found.datasets for found in data] == [["org/calls"], None, None]
+    assert "Data set: [org/calls](https://huggingface.co/datasets/org/calls). Licence: cc-by-4.0." in cards[0]
+    assert "Data set: Letters of 1912. Licence: odbl." in cards[1]
+    assert "Data set: not stated. Licence: not stated." in cards[2] and "\nlicense:" not in cards[2]
+    assert not any("cc-by-nc" in card or "PsyDefConv" in card for card in cards)
+    both = ensemble_card({"name": "blend"}, [first, second], METRICS, [], [])
+    assert ModelCard(both).data.license == ["cc-by-4.0", "odbl"]
 
 
 def test_ensemble_card_shows_the_cross_fitted_figure():
@@ -297,6 +356,106 @@ def test_ensemble_card_shows_the_cross_fitted_figure():
     assert "decision cross-fitted" in data.eval_results[0].metric_name
     assert "A blend of 2 runs" in card
     assert "![Where rows went](figures/confusion.png)" in card
-    assert 'DefenseClassifier.from_pretrained("org/name")' in card
+    assert 'DialogueClassifier.from_pretrained("org/name")' in card
     # The in-sample figure, its cross-fitted one beside it.
     assert "| 0.667 [0.500, 0.700] | 0.900 [0.500, 0.700] |" in card
+
+
+# ------------------------------------------------------------------------------------------- the code on the cards runs
+
+
+def snippet_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
+def run_snippet(code: str, hub: HubServer, folder: Path) -> str:
+    """What a card's code prints in an empty folder, in a process of its own."""
+    env = {**hub.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora encoder", "lora mean", "full", "full mean"])
+def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_path, hub, hub_here, kind):
+    import torch
+
+    from rareturn.data.label_guide import parse_label_guide
+    from rareturn.data.rendering import Renderer
+    from rareturn.data.rows import Row, Turn
+    from rareturn.models.inference import predict_logits, segment_name
+    from rareturn.models.loading import (
+        BaseModel,
+        add_lora,
+        load_classifier,
+        load_tokenizer,
+        load_trained,
+        save_trained,
+    )
+    from rareturn.models.training import RowBatches
+
+    decoder, pooling = kind in ("lora", "full"), "mean" if "mean" in kind else "native"
+    make = make_tiny_decoder if decoder else make_tiny_encoder
+    folder = Path(make(tmp_path / "base"))
+    hub.put("org/base", {path.name: path.read_bytes() for path in folder.iterdir()})
+    base = BaseModel("org/base", hub.commits("org/base")[-1].oid, str(folder), pooling=pooling)
+    tokenizer = load_tokenizer(base)
+    torch.manual_seed(0)
+    model = load_classifier(base, NAMES, tokenizer.pad_token_id)
+    if "lora" in kind:
+        model = add_lora(model, 4, 8, 0.0, ["q_proj"] if decoder else ["query"])
+    for name, parameter in model.named_parameters():
+        if "lora" in name or "score" in name or "classifier" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    loader = base.loader | {"tuning": kind.split()[0], "bf16": False}
+    facts = {"name": "anchor", "label_names": NAMES, "base_model": "org/base", "label_guide": GUIDE}
+    run_dir = make_run(
+        tmp_path / "anchor", adapters=False, **facts, base_revision=base.revision, loader=loader
+    )
+    for fold in range(3):
+        save_trained(model, tokenizer, base, adapter_dir(run_dir, fold))
+        metrics_path(run_dir, fold).write_text(json.dumps(STAGE))
+        push_fold(run_dir, fold, "org", "demo")
+    info = json.loads((run_dir / "run.json").read_text())
+    card = run_card(info, run_results(run_dir, info), "org/demo-anchor")
+
+    turns = (
+        Turn("How has your week been?", "therapist"),
+        Turn("Whatever. It's not like anyone noticed.", "patient"),
+    )
+    rows = [Row("a", "b", turns)]
+    rendered = Renderer(tokenizer, parse_label_guide(GUIDE, "guide"), is_encoder=not decoder).render(rows)
+    batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None if decoder else segment_name(base, tokenizer))
+    ours = load_trained(base, adapter_dir(run_dir, 0), NAMES, tokenizer.pad_token_id).eval()
+    plan = batches.prediction_batches(rows, rendered)
+    logits = predict_logits(ours, rendered, plan, batches.collate, num_labels=3, bf16=False)
+    printed = ast.literal_eval(run_snippet(snippet_of(card), hub, tmp_path))
+    assert list(printed) == NAMES
+    assert list(printed.values()) == pytest.approx(softmax(logits)[0].tolist(), abs=1e-5)
+    assert max(printed.values()) > 0.4  # not the even guess of a head that was left out
+
+
+def test_the_code_on_the_cards_of_a_probe_and_of_an_ensemble_runs(tmp_path, hub):
+    folder = Path(make_tiny_encoder(tmp_path / "base"))
+    hub.put("org/base", {path.name: path.read_bytes() for path in folder.iterdir()})
+    push = {"push_to_hub": True, "hub_namespace": "org", "hub_name": "demo"}
+    probe = {"model_name_or_path": "org/base", "C": 1, "train_file": "data/demo/train.json", "num_folds": 2}
+    blend = {"runs": tmp_path / "probe", "method": "prior", "repeats": 1}
+    for script, flags in (("linear_probe.py", {**probe, **push}), ("ensemble.py", {**blend, **push})):
+        words = words_of(**flags, output_dir=tmp_path / ("probe" if "probe" in script else "ensemble"))
+        done = subprocess.run(
+            [sys.executable, script, *words], cwd=ROOT, env=hub.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    probe = hub.files("org/demo-probe")["README.md"].decode()
+    printed = ast.literal_eval(run_snippet(snippet_of(probe), hub, tmp_path))
+    assert sum(printed.values()) == pytest.approx(1, abs=1e-5) and len(printed) == 9
+    blend = hub.files("org/demo")["README.md"].decode()
+    name, probabilities = run_snippet(snippet_of(blend), hub, tmp_path).strip().split(" {")
+    assert name in printed and set(ast.literal_eval("{" + probabilities)) == set(printed)
+
+
+def test_a_card_of_a_run_without_a_label_guide_has_no_code_that_could_not_run():
+    card = run_card(run_info(label_guide=None), {"folds": {}})
+    assert "```python" not in card and "no label guide" in card

@@ -2,127 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from rareturn.data.label_guide import parse_label_guide
 from rareturn.data.readers import HUB_FILE, READERS
-from rareturn.decisions.metrics import score_predictions
+from rareturn.data.rendering import render_instruction, render_turn
+from rareturn.data.rows import Turn
 from rareturn.files import read_json
 from rareturn.reports.ensemble import Picture
-from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, per_class_table, score_table
-from rareturn.runs.folder import complete_folds, metrics_path
+from rareturn.reports.tables import (
+    FOLD_TEXTS,
+    SCORE_TITLES,
+    TEMPLATES,
+    Table,
+    measure_run,
+    per_class_table,
+    score_table,
+)
+from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path
 from rareturn.runs.reading import read_run
 
-TEMPLATES = Path(__file__).parent / "templates"
-
-
-# The licence of PsyDefConv. A model is a work on its data: without word to the contrary it is no freer than they are.
-DEFAULT_LICENSE = "cc-by-nc-4.0"
-
-
-def hub_dataset(info: Mapping[str, Any]) -> str | None:
-    """The Hub dataset that a run was trained on, or None: a path on somebody's disk is nothing to publish."""
-    source = info["recipe"].get("train_file")
-    match = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
-    if match is None or Path(source).exists() or (match["path"] is None and Path(source).suffix in READERS):
-        return None
-    return match["repo"]
-
-
-def hub_model(name: str) -> str | None:
-    """The base model's Hub id, or None where it is a folder."""
-    return None if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1 else name
-
-
-def library_of(info: Mapping[str, Any]) -> str:
-    """The Hub's `library_name` of what a run saved: an adapter, a whole model, or a head on frozen features."""
-    tuning = info.get("loader", {}).get("tuning")
-    return {"lora": "peft", "full": "transformers"}.get(tuning, "sklearn")
-
-
-def _model_index(stage: Mapping[str, Any], how: str, dataset: str | None) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    kinds = {
-        "macro_f1_positive": "f1",
-        "macro_precision_positive": "precision",
-        "macro_recall_positive": "recall",
-        "accuracy": "accuracy",
-    }
-    results = []
-    for name, kind in kinds.items():
-        interval = stage["interval"].get(name)
-        bounds = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f} over dialogues" if interval else ""
-        results.append(
-            EvalResult(
-                task_type="text-classification",
-                dataset_type=dataset or "unpublished",
-                dataset_name=dataset or "unpublished dialogues",
-                dataset_split="train",
-                metric_type=kind,
-                metric_name=f"{SCORE_TITLES[name]} ({how}{bounds})",
-                metric_value=round(stage[name], 4),
-            )
-        )
-    return results
-
-
-def _card(
-    title: str, infos: Sequence[Mapping[str, Any]], library: str, results: list[Any], **parts: Any
-) -> str:
-    """The template filled in, for one run or for an ensemble of several."""
-    from huggingface_hub import ModelCard, ModelCardData
-
-    datasets = sorted({name for info in infos if (name := hub_dataset(info))})
-    bases = list(dict.fromkeys(name for info in infos if (name := hub_model(info["base_model"]))))
-    licenses = {info.get("license") or DEFAULT_LICENSE for info in infos}
-    data = ModelCardData(
-        library_name=library,
-        base_model=bases or None,
-        pipeline_tag="text-classification",
-        datasets=datasets or None,
-        license=licenses.pop() if len(licenses) == 1 else DEFAULT_LICENSE,
-        tags=["rareturn", "dialogue", "long-tail", parts["kind"]],
-        model_name=title,
-        eval_results=results or None,
-    )
-    first = infos[0]
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATES / "model_card.md"),
-        title=title,
-        labels=[
-            f"{number} {name}" + ("" if number in first["positive_labels"] else " (not positive)")
-            for number, name in enumerate(first["label_names"])
-        ],
-        data_names=datasets,
-        fold_text=f"{first['num_folds']} {FOLD_TEXTS[first['fold_groups']]}",
-        infos=infos,
-        hub_model=hub_model,
-        **parts,
-    )
-    return str(card).rstrip() + "\n"
+LIBRARIES = {"lora": "peft", "full": "transformers"}  # of loader.tuning; a probe's head is scikit-learn's
+METRIC_TYPES = {
+    "macro_f1_positive": "f1",
+    "macro_precision_positive": "precision",
+    "macro_recall_positive": "recall",
+    "accuracy": "accuracy",
+}
+FOLD_SCORES = ("macro_f1_positive", "accuracy", "macro_f1")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+EXAMPLE = ("How has your week been?", "Whatever. It's not like anyone noticed.")  # made up
 
 
 def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str, Any]:
     """What `run_card` shows of a run folder: the complete folds' metrics and, once all are, the scores of all rows."""
     complete = complete_folds(run_dir, info["num_folds"])
     results: dict[str, Any] = {"folds": {fold: read_json(metrics_path(run_dir, fold)) for fold in complete}}
+    results["is_decoder"] = any(_has_score_head(adapter_dir(run_dir, fold)) for fold in complete)
     if len(complete) == info["num_folds"]:
-        oof = read_run(run_dir).oof
-        results["rows_per_class"] = np.bincount(oof.label, minlength=len(info["label_names"])).tolist()
-        results["argmax"] = score_predictions(
-            oof.label,
-            oof.logits.argmax(axis=1),
-            oof.dialogue_id,
-            num_labels=len(info["label_names"]),
-            positive_labels=info["positive_labels"],
-        )
+        results |= measure_run(read_run(run_dir))
     return results
+
+
+def _has_score_head(folder: Path) -> bool:
+    """Whether a saved model has the head that transformers puts on decoders; encoders have a `classifier`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        keys = [
+            key for path in folder.glob("*.safetensors") for key in safe_open(path, "numpy").offset_keys()
+        ]
+    except SafetensorError:
+        return False
+    return any("score" in key.split(".") for key in keys)
 
 
 def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str | None = None) -> str:
@@ -136,72 +73,26 @@ def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str |
     folds, overall = metrics.get("folds", {}), metrics.get("argmax")
     tables = []
     if folds:
-        names = ("macro_f1_positive", "accuracy", "macro_f1")
         rows = [
-            [f"fold {fold}", *(f"{folds[fold][name]:.4f}" for name in names)]
+            [f"fold {fold}", *(f"{folds[fold][name]:.4f}" for name in FOLD_SCORES)]
             for fold in sorted(folds, key=int)
         ]
-        tables.append(Table("Folds", ("held-out fold", *(SCORE_TITLES[name] for name in names)), rows))
+        tables.append(Table("Folds", ("held-out fold", *(SCORE_TITLES[name] for name in FOLD_SCORES)), rows))
     if overall:
         tables.insert(0, score_table({"argmax": overall, "fold_groups": info["fold_groups"]}))
         tables.append(per_class_table(info["label_names"], metrics["rows_per_class"], metrics))
-        text = (
-            "Every row was scored by the model that had not seen its fold; nothing was tuned on these rows."
-        )
-    else:
-        text = f"{len(folds)} of {info['num_folds']} folds are complete; the score over all rows follows the last one."
-    library = library_of(info)
     return _card(
         repo_id or info["name"],
         [info],
-        library,
-        _model_index(overall, "out-of-fold, argmax", hub_dataset(info)) if overall else [],
-        kind="run",
-        scores_text=text,
-        tables=[(table.title, table.markdown()) for table in tables],
-        pictures=[],
+        "run",
+        (overall, "out-of-fold, argmax") if overall else None,
+        tables=tables,
+        complete=len(folds),
+        scored=bool(overall),
         loader=info.get("loader", {}),
-        how_to_load=_how_to_load(info, library, repo_id or info["name"]),
+        is_decoder=metrics.get("is_decoder", False),
+        **_example(info),
     )
-
-
-def _how_to_load(info: Mapping[str, Any], library: str, repo_id: str) -> str:
-    base, revision = hub_model(info["base_model"]) or "path/to/the/base", info["base_revision"]
-    options = [f"num_labels={len(info['label_names'])}"]
-    if revision and ":" not in revision:  # another scheme than a commit: a packaged model
-        options.insert(0, f'revision="{revision}"')
-    imports = "AutoModelForSequenceClassification"
-    if info.get("loader", {}).get("quantization") == "nf4":
-        imports += ", BitsAndBytesConfig"
-        options.append(
-            'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-            'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16")'
-        )
-    where = f'"{repo_id}", subfolder="fold-0", revision="main"'
-    code = {
-        "peft": [
-            "from peft import PeftModel",
-            f"from transformers import {imports}",
-            "",
-            "base = AutoModelForSequenceClassification.from_pretrained(",
-            f'    "{base}",',
-            *(f"    {option}," for option in options),
-            ")",
-            f"model = PeftModel.from_pretrained(base, {where})",
-        ],
-        "transformers": [
-            "from transformers import AutoModelForSequenceClassification",
-            "",
-            f"model = AutoModelForSequenceClassification.from_pretrained({where})",
-        ],
-        "sklearn": [
-            "from huggingface_hub import snapshot_download",
-            "",
-            f'folder = snapshot_download("{repo_id}", revision="main")  # the heads lie in fold-<k>/',
-        ],
-    }[library]
-    after = "A commit SHA in place of `main` pins all folds at once."
-    return "\n".join(["```python", *code, "```", "", after])
 
 
 def ensemble_card(
@@ -220,31 +111,123 @@ def ensemble_card(
         metrics: as `score_table` takes them.
         tables, pictures: what the report shows.
     """
-    name = repo_id or bundle["name"]
-    dataset = next((found for info in infos if (found := hub_dataset(info))), None)
-    libraries = {library_of(info) for info in infos}
-    how = [
-        "```python",
-        "from classifier import DefenseClassifier  # of rareturn",
-        "",
-        f'classifier = DefenseClassifier.from_pretrained("{name}")',
-        "```",
-        "",
-        "`ensemble.json` names every base model, adapter, weight and revision, and the decision rule.",
-    ]
-    text = (
-        "The model index above holds the cross-fitted figures: rule and weights were fitted on other dialogues than they "
-        "were scored on. The in-sample figures are optimistic, and are shown only to show by how much."
-    )
     return _card(
-        name,
+        repo_id or bundle["name"],
         infos,
-        libraries.pop() if len(libraries) == 1 else "transformers",
-        _model_index(metrics["cross_fitted"], "out-of-fold, decision cross-fitted", dataset),
-        kind="ensemble",
-        scores_text=text,
-        tables=[(table.title, table.markdown()) for table in tables],
-        pictures=[(f"figures/{picture.name}", picture.caption) for picture in pictures],
-        loader={},
-        how_to_load="\n".join(how),
+        "ensemble",
+        (metrics["cross_fitted"], "out-of-fold, decision cross-fitted"),
+        tables=tables,
+        pictures=pictures,
+        **_example(infos[0]),
     )
+
+
+def _card(
+    title: str,
+    infos: Sequence[Mapping[str, Any]],
+    kind: str,
+    scores: tuple[Mapping[str, Any], str] | None,
+    **parts: Any,
+) -> str:
+    """The template filled in, for one run or for an ensemble of several; `scores` go into the model index."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
+    datasets = list(dict.fromkeys(name for info in infos if (name := dataset_of(info))))
+    on_hub = [name for name in datasets if HUB_ID.fullmatch(name)]
+    licenses = _of_guides(infos, "license")
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=on_hub[0] if on_hub else "unpublished",
+            dataset_name=datasets[0] if datasets else "unpublished dialogues",
+            dataset_split="train",
+            metric_type=metric_type,
+            metric_name=_metric_name(name, *scores),
+            metric_value=round(scores[0][name], 4),
+        )
+        for name, metric_type in METRIC_TYPES.items()
+        if scores
+    ]
+    data = ModelCardData(
+        library_name=libraries.pop() if len(libraries) == 1 else "transformers",
+        base_model=list(dict.fromkeys(name for info in infos if (name := hub_model(info["base_model"]))))
+        or None,
+        pipeline_tag="text-classification",
+        datasets=on_hub or None,
+        language=_one_or_list(_of_guides(infos, "language")),
+        license=_one_or_list(licenses),
+        tags=["rareturn", "dialogue", "long-tail", kind],
+        model_name=title,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model_card.md.jinja"),
+        title=title,
+        kind=kind,
+        infos=infos,
+        info=infos[0],
+        data_names=datasets,
+        on_hub=on_hub,
+        license_names=licenses,
+        fold_text=FOLD_TEXTS[infos[0]["fold_groups"]],
+        hub_model=hub_model,
+        quoted=lambda text: json.dumps(text, ensure_ascii=False),
+        **parts,
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _metric_name(name: str, stage: Mapping[str, Any], how: str) -> str:
+    interval = stage["interval"].get(name)
+    bounds = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f} over dialogues" if interval else ""
+    return f"{SCORE_TITLES[name]} ({how}{bounds})"
+
+
+def _of_guides(infos: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """What the runs' label guides say under a key, each value once."""
+    found: list[str] = []
+    for info in infos:
+        value = (info.get("label_guide") or {}).get(key) or []
+        found += [value] if isinstance(value, str) else value
+    return list(dict.fromkeys(found))
+
+
+def _one_or_list(values: list[str]) -> str | list[str] | None:
+    return values[0] if len(values) == 1 else values or None
+
+
+def dataset_of(info: Mapping[str, Any]) -> str | None:
+    """The corpus of a run: the label guide's `dataset`, else the Hub dataset that the run read; None if neither is known.
+
+    A path on somebody's disk is not published.
+    """
+    named = _of_guides([info], "dataset")
+    if named:
+        return named[0]
+    source = info["recipe"].get("train_file")
+    match = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
+    if match is None or Path(source).exists() or (match["path"] is None and Path(source).suffix in READERS):
+        return None
+    return match["repo"]
+
+
+def hub_model(name: str) -> str | None:
+    """The base model's Hub id, or None where it is a folder."""
+    return None if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1 else name
+
+
+def _example(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card's code is shown on: a dialogue of two turns, and the instruction of a decoder's prompt."""
+    if not info.get("label_guide"):
+        return {"turns": []}
+    guide = parse_label_guide(info["label_guide"], "run.json: label_guide")
+    target = guide.target_speaker or guide.speakers[0]
+    other = next((name for name in guide.speakers if name != target), target)
+    turns = [Turn(EXAMPLE[0], other), Turn(EXAMPLE[1], target)]
+    return {
+        "turns": turns,
+        "rendered_turns": [render_turn(turn) for turn in turns],
+        "instruction": render_instruction(guide).splitlines(keepends=True),
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.rows import NO_LABEL, Row
-from rareturn.decisions import metrics as metrics_module
-from rareturn.decisions.metrics import cohens_kappa, score_predictions
+from rareturn.decisions.metrics import cohens_kappa, score, score_predictions
 from rareturn.decisions.probabilities import probability_quality
-from rareturn.decisions.rules import Decision, Rule, decide
+from rareturn.decisions.rules import Rule, decide
 from rareturn.decisions.voting import Voting
-from rareturn.reports.figures import (
-    agreement,
-    confusion_matrix,
-    per_class_f1,
-    reliability_diagram,
-    search_curves,
+from rareturn.reports import figures
+from rareturn.reports.tables import (
+    SCORE_TITLES,
+    TEMPLATES,
+    Table,
+    interval_text,
+    measure_predictions,
+    per_class_table,
+    rows_per_class,
+    score_table,
 )
-from rareturn.reports.tables import SCORE_TITLES, Table, interval_text, per_class_table, score_table
 from rareturn.runs.alignment import display_names, protected_label
 from rareturn.runs.reading import Run
 
@@ -62,95 +63,35 @@ class Picture:
     png: bytes
     caption: str
 
-    def html(self) -> str:
-        data = base64.b64encode(self.png).decode()
-        caption = html.escape(self.caption)
-        return (
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 56rem; margin: 0 auto; padding: 1rem; }}
-h1 {{ font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid #ccc; }}
-h3 {{ font-size: 1rem; margin-bottom: .5rem; }}
-p {{ max-width: 42rem; overflow-wrap: anywhere; }}
-.note, figcaption {{ font-size: .875rem; color: #444; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }}
-th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom; }}
-@media (max-width: 40rem) {{ table {{ font-size: .75rem; }} th, td {{ padding: .25rem .3rem; }} }}
-th:first-child, td:first-child {{ text-align: left; }}
-td {{ overflow-wrap: break-word; }}
-figure {{ margin: 1rem 0; }}
-img {{ width: 100%; max-width: 42rem; height: auto; display: block; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def report_page(title: str, sections: Sequence[tuple[str, Sequence[str | Table | Picture]]]) -> str:
-    """One HTML file that holds everything it shows: no link, no script, no request.
-
-    Args:
-        sections: heading and what stands under it; a string is a paragraph. The first section's heading may be empty.
-    """
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for heading, parts in sections:
-        if heading:
-            body.append(f"<h2>{html.escape(heading)}</h2>")
-        body += [f"<p>{html.escape(part)}</p>" if isinstance(part, str) else part.html() for part in parts]
-    return PAGE.format(title=html.escape(title), body="\n".join(body))
+    @property
+    def data_uri(self) -> str:
+        """The bytes as a page holds them."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 def measure(
     runs: Sequence[Run], logits: Sequence[np.ndarray], outcome: Outcome, *, metric: str, seed: int
 ) -> dict[str, Any]:
-    """metrics.json, the test file's part excepted.
+    """What metrics.json holds, except for the test file.
 
     Args:
         logits: out-of-fold logits [n, c] of every run, in the row order of the first.
         metric: what the rule was fitted for.
         seed: of the bootstraps.
     """
-    info, oof = runs[0].info, runs[0].oof
-    names, labels = display_names(runs), oof.label
-    options = {
-        "num_labels": len(info["label_names"]),
-        "positive_labels": info["positive_labels"],
-        "seed": seed,
-    }
-    systems = {name: run.argmax(axis=1) for name, run in zip(names, logits, strict=True)}
+    first, labels = runs[0], runs[0].oof.label
+    systems = {name: run.argmax(axis=1) for name, run in zip(display_names(runs), logits, strict=True)}
+    stages = {name: getattr(outcome, name) for name in ("argmax", "in_sample", "cross_fitted")}
     metrics = {
         "metric": metric,
         "method": outcome.rule.method,
-        "fold_groups": info["fold_groups"],
+        "fold_groups": first.info["fold_groups"],
         "rows": len(labels),
-        "dialogues": len(set(oof.dialogue_id)),
+        "dialogues": len(set(first.oof.dialogue_id)),
         "notes": outcome.notes,
-        **{
-            stage: score_predictions(labels, predictions, oof.dialogue_id, **options)
-            for stage, predictions in (
-                ("argmax", outcome.argmax),
-                ("in_sample", outcome.in_sample),
-                ("cross_fitted", outcome.cross_fitted),
-            )
-        },
+        **{name: measure_predictions(first, predictions, seed) for name, predictions in stages.items()},
         "runs": {
-            name: score_predictions(labels, predictions, oof.dialogue_id, **options)
-            for name, predictions in systems.items()
+            name: measure_predictions(first, predictions, seed) for name, predictions in systems.items()
         },
         "probabilities": {
             "before_temperature": probability_quality(outcome.before, labels),
@@ -161,186 +102,153 @@ def measure(
     if len(runs) > 1:
         systems["blend, argmax"] = outcome.argmax
     systems["decision, cross-fitted"] = outcome.cross_fitted[0]
-    metrics["agreement"] = {
-        "systems": list(systems),
-        "cohens_kappa": [
-            [cohens_kappa(one, other, options["num_labels"]) for other in systems.values()]
-            for one in systems.values()
-        ],
-    }
+    kappa = [
+        [cohens_kappa(one, other, first.num_labels) for other in systems.values()] for one in systems.values()
+    ]
+    metrics["agreement"] = {"systems": list(systems), "cohens_kappa": kappa}
     return metrics
 
 
 def score_test(
     rows: Sequence[Row], predicted: np.ndarray, argmax: np.ndarray, info: dict[str, Any], seed: int
 ) -> dict[str, Any]:
-    """`test` for metrics.json: the scores of the rows that have a label; nothing if none has."""
+    """`test` for metrics.json: the scores of the rows that have a label; empty if none has."""
     labels = np.array([row.label for row in rows])
     known = labels != NO_LABEL
     if not known.any():
         return {}
     groups = [row.dialogue_id for row, use in zip(rows, known, strict=True) if use]
-    options = {
-        "num_labels": len(info["label_names"]),
-        "positive_labels": info["positive_labels"],
-        "seed": seed,
-    }
+    facts = {"num_labels": len(info["label_names"]), "positive_labels": info["positive_labels"], "seed": seed}
     scores = {
-        stage: score_predictions(labels[known], labels_of_stage[known], groups, **options)
-        for stage, labels_of_stage in (("argmax", argmax), ("decision", predicted))
+        stage: score_predictions(labels[known], of_stage[known], groups, **facts)
+        for stage, of_stage in (("argmax", argmax), ("decision", predicted))
     }
     return {"test": {"rows": int(known.sum()), **scores}}
 
 
 def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> dict[str, Table]:
-    """What is printed, and stands in the report and the card: `scores`, `per class`, `runs`, and the rest where it is."""
-    label_names = runs[0].label_names
-    metric, decision = metrics["metric"], outcome.rule.decision
-    of_runs = [
-        [
-            name,
-            f"{weight:.3f}",
-            run.info["base_model"].rstrip("/").split("/")[-1],
-            (run.revision or "folder")[:12],
-            interval_text(metrics["runs"][name][metric], metrics["runs"][name]["interval"][metric]),
-        ]
-        for name, run, weight in zip(display_names(runs), runs, outcome.rule.weights, strict=True)
-    ]
-    counts = np.bincount(runs[0].oof.label, minlength=len(label_names))
+    """The tables of terminal, report and card: `scores`, `per class`, `runs`, and `rule`, `probabilities`, `test` if any."""
+    label_names, metric = runs[0].label_names, metrics["metric"]
+    of_runs = []
+    for name, run, weight in zip(display_names(runs), runs, outcome.rule.weights, strict=True):
+        scores = metrics["runs"][name]
+        base = run.info["base_model"].rstrip("/").split("/")[-1]
+        revision = (run.revision or "folder")[:12]
+        found = interval_text(scores[metric], scores["interval"].get(metric))
+        of_runs.append([name, f"{weight:.3f}", base, revision, found])
+    header = ("run", "weight", "base model", "revision", f"{SCORE_TITLES[metric]}, argmax")
     tables = {
         "scores": score_table(metrics),
-        "per class": per_class_table(label_names, counts, metrics),
-        "runs": Table(
-            "Runs and their weights",
-            ("run", "weight", "base model", "revision", f"{SCORE_TITLES[metric]}, argmax"),
-            of_runs,
-        ),
+        "per class": per_class_table(label_names, rows_per_class(runs[0]), metrics),
+        "runs": Table("Runs and their weights", header, of_runs),
     }
     if outcome.voting is None:
-        gate = "none"
-        if decision.threshold is not None:
-            protected = f"{decision.protected_class} {label_names[decision.protected_class]}"
-            gate = f"label {protected} wherever its probability is {decision.threshold:.3f} or more"
-        tables["rule"] = Table(
-            f"Decision rule ({outcome.rule.method})",
-            ("label", "bias (nats)"),
-            [
-                [f"{label} {name}", f"{bias:+.3f}"]
-                for label, (name, bias) in enumerate(zip(label_names, decision.bias, strict=True))
-            ],
-            f"Gate: {gate}. Temperature of every run's logits: {decision.temperature:.3f}.",
-        )
-        tables["probabilities"] = Table(
-            "Probabilities of the blend on out-of-fold rows",
-            ("", "log loss (nats)", "Brier score (0 to 2)", "ECE (0 to 1)"),
-            [
-                [title, *(f"{value:.4f}" for value in metrics["probabilities"][key].values())]
-                for key, title in (
-                    ("before_temperature", "before temperature"),
-                    ("after_temperature_cross_fitted", "after temperature, cross-fitted"),
-                    ("after_temperature_in_sample", "after temperature, in-sample (tuned on these rows)"),
-                )
-            ],
-        )
+        tables |= _tables_of_rule(label_names, outcome.rule, metrics)
     if "test" in metrics:
         test = metrics["test"]
-        stages = {
-            "argmax": test["argmax"],
-            "decision": test["decision"],
-            "fold_groups": metrics["fold_groups"],
-        }
         tables["test"] = dataclasses.replace(
-            score_table(stages),
+            score_table({**test, "fold_groups": metrics["fold_groups"]}),
             title=f"Scores on the {test['rows']:,} labelled rows of the test file",
             note="[95 % interval, bootstrap over dialogues]; nothing was tuned on these rows.",
         )
     return tables
 
 
+def _tables_of_rule(label_names: Sequence[str], rule: Rule, metrics: Mapping[str, Any]) -> dict[str, Table]:
+    decision, gate = rule.decision, "none"
+    labels = [f"{label} {name}" for label, name in enumerate(label_names)]
+    if decision.threshold is not None:
+        protected = labels[decision.protected_class]
+        gate = f"label {protected} wherever its probability is {decision.threshold:.3f} or more"
+    biases = [[label, f"{bias:+.3f}"] for label, bias in zip(labels, decision.bias, strict=True)]
+    note = f"Gate: {gate}. Temperature of every run's logits: {decision.temperature:.3f}."
+    titles = {
+        "before_temperature": "before temperature",
+        "after_temperature_cross_fitted": "after temperature, cross-fitted",
+        "after_temperature_in_sample": "after temperature, in-sample (tuned on these rows)",
+    }
+    quality = [
+        [title, *(f"{value:.4f}" for value in metrics["probabilities"][key].values())]
+        for key, title in titles.items()
+    ]
+    header = ("", "log loss (nats)", "Brier score (0 to 2)", "ECE (0 to 1)")
+    return {
+        "rule": Table(f"Decision rule ({rule.method})", ("label", "bias (nats)"), biases, note),
+        "probabilities": Table("Probabilities of the blend on out-of-fold rows", header, quality),
+    }
+
+
 def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> list[Picture]:
-    """The report's pictures; those of the rule's parameters only where there is a rule and no vote."""
-    info, labels = runs[0].info, runs[0].oof.label
-    names, num_labels = info["label_names"], len(info["label_names"])
-    before, after = metrics["argmax"], metrics["cross_fitted"]
-    confusion = np.zeros((num_labels, num_labels), dtype=np.int64)
-    np.add.at(confusion, (labels, outcome.cross_fitted[0]), 1)
+    """The report's pictures; those of the rule's parameters only where a rule decides."""
+    run, names = runs[0], runs[0].label_names
+    before, after = (
+        (metrics[stage]["f1_per_class"], metrics[stage]["interval"]["f1_per_class"])
+        for stage in ("argmax", "cross_fitted")
+    )
+    counts = np.zeros((run.num_labels, run.num_labels), dtype=np.int64)
+    np.add.at(counts, (run.oof.label, outcome.cross_fitted[0]), 1)
+    rows = f"{metrics['rows']:,} out-of-fold rows, cross-fitted decision"
     pictures = [
         Picture(
             "per_class_f1.png",
-            per_class_f1(
-                names,
-                np.bincount(labels, minlength=num_labels),
-                (before["f1_per_class"], before["interval"]["f1_per_class"]),
-                (after["f1_per_class"], after["interval"]["f1_per_class"]),
-                info["positive_labels"],
-            ),
+            figures.per_class_f1(names, rows_per_class(run), before, after, run.positive_labels),
             "F1 of each label before (argmax) and after the decision rule, which was fitted on other dialogues than "
             "those it is scored on. Bars: 95 % intervals, bootstrap over dialogues.",
         ),
         Picture(
             "confusion.png",
-            confusion_matrix(
-                names,
-                confusion,
-                f"Where the rows of each label go\n({metrics['rows']:,} out-of-fold rows, cross-fitted decision)",
-            ),
-            "Each line is a true label: the share of its rows, and their number, that were given each label. The rule "
-            "was fitted on other dialogues (first repeat of the cross-fitting).",
+            figures.confusion_matrix(names, counts, f"Where the rows of each label go\n({rows})"),
+            "Each line is a true label: the share and the number of its rows that were given each label. The rule was "
+            "fitted on other dialogues (first repeat of the cross-fitting).",
         ),
         Picture(
             "agreement.png",
-            agreement(metrics["agreement"]["systems"], np.array(metrics["agreement"]["cohens_kappa"])),
+            figures.agreement(
+                metrics["agreement"]["systems"], np.array(metrics["agreement"]["cohens_kappa"])
+            ),
             "Agreement of the labels that two systems choose (Cohen's kappa: 1 always, 0 no more than by chance). Of "
-            "runs that are about as good, those that agree less have more to gain from a blend.",
+            "runs that are about equally good, those that agree less have more to gain from a blend.",
         ),
     ]
-    return pictures if outcome.voting else pictures + _pictures_of_rule(runs[0], outcome, metrics)
+    return pictures if outcome.voting else pictures + _pictures_of_rule(run, outcome, metrics)
 
 
 def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) -> list[Picture]:
-    info, labels = run.info, run.oof.label
     decision, quality, metric = outcome.rule.decision, metrics["probabilities"], metrics["metric"]
+    protected = protected_label(run) if decision.protected_class is None else decision.protected_class
+    label, unit = f"label {protected} {run.label_names[protected]}", np.eye(run.num_labels)[protected]
+    offsets, thresholds = np.linspace(-3, 3, 121), np.linspace(0.02, 1, 99)
+
+    def scores(**changes: Sequence[Any]) -> np.ndarray:
+        rules = (
+            dataclasses.replace(decision, **dict(zip(changes, values, strict=True)))
+            for values in zip(*changes.values(), strict=True)
+        )
+        facts = (run.num_labels, run.positive_labels, metric)
+        return np.array([score(run.oof.label, decide(outcome.after, rule), *facts) for rule in rules])
+
+    of_bias = scores(bias=[decision.bias + offset * unit for offset in offsets])
+    of_threshold = scores(threshold=thresholds, protected_class=[protected] * len(thresholds))
+    bias = float(decision.bias[protected])
+    curves = [
+        (f"Bias of {label} (δ, nats)", bias + offsets, of_bias, bias),
+        (f"Gate of {label} (τ, probability)", thresholds, of_threshold, decision.threshold),
+    ]
+    cross_fitted = metrics["cross_fitted"][metric], metrics["cross_fitted"]["interval"][metric]
     texts = (
         f"before: ECE {quality['before_temperature']['ece']:.3f}",
         f"after, fitted on other dialogues: ECE {quality['after_temperature_cross_fitted']['ece']:.3f}",
     )
-    protected = decision.protected_class
-    if protected is None:
-        protected = protected_label(run)
-
-    def score(rule: Decision) -> float:
-        predictions = decide(outcome.after, rule)
-        return metrics_module.score(
-            labels, predictions, len(info["label_names"]), info["positive_labels"], metric
-        )
-
-    biases = decision.bias[protected] + np.linspace(-3, 3, 121)
-    thresholds = np.linspace(0.02, 1, 99)
-    unit = np.eye(len(decision.bias))[protected]
-    of_bias = [
-        score(dataclasses.replace(decision, bias=decision.bias + (bias - decision.bias[protected]) * unit))
-        for bias in biases
-    ]
-    of_threshold = [
-        score(dataclasses.replace(decision, protected_class=protected, threshold=threshold))
-        for threshold in thresholds
-    ]
-    label = f"label {protected} {info['label_names'][protected]}"
-    curves = [
-        (f"Bias of {label} (δ, nats)", biases, np.array(of_bias), float(decision.bias[protected])),
-        (f"Gate of {label} (τ, probability)", thresholds, np.array(of_threshold), decision.threshold),
-    ]
-    cross_fitted = metrics["cross_fitted"][metric], metrics["cross_fitted"]["interval"][metric]
     return [
         Picture(
             "reliability.png",
-            reliability_diagram(outcome.before, outcome.scaled, labels, texts),
+            figures.reliability_diagram(outcome.before, outcome.scaled, run.oof.label, texts),
             "Above the diagonal the blend is too modest, below it too sure of itself. ECE, the expected calibration "
             "error: mean distance to the diagonal.",
         ),
         Picture(
             "search_curves.png",
-            search_curves(curves, cross_fitted, SCORE_TITLES[metric]),
+            figures.search_curves(curves, cross_fitted, SCORE_TITLES[metric]),
             "The blue line is in-sample: it scores the rows that the rule was fitted on, so its peaks promise too much. "
             "The dashed line and its band are what the rule scores when it is fitted on other dialogues.",
         ),
@@ -350,42 +258,21 @@ def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) ->
 def make_page(
     name: str, metrics: Mapping[str, Any], tables: Mapping[str, Table], pictures: Sequence[Picture]
 ) -> str:
-    """report.html."""
+    """report.html: one file that holds everything it shows, without links, scripts or requests."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     metric = metrics["metric"]
-    texts = {
-        stage: interval_text(metrics[stage][metric], metrics[stage]["interval"][metric])
-        for stage in ("argmax", "in_sample", "cross_fitted")
-    }
-    summary = (
-        f"{SCORE_TITLES[metric]} on {metrics['rows']:,} out-of-fold rows of {metrics['dialogues']:,} "
-        f"dialogues: {texts['cross_fitted']} with the decision rule ({metrics['method']}), cross-fitted; "
-        f"{texts['argmax']} with argmax. In-sample, that is on the rows that it was tuned on, the rule shows "
-        f"{texts['in_sample']}."
+    return environment.get_template("report.html.jinja").render(
+        name=name,
+        metrics=metrics,
+        score=SCORE_TITLES[metric],
+        scores={
+            stage: interval_text(metrics[stage][metric], metrics[stage]["interval"].get(metric))
+            for stage in ("argmax", "in_sample", "cross_fitted")
+        },
+        tables=tables,
+        pictures={picture.name.removesuffix(".png"): picture for picture in pictures},
     )
-    reading = (
-        "In brackets: 95 % intervals, by bootstrap over dialogues. Cross-fitted: the rule, and the weights if they were "
-        "searched, were fitted on other dialogues than those they are scored on; believe these figures. This is no "
-        "diagnostic instrument: nothing here may decide about a person."
-    )
-    picture = {picture.name: picture for picture in pictures}
-
-    def present(*parts: Table | Picture | None) -> list[Table | Picture]:
-        return [part for part in parts if part is not None]
-
-    sections = [
-        ("", [summary[0].upper() + summary[1:], reading, *metrics["notes"]]),
-        (
-            "Scores",
-            present(
-                tables["scores"],
-                tables.get("test"),
-                tables["per class"],
-                picture["per_class_f1.png"],
-                picture["confusion.png"],
-            ),
-        ),
-        ("Runs", present(tables["runs"], picture["agreement.png"])),
-        ("Decision", present(tables.get("rule"), picture.get("search_curves.png"))),
-        ("Probabilities", present(tables.get("probabilities"), picture.get("reliability.png"))),
-    ]
-    return report_page(f"Ensemble {name}", [section for section in sections if section[1]])

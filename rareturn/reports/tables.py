@@ -1,22 +1,25 @@
-"""Tables as text, Markdown and HTML.
+"""Tables: text here, Markdown and HTML in the templates of the card and the page.
 
 A figure that was tuned on the rows it scores says so wherever it stands, and has its cross-fitted one beside it.
 """
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from rareturn.decisions.metrics import score_predictions
+from rareturn.files import packaged
+from rareturn.runs.reading import Run
+
+TEMPLATES = packaged("reports/templates")
 FOLD_TEXTS = {
     "dialogue": "folds of whole dialogues: the figures estimate rows of new dialogues",
     "none": "folds of rows: the figures estimate new rows of dialogues that the model has seen other rows of",
 }
-
-
 SCORE_TITLES = {
     "macro_f1_positive": "macro F1, positive labels",
     "macro_precision_positive": "macro precision, positive labels",
@@ -25,8 +28,6 @@ SCORE_TITLES = {
     "macro_f1": "macro F1, all labels",
     "weighted_f1": "weighted F1",
 }
-
-
 STAGE_TITLES = {
     "argmax": "argmax, nothing tuned",
     "cross_fitted": "decision, cross-fitted",
@@ -49,45 +50,44 @@ class Table:
     note: str = ""
 
     def text(self) -> str:
-        """Aligned columns; the first to the left, the others to the right."""
+        """Aligned columns, the first to the left and the others to the right."""
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        lines = []
+        for first, *others in (self.header, *self.rows):
+            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
 
-        def line(cells: Sequence[str]) -> str:
-            first, *others = (
-                cell.rjust(width) if position else cell.ljust(width)
-                for position, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            return "  ".join([first, *others]).rstrip()
 
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        note = [self.note] if self.note else []
-        return "\n".join([self.title, line(self.header), rule, *map(line, self.rows), *note])
+def measure_predictions(run: Run, predictions: np.ndarray, seed: int = 42) -> dict[str, Any]:
+    """Scores of predictions of a run's out-of-fold rows, with their intervals; see `metrics.score_predictions`.
 
-    def markdown(self) -> str:
-        """A GitHub-flavoured table, without the title."""
+    Args:
+        predictions: int [n] or [repeats, n], in the row order of `run.oof`.
+        seed: of the bootstrap.
+    """
+    return score_predictions(
+        run.oof.label,
+        predictions,
+        run.oof.dialogue_id,
+        num_labels=run.num_labels,
+        positive_labels=run.positive_labels,
+        seed=seed,
+    )
 
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-        marks = "|" + "|".join(["---", *["---:"] * (len(self.header) - 1)]) + "|"
-        note = ["", self.note] if self.note else []
-        return "\n".join([line(self.header), marks, *map(line, self.rows), *note])
+def measure_run(run: Run) -> dict[str, Any]:
+    """A run on its own: `argmax`, the scores of its out-of-fold rows, and `rows_per_class`."""
+    return {
+        "argmax": measure_predictions(run, run.oof.logits.argmax(axis=1)),
+        "rows_per_class": rows_per_class(run),
+    }
 
-    def html(self) -> str:
-        """A table that scrolls sideways where the screen is too narrow."""
 
-        def line(cells: Sequence[str], tag: str) -> str:
-            texts = (
-                re.sub(r"(\[\S+) (\S+\])", r"\1&nbsp;\2", html.escape(cell)) for cell in cells
-            )  # an interval stays on one line
-            return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
-
-        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
-        body = "".join(line(row, "td") for row in self.rows)
-        return (
-            f'<h3>{html.escape(self.title)}</h3><div class="scroll"><table><thead>{line(self.header, "th")}</thead>'
-            f"<tbody>{body}</tbody></table></div>{note}"
-        )
+def rows_per_class(run: Run) -> list[int]:
+    """How many out-of-fold rows each label has."""
+    return np.bincount(run.oof.label, minlength=run.num_labels).tolist()
 
 
 def interval_text(value: float, interval: Sequence[float] | None) -> str:
@@ -96,43 +96,32 @@ def interval_text(value: float, interval: Sequence[float] | None) -> str:
 
 
 def score_table(metrics: Mapping[str, Any]) -> Table:
-    """Argmax, in-sample and cross-fitted scores side by side.
+    """Argmax, cross-fitted and in-sample scores side by side.
 
     Args:
         metrics: `argmax`, `in_sample`, `cross_fitted`, each with the names of DESIGN 9 and `interval` (score's name to
             its bounds); `fold_groups`.
     """
-    stages = [stage for stage in STAGE_TITLES if stage in metrics]
+    stages = {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
     rows = [
-        [
-            title,
-            *(interval_text(metrics[stage][name], metrics[stage]["interval"].get(name)) for stage in stages),
-        ]
+        [title, *(interval_text(scores[name], scores["interval"].get(name)) for scores in stages.values())]
         for name, title in SCORE_TITLES.items()
     ]
     note = f"[95 % interval, bootstrap over dialogues]; {FOLD_TEXTS[metrics['fold_groups']]}."
-    return Table(
-        "Scores on out-of-fold rows", ("score", *(STAGE_TITLES[stage] for stage in stages)), rows, note
-    )
+    return Table("Scores on out-of-fold rows", ("score", *stages), rows, note)
 
 
-def per_class_table(
-    label_names: Sequence[str], rows_per_class: Sequence[int], metrics: Mapping[str, Any]
-) -> Table:
-    """F1 of each label, the same three ways; `metrics` as `score_table` takes them."""
-    stages = [stage for stage in STAGE_TITLES if stage in metrics]
-    rows = [
-        [
-            f"{label} {name}",
-            str(count),
-            *(
-                interval_text(
-                    metrics[stage]["f1_per_class"][label], metrics[stage]["interval"]["f1_per_class"][label]
-                )
-                for stage in stages
-            ),
+def per_class_table(label_names: Sequence[str], counts: Sequence[int], metrics: Mapping[str, Any]) -> Table:
+    """F1 of each label, in the same columns; `counts` are its rows, `metrics` as `score_table` takes them."""
+    stages = {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
+    rows = []
+    for label, (name, count) in enumerate(zip(label_names, counts, strict=True)):
+        cells = [
+            interval_text(
+                scores["f1_per_class"][label],
+                (scores["interval"].get("f1_per_class") or {label: None})[label],
+            )
+            for scores in stages.values()
         ]
-        for label, (name, count) in enumerate(zip(label_names, rows_per_class, strict=True))
-    ]
-    header = ("label", "rows", *(STAGE_TITLES[stage] for stage in stages))
-    return Table("F1 of each label on out-of-fold rows", header, rows)
+        rows.append([f"{label} {name}", str(count), *cells])
+    return Table("F1 of each label on out-of-fold rows", ("label", "rows", *stages), rows)

@@ -30,7 +30,7 @@ from rareturn.files import read_json
 from rareturn.models.loading import loading_problems
 from rareturn.runs.folder import adapter_dir
 from rareturn.runs.hub import pull_files, resolve_revision
-from rareturn.runs.publish import pull_adapters
+from rareturn.runs.publish import public_info, pull_adapters
 from rareturn.runs.reading import Run
 from rareturn.runs.references import check_revision, model_repo, parse_reference, table_repo
 
@@ -69,7 +69,7 @@ def _hub_model(repo_id: str, run: Run) -> dict[str, Any]:
         InputError: no such repo, one of another run, or a fold is missing there.
     """
     folder, sha = pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
-    if read_json(folder / "run.json") != run.info:
+    if read_json(folder / "run.json") not in (run.info, public_info(run.info)):
         raise InputError(f"{repo_id}: run.json: it is not the run of {run.reference}")
     subfolders = [f"fold-{fold}" for fold in range(run.info["num_folds"])]
     missing = [name for name in subfolders if not (folder / name / "metrics.json").is_file()]

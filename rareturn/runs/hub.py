@@ -1,15 +1,16 @@
-"""Files to and from Hub repositories, whole: pushes that survive a bad network, pulls that take only what is safe.
+"""Files to and from Hub repositories: pushes that survive a bad network, pulls that take only safe kinds of files.
 
-`huggingface_hub` does not retry the POST of a commit, and the folds of a run may finish at the same moment. A push here
+`huggingface_hub` does not retry the POST of a commit, and the folds of a run may finish at the same moment. So a push
 is a loop: look at the newest commit, compare what it holds with what should be there (git and SHA-256 hashes), commit
-what is missing on top of exactly that commit, look again. So a commit whose answer was lost is recognized, a commit
-that another process was faster than is repeated on the new parent, and a file is there when the Hub says so.
+what is missing on top of exactly that commit, and look again. This recognizes a commit whose answer was lost, repeats
+one that another process overtook on the new parent, and returns only when the Hub itself shows every file.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import functools
 import json
 import logging
 import math
@@ -18,7 +19,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils.sha import git_hash
 
 from rareturn.errors import InputError
 
@@ -42,28 +43,17 @@ logger = logging.getLogger(__name__)
 
 # Nothing else is pushed or pulled: pickles (.bin, .pt, .pkl) run code when they are loaded.
 SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".model", ".jinja", ".png", ".html")
-
-
 TEXT_FILES = ("merges.txt", "vocab.txt")
-
-
 TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
-
-
-PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typing error
-
-
-TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub waits for ever by default
-
+PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typo
+TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub never times out by default
 
 Content = Path | bytes | Callable[[bytes | None], bytes]
-
-
 Result = TypeVar("Result")
 
 
 class PushError(Exception):
-    """A push that did not arrive, in one line. The user made no mistake: scripts exit with status `exit_code`."""
+    """A push that failed, in one line. It is not the user's mistake: scripts exit with status `exit_code`."""
 
     exit_code = 3
 
@@ -72,7 +62,7 @@ class PushError(Exception):
 
 
 class _NotYet(Exception):
-    """The Hub contradicts itself (a repo that was made is not found): ask again."""
+    """The Hub contradicts itself (a repo that was just created is not found): ask again."""
 
 
 def may_travel(name: str) -> bool:
@@ -81,7 +71,7 @@ def may_travel(name: str) -> bool:
 
 
 class _Persistence:
-    """Repeats calls that fail for a reason that passes: exponential backoff with jitter, until a deadline.
+    """Repeats calls that fail for a passing reason: exponential backoff with jitter, until a deadline.
 
     The environment variables RARETURN_BACKOFF_SECONDS (first wait, 1) and RARETURN_PUSH_SECONDS (deadline, 900) are
     for tests and for slow lines.
@@ -92,7 +82,7 @@ class _Persistence:
         self.deadline = time.monotonic() + min(seconds, float(os.environ.get("RARETURN_PUSH_SECONDS", "900")))
 
     def call(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-        """`function(*arguments, **options)`, again after each error that may pass; others are raised."""
+        """Call the function, again after each error that may pass; raise any other."""
         attempt = 0
         while True:
             get_session().timeout = TIMEOUT
@@ -103,7 +93,7 @@ class _Persistence:
             attempt += 1
 
     def wait(self, error: Exception, attempt: int) -> None:
-        """Sleep before the next attempt; raise the error if it does not pass or the deadline comes first."""
+        """Sleep before the next attempt; raise the error if it will not pass or the deadline comes first."""
         asked = _seconds_asked(error)
         if asked is None:
             raise error
@@ -115,14 +105,14 @@ class _Persistence:
 
 
 def _causes(error: BaseException | None) -> Iterable[BaseException]:
-    """The error and what it was raised from: an upload's HTTP error comes wrapped in a RuntimeError."""
+    """The error and what caused it: an upload's HTTP error comes wrapped in a RuntimeError."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _seconds_asked(error: Exception) -> float | None:
-    """Seconds that the server asked to wait (0 if it did not say), or None for an error that will not pass."""
+    """Seconds that the server asked us to wait (0 if it did not say), or None for an error that will not pass."""
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             status = cause.response.status_code
@@ -131,14 +121,14 @@ def _seconds_asked(error: Exception) -> float | None:
                 return None
             asked = cause.response.headers.get("Retry-After", "")
             return float(asked) if asked.isdigit() else 0.0
-        # A proxy's HTML page in place of JSON ends as a JSONDecodeError in the client's validation of READMEs.
+        # A proxy's HTML page in place of JSON surfaces as a JSONDecodeError when the client validates a README.
         if isinstance(cause, (httpx2.TransportError, json.JSONDecodeError, _NotYet)):
             return None if isinstance(cause, httpx2.UnsupportedProtocol) else 0.0
     return None
 
 
 def explain(error: BaseException) -> str:
-    """An error of the Hub in a few words, without its URL (which may be signed)."""
+    """A Hub error in a few words, without its URL (which may be signed)."""
     for cause in _causes(error):
         if isinstance(cause, HfHubHTTPError):
             said = " ".join((cause.server_message or "").split())[:160]
@@ -146,34 +136,6 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, httpx2.TransportError):
             return f"{type(cause).__name__} ({cause})"
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-class _Local:
-    """A file or bytes to push, with the two hashes that the Hub knows files by (computed once)."""
-
-    def __init__(self, content: Path | bytes):
-        self.content = content
-        self.size = len(content) if isinstance(content, bytes) else content.stat().st_size
-
-    @cached_property
-    def sha256(self) -> str:
-        return self._digest(hashlib.sha256())
-
-    @cached_property
-    def git_oid(self) -> str:
-        return self._digest(hashlib.sha1(b"blob %d\0" % self.size))
-
-    def _digest(self, digest: Any) -> str:
-        if isinstance(self.content, bytes):
-            digest.update(self.content)
-        else:
-            with open(self.content, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        return digest.hexdigest()
-
-    def operation(self, path: str) -> CommitOperationAdd:
-        return CommitOperationAdd(path, self.content)
 
 
 def push_files(
@@ -188,15 +150,15 @@ def push_files(
     """Put files into a repo in one commit, and return the SHA of a commit that was seen to hold every byte of them.
 
     Args:
-        files: path in the repo to a local file, to bytes, or to a function that is given the bytes at that path in the
+        files: path in the repo to a local file, to bytes, or to a function that takes the bytes at that path in the
             parent commit (None: no such file) and returns the new ones.
         message: of the commit.
-        kept_in: the folder that still holds everything if the push fails, for the error's line.
-        private: of a repo that is made here; an existing one keeps its visibility.
+        kept_in: the folder that still holds everything if the push fails; the error names it.
+        private: of a repo that is created here; an existing one keeps its visibility.
 
     Raises:
         PushError: no permission, no such organisation, a README that the Hub refuses, or no success in time.
-        InputError: a file that may not travel, or that has the Hub token in it.
+        InputError: a file of a kind that is never pushed, or one that contains the Hub token.
     """
     for path, content in files.items():
         if not may_travel(path):
@@ -207,19 +169,19 @@ def push_files(
     except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, OSError, _NotYet) as error:
         status = {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
         if 401 in status:
-            what = f"no valid token (hf auth login, or HF_TOKEN): {explain(error)}"
+            reason = "no valid token (hf auth login, or HF_TOKEN)"
         elif 403 in status:
-            what = f"the token may not write there: {explain(error)}"
+            reason = "the token may not write there"
         else:
-            what = f"gave up: {explain(error)}"
+            reason = "gave up"
         raise PushError(
-            f"{repo_id}: push failed: {what}; everything stays on disk in {os.fspath(kept_in)}; "
+            f"{repo_id}: push failed: {reason}: {explain(error)}; everything stays on disk in {os.fspath(kept_in)}; "
             "repeat with --push_only"
         ) from error
 
 
 def _refuse_token(path: str, content: Content) -> None:
-    """A token given on a command line ends in run.json, and one in a config in the model's folder."""
+    """A token given on a command line may end up in run.json, and one in a config in the model's folder."""
     token = get_token()
     if token and not callable(content) and path.endswith((".json", ".md", ".html", ".jinja")):
         data = content if isinstance(content, bytes) else content.read_bytes()
@@ -229,10 +191,10 @@ def _refuse_token(path: str, content: Content) -> None:
 
 def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool) -> str:
     persistence = _Persistence()
-    fixed = {path: _Local(content) for path, content in files.items() if not callable(content)}
+    fixed = {path: CommitOperationAdd(path, file) for path, file in files.items() if not callable(file)}
     attempt, committed = 0, None
     while True:
-        # After a commit, that very commit is looked at: a later one may hold another process's version of a file.
+        # After a commit, check that very commit: a later one may hold another process's version of a file.
         parent = committed or persistence.call(repo.head, private)
         wanted = dict(fixed)
         for path, content in files.items():
@@ -240,7 +202,7 @@ def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool
                 present = persistence.call(repo.read, path, parent)
                 new = content(present)
                 if new != present:
-                    wanted[path] = _Local(new)
+                    wanted[path] = CommitOperationAdd(path, new)
         held = persistence.call(repo.held, wanted, parent)
         missing = [path for path in wanted if path not in held]
         if not missing:
@@ -248,12 +210,27 @@ def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool
         try:
             if committed:
                 raise _NotYet(f"{missing[0]} did not arrive")
-            operations = [wanted[path].operation(path) for path in missing]
-            committed = repo.commit(operations, message, parent)
+            operations = [_unused(wanted[path]) for path in missing]
+            get_session().timeout = TIMEOUT
+            committed = repo.api.create_commit(
+                **repo.where, operations=operations, commit_message=message, parent_commit=parent
+            ).oid
         except Exception as error:
             committed = None
             persistence.wait(error, attempt)
             attempt += 1
+
+
+def _unused(operation: CommitOperationAdd) -> CommitOperationAdd:
+    """A copy that was never uploaded, since `create_commit` skips what it believes to be there; the hash is kept."""
+    copy = dataclasses.replace(operation)
+    copy.upload_info = operation.upload_info
+    return copy
+
+
+@functools.cache
+def _warn_of_public(repo_id: str) -> None:
+    logger.warning("%s already exists and is public: everyone can read what is pushed there", repo_id)
 
 
 class _Repo:
@@ -264,7 +241,7 @@ class _Repo:
         self.where = {"repo_id": repo_id, "repo_type": repo_type}
 
     def head(self, private: bool) -> str:
-        """The SHA of the newest commit; makes the repo where there is none."""
+        """The SHA of the newest commit; creates the repo if there is none."""
         try:
             info = self.api.repo_info(**self.where)
         except RepositoryNotFoundError:
@@ -272,16 +249,10 @@ class _Repo:
             try:
                 info = self.api.repo_info(**self.where)
             except RepositoryNotFoundError:
-                raise _NotYet(f"{self.where['repo_id']} was made and is not found") from None
+                raise _NotYet(f"{self.where['repo_id']} was created but is not found yet") from None
         if private and info.private is False:
-            logger.warning("%s exists and is public: what is pushed there can be read by all", info.id)
+            _warn_of_public(info.id)
         return info.sha
-
-    def commit(self, operations: list[CommitOperationAdd], message: str, parent: str) -> str:
-        get_session().timeout = TIMEOUT
-        return self.api.create_commit(
-            **self.where, operations=operations, commit_message=message, parent_commit=parent
-        ).oid
 
     def read(self, path: str, revision: str) -> bytes | None:
         """A small file's bytes at a commit, or None."""
@@ -292,26 +263,29 @@ class _Repo:
             return None
         return response.content
 
-    def held(self, wanted: Mapping[str, _Local], revision: str) -> set[str]:
-        """The paths that a commit has as they should be: hash by hash, and for a large file its bytes too."""
+    def held(self, wanted: Mapping[str, CommitOperationAdd], revision: str) -> set[str]:
+        """The paths at which a commit holds the wanted bytes: compared by hash, and a large file's end is fetched."""
         infos = self.api.get_paths_info(**self.where, paths=list(wanted), revision=revision) if wanted else []
-        held = set()
-        for info in infos:
-            local = wanted.get(info.path)
-            if local is None or not isinstance(info, RepoFile) or info.size != local.size:
-                continue
-            if info.lfs is None:
-                same = info.blob_id == local.git_oid
-            else:
-                same = info.lfs.sha256 == local.sha256 and self._arrived(info.path, local.size, revision)
-            if same:
-                held.add(info.path)
-        return held
+        return {
+            info.path
+            for info in infos
+            if isinstance(info, RepoFile)
+            and info.path in wanted
+            and self._holds(info, wanted[info.path], revision)
+        }
 
-    def _arrived(self, path: str, size: int, revision: str) -> bool:
-        """A commit names a large file by its hash; that says nothing of its bytes, so ask for the last one."""
-        headers = {**build_hf_headers(), "Range": f"bytes={size - 1}-{size - 1}"}
-        with get_session().stream("GET", self._url(path, revision), headers=headers) as response:
+    def _holds(self, info: RepoFile, operation: CommitOperationAdd, revision: str) -> bool:
+        if info.size != operation.upload_info.size:
+            return False
+        if info.lfs is None:
+            with operation.as_file() as file:
+                return info.blob_id == git_hash(file.read())
+        return info.lfs.sha256 == operation.upload_info.sha256.hex() and self._arrived(info, revision)
+
+    def _arrived(self, info: RepoFile, revision: str) -> bool:
+        """A commit names a large file by its hash, which says nothing of its bytes: ask for the last one."""
+        headers = {**build_hf_headers(), "Range": f"bytes={info.size - 1}-{info.size - 1}"}
+        with get_session().stream("GET", self._url(info.path, revision), headers=headers) as response:
             if response.status_code in TRANSIENT_STATUS:
                 response.read()
                 hf_raise_for_status(response)
@@ -322,10 +296,10 @@ class _Repo:
 
 
 def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str]], *, private: bool) -> None:
-    """Put repos into the collection of this title, which is made if need be; a failure is a warning, not a loss.
+    """Put repos into the collection of this title, creating it if needed; a failure is only a warning.
 
     Args:
-        items: (repo id, `model` or `dataset`) pairs; one that is there already stays as it is.
+        items: (repo id, `model` or `dataset`) pairs; those already in it stay as they are.
     """
     api, persistence = HfApi(), _Persistence()
     try:
@@ -339,7 +313,7 @@ def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str
 
 
 def resolve_revision(repo_id: str, *, repo_type: str = "model", revision: str | None = None) -> str | None:
-    """The commit SHA behind a branch, a tag or the newest commit (None); None for a folder on disk.
+    """The commit SHA of a branch, a tag or the newest commit (None); returns None for a folder on disk.
 
     Raises:
         InputError: no such repo or revision, no permission, or the Hub cannot be reached.
@@ -365,7 +339,7 @@ def pull_files(
     """Download a repo's files at one commit into the cache.
 
     Args:
-        patterns: of paths in the repo (fnmatch, `*` crosses folders); of these only the kinds that may travel.
+        patterns: paths in the repo (fnmatch, `*` crosses folders); other kinds than those in `SUFFIXES` are skipped.
 
     Returns:
         The folder that holds them, and the commit's SHA.
@@ -375,7 +349,7 @@ def pull_files(
     """
     sha = resolve_revision(repo_id, repo_type=repo_type, revision=revision)
     if sha is None:
-        raise InputError(f"{repo_id}: a repo id expected, not a folder")
+        raise InputError(f"{repo_id}: expected a repo id, not a folder")
     where = {"repo_id": repo_id, "repo_type": repo_type, "revision": sha}
     allowed = {
         pattern if may_travel(pattern) else pattern + ending
@@ -397,7 +371,7 @@ def pull_files(
 
 @contextlib.contextmanager
 def _as_input_error(repo_id: str, revision: str | None) -> Iterator[None]:
-    """What the Hub says of a reference, as a line for the user who gave it."""
+    """Turn what the Hub says about a reference into a line for the user who gave it."""
     try:
         yield
     except RevisionNotFoundError:

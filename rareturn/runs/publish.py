@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
-from collections.abc import Iterable
-from pathlib import Path
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import yaml
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
+from rareturn.files import packaged, read_json
 from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_name, table_path
 from rareturn.runs.hub import Content, add_to_collection, may_travel, pull_files, push_files
 from rareturn.runs.references import model_repo, parse_reference, table_repo
-
-DATASET_CARD = """
-# {name}: logits
-
-Out-of-fold (`oof`) and test (`test`) logits of the runs of `{name}`, one config a run, made with rareturn. A row has
-`id`, `dialogue_id`, `fold` (of the model that made the logits), `label` (-1: none) and `logits` (float32, one a label);
-`data/<run>/run.json` names the labels, `data/<run>/folds.json` holds the folds. There is no word of any dialogue here.
-
-```python
-from datasets import load_dataset
-
-oof = load_dataset("{repo_id}", "{run}", split="oof")
-```
-
-In a script of rareturn: `calibrate.py --run {repo_id}:{run}`.
-"""
 
 
 def push_fold(
     run_dir: str | os.PathLike, fold: int, namespace: str, name: str, *, private: bool = True
 ) -> dict[str, str]:
-    """Push a complete fold: one commit to the model repo, one to the dataset repo, of paths that no other fold writes.
+    """Push a complete fold: one commit to each repo, of paths that no other fold writes.
 
-    The model's files are those of `RUN/fold-<k>/adapter/` and the files that lie in `RUN/fold-<k>/` itself (metrics, a
-    linear head). Pushing it again changes nothing.
+    The model's files are those in `RUN/fold-<k>/adapter/` and directly in `RUN/fold-<k>/` (metrics, a linear head).
+    Pushing again changes nothing.
 
     Returns:
         Repo id to the SHA of a commit that holds the files.
 
     Raises:
-        InputError: the fold is not complete, or a name cannot be one.
+        InputError: the fold is not complete, or a name that the Hub does not take.
         PushError: see `hub.push_files`.
     """
     run_dir = Path(run_dir)
@@ -82,10 +69,10 @@ def push_run(
     private: bool = True,
     collection: bool = True,
 ) -> dict[str, str]:
-    """Push what belongs to the whole run: `run.json`, `folds.json`, the card, and the run's config in the dataset's card.
+    """Push what belongs to the whole run: `run.json`, `folds.json`, the card, and the run's config in the dataset card.
 
-    Other configs and all prose of a dataset card that is there are kept, also against another process that changes it
-    at the same moment. The repos are tied together by a collection of the name `NAME`.
+    Other configs and all prose of an existing dataset card are kept, even if another process changes it at the same
+    moment. The collection `NAME` ties the repos together.
 
     Args:
         model_card: text of the model repo's README.md, YAML header included.
@@ -100,24 +87,47 @@ def push_run(
     run = read_run_name(run_dir)
     repos = model_repo(namespace, name, run), table_repo(namespace, name)
     has_test = any((run_dir / "test").glob("fold-*.parquet"))
-    facts = {file: run_dir / file for file in ("run.json", "folds.json")}
-    read_folds(facts["folds.json"])
+    read_folds(run_dir / "folds.json")
+    info = public_info(read_json(run_dir / "run.json"))
+    facts: dict[str, Content] = {
+        "run.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
+        "folds.json": run_dir / "folds.json",
+    }
+    tables: dict[str, Content] = {f"data/{run}/{file}": content for file, content in facts.items()}
+    tables["README.md"] = lambda present: dataset_card(present, repos[1], run, has_test)
     options = {"message": f"{run}: run and card", "kept_in": run_dir, "private": private}
     shas = {
         repos[0]: push_files(repos[0], {**facts, "README.md": model_card.encode()}, **options),
-        repos[1]: push_files(
-            repos[1],
-            {
-                **{f"data/{run}/{file}": path for file, path in facts.items()},
-                "README.md": lambda present: dataset_card(present, repos[1], run, has_test),
-            },
-            repo_type="dataset",
-            **options,
-        ),
+        repos[1]: push_files(repos[1], tables, repo_type="dataset", **options),
     }
     if collection:
         add_to_collection(namespace, name, [(repos[0], "model"), (repos[1], "dataset")], private=private)
     return shas
+
+
+def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
+    """`run.json` as it is pushed: in `command` and `recipe`, absolute paths are reduced to file names.
+
+    Doing it twice changes nothing, so a pushed run.json and the one on disk are compared by it.
+    """
+
+    def reduced(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: reduced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [reduced(item) for item in value]
+        if isinstance(value, str):
+            flag, given, path = value.rpartition("=")
+            for kind in (PurePosixPath, PureWindowsPath):
+                if kind(path).is_absolute():
+                    return flag + given + kind(path).name
+        return value
+
+    try:
+        words = shlex.split(info["command"])
+    except ValueError:  # another tool's idea of a command line
+        words = info["command"].split()
+    return {**info, "recipe": reduced(info["recipe"]), "command": shlex.join(reduced(words))}
 
 
 def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) -> bytes:
@@ -127,47 +137,47 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
         present: the README as it is; None if there is none.
 
     Raises:
-        ValueError: the README's YAML header cannot be read, so nothing can be kept of it.
+        ValueError: the README's YAML header cannot be read, so it cannot be kept.
     """
+    from huggingface_hub import DatasetCard, DatasetCardData
+
     splits = ("oof", "test") if has_test else ("oof",)
     config = {
         "config_name": run,
         "data_files": [{"split": split, "path": f"data/{run}/{split}-fold-*.parquet"} for split in splits],
     }
-    name = repo_id.split("/")[1].removesuffix("-oof")
     if present is None:
-        header, prose = {"tags": ["rareturn"]}, DATASET_CARD.format(name=name, repo_id=repo_id, run=run)
-    else:
-        text = present.decode()
-        match = re.match(r"---[ \t]*\r?\n(.*?\r?\n)??---[ \t]*(?:\r?\n|\Z)", text, re.DOTALL)
-        prose = text[match.end() :] if match else text
-        try:
-            header = (yaml.safe_load(match[1] or "") if match else None) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
-    configs = (header.get("configs") or []) if isinstance(header, dict) else None
+        name = repo_id.split("/")[1].removesuffix("-oof")
+        template = packaged("reports/templates/dataset_card.md.jinja")
+        data = DatasetCardData(tags=["rareturn"], configs=[config])
+        card = DatasetCard.from_template(data, str(template), name=name, repo_id=repo_id, run=run)
+        return str(card).encode()
+    try:
+        card = DatasetCard(present.decode())
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
+    configs = card.data.get("configs", [])
     if not isinstance(configs, list) or not all(isinstance(other, dict) for other in configs):
-        raise ValueError("the configs in the YAML header of its README.md are no list of mappings")
-    if present is not None and config in configs:
+        raise ValueError("the configs in the YAML header of its README.md are not a list of mappings")
+    if config in configs:
         return present
     names = [other.get("config_name") for other in configs]
     if run in names:
         configs[names.index(run)] = config
     else:
-        configs = [*configs, config]
-    header = yaml.safe_dump({**header, "configs": configs}, sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{header}---\n{prose}".encode()
+        card.data["configs"] = [*configs, config]
+    return str(card).encode()
 
 
 def pull_run(reference: str | os.PathLike) -> tuple[Path, str]:
-    """Fetch a run's tables from the Hub into the cache: the folder with `run.json`, and the commit's SHA.
+    """Fetch a run's tables from the Hub into the cache; returns the folder with `run.json` and the commit's SHA.
 
     Raises:
         InputError: not a Hub reference, no such repo, revision or run, or the Hub cannot be reached.
     """
     where = parse_reference(reference)
     if where.repo_id is None or where.run is None:
-        raise InputError(f"{reference}: a folder, not a run on the Hub")
+        raise InputError(f"{reference}: expected a run on the Hub, not a folder")
     folder, sha = pull_files(
         where.repo_id, repo_type="dataset", revision=where.revision, patterns=[f"data/{where.run}/*"]
     )
@@ -177,7 +187,7 @@ def pull_run(reference: str | os.PathLike) -> tuple[Path, str]:
 
 
 def pull_adapters(repo_id: str, *, revision: str | None = None, folds: Iterable[int]) -> tuple[Path, str]:
-    """Fetch a run's adapters from its model repo into the cache: the folder with `fold-<k>/`, and the commit's SHA.
+    """Fetch a run's adapters from its model repo into the cache; returns the folder of `fold-<k>/` and the commit's SHA.
 
     Raises:
         InputError: as `hub.pull_files`, or a fold without safetensors.

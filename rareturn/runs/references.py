@@ -9,35 +9,12 @@ from pathlib import Path
 
 from rareturn.errors import InputError
 
+# What the Hub takes as one part of a repo id, and what is safe as one part of a path.
+NAME = re.compile(r"(?!.*(?:\.\.|--|\.git\Z))[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9_./-]*")
 REFERENCE = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(?P<run>[^@/:]+)(?:@(?P<revision>[^@\s]+))?"
+    r"(?P<organisation>[^/:@]+)/(?P<dataset>[^/:@]+):(?P<run>[^/:@]+)(?:@(?P<revision>.+))?"
 )
-
-
-NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-
-
-REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]*")
-
-
-def check_name(name: str, what: str) -> str:
-    """The name, if it can be a part of a path and of a repo id: letters, digits, `_`, `.`, `-`.
-
-    Raises:
-        InputError: empty, too long, another character, `..` or `--` in it, a dot or dash at an end, or `.git` there.
-    """
-    if (
-        not isinstance(name, str)
-        or not NAME.fullmatch(name)
-        or ".." in name
-        or "--" in name
-        or name.endswith(".git")
-        or len(name) > 96
-    ):
-        raise InputError(
-            f"{what} {name!r}: letters, digits, '_', '.', '-' only (no '..' or '--'; starts with a letter or a digit)"
-        )
-    return name
 
 
 @dataclass(frozen=True)
@@ -48,6 +25,31 @@ class Reference:
     repo_id: str | None = None
     run: str | None = None
     revision: str | None = None
+
+
+def check_name(name: str, what: str) -> str:
+    """Return the name if it can be part of a path and of a repo id.
+
+    Raises:
+        InputError: empty, longer than 96 characters, or with something in it that the message rules out.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise InputError(
+            f"{what} {name!r}: letters, digits, '_', '.', '-' only (96 at most, starting with a letter or a digit; "
+            "no '..', no '--', no '.', '-' or '.git' at the end)"
+        )
+    return name
+
+
+def check_revision(revision: str, where: str) -> str:
+    """Return the revision if it can be a branch, a tag or a commit SHA.
+
+    Raises:
+        InputError: another character, or `..` in it.
+    """
+    if not REVISION.fullmatch(revision):
+        raise InputError(f"{where}: {revision!r} is not a revision: give a branch, a tag or a commit SHA")
+    return revision
 
 
 def parse_reference(reference: str | os.PathLike) -> Reference:
@@ -61,43 +63,29 @@ def parse_reference(reference: str | os.PathLike) -> Reference:
     match = REFERENCE.fullmatch(os.fspath(reference))
     if match is None:
         raise InputError(
-            f"{reference}: no such run: a run is a folder that exists, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
+            f"{reference}: no such run; name an existing folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
         )
-    organisation, repo = match["repo"].split("/")
-    check_name(organisation, f"{reference}: organisation")
-    check_name(repo, f"{reference}: dataset")
-    check_name(match["run"], f"{reference}: run")
+    organisation, dataset, run = (
+        check_name(match[part], f"{reference}: {part}") for part in ("organisation", "dataset", "run")
+    )
     if match["revision"] is not None:
         check_revision(match["revision"], os.fspath(reference))
-    return Reference(repo_id=match["repo"], run=match["run"], revision=match["revision"])
-
-
-def check_revision(revision: str, where: str) -> str:
-    """The revision, if it can be a branch, a tag or a SHA.
-
-    Raises:
-        InputError: another character, or `..` in it.
-    """
-    if not REVISION.fullmatch(revision) or ".." in revision:
-        raise InputError(f"{where}: {revision!r} is no revision: a branch, a tag or a commit SHA")
-    return revision
+    return Reference(repo_id=f"{organisation}/{dataset}", run=run, revision=match["revision"])
 
 
 def model_repo(namespace: str, name: str, run: str) -> str:
     """`ORG/NAME-RUN`, the model repo of a run.
 
     Raises:
-        InputError: a part that cannot be one of a repo id.
+        InputError: a part that the Hub does not take.
     """
-    check_name(namespace, "hub_namespace")
-    return f"{namespace}/{check_name(f'{name}-{run}', 'hub_name and run_name: repo')}"
+    return f"{check_name(namespace, '--hub_namespace')}/{check_name(f'{name}-{run}', 'repo NAME-RUN')}"
 
 
 def table_repo(namespace: str, name: str) -> str:
     """`ORG/NAME-oof`, the dataset repo with the tables of all runs.
 
     Raises:
-        InputError: a part that cannot be one of a repo id.
+        InputError: a part that the Hub does not take.
     """
-    check_name(namespace, "hub_namespace")
-    return f"{namespace}/{check_name(f'{name}-oof', 'hub_name: repo')}"
+    return f"{check_name(namespace, '--hub_namespace')}/{check_name(f'{name}-oof', 'repo NAME-oof')}"
