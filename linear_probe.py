@@ -143,13 +143,9 @@ def main() -> None:
     # Model
     flags = {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
     base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **flags)
+    taken = {"layer": arguments.layer, "window": arguments.window, "bf16": arguments.bf16}
     frozen = probing.FrozenFeatures(
-        base,
-        data.guide,
-        layer=arguments.layer,
-        window=arguments.window,
-        batch_size=arguments.per_device_eval_batch_size,
-        bf16=arguments.bf16,
+        base, data.guide, batch_size=arguments.per_device_eval_batch_size, **taken
     )
     info = describe_run(
         *(run_name, data, base, arguments),
@@ -170,55 +166,48 @@ def main() -> None:
     # Apart, so that the features of one part do not depend on what else is asked for.
     features = frozen.extract(rows, model) if untrained else None
     test_features = frozen.extract(data.test, model) if untested else None
-    feature_seconds = time.perf_counter() - started
-    logger.info(f"features after {feature_seconds:.1f} s")
+    feature_seconds = round(time.perf_counter() - started, 1)
+    logger.info(f"features after {feature_seconds} s")
 
     # Train, evaluate, save
     labels = np.array([row.label for row in rows])
     groups = np.array([row.dialogue_id for row in rows])
     is_variant = np.array([row.augmented_from is not None for row in rows])
+    fitting = {"num_labels": len(data.guide.labels), "weights": arguments.class_weights}
+    if untrained:
+        fitting["blocks"] = probing.block_sizes(features.shape[1], frozen.is_encoder)
     fold_of = np.array([data.folds[row.augmented_from or row.id] for row in rows])
     for fold in sorted({*untrained, *untested}):
-        fold_started = time.perf_counter()
         head_path = metrics_path(run_dir, fold).with_name("head.safetensors")
         if fold in untrained:
+            fold_started = time.perf_counter()
             train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
-            held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
             part = (features[train], labels[train])
-            fitting = {
-                "num_labels": len(data.guide.labels),
-                "blocks": probing.block_sizes(features.shape[1], frozen.is_encoder),
-                "weights": arguments.class_weights,
-            }
-            C, inner_losses = probing.choose_C(
-                *(*part, groups[train], is_variant[train], arguments.C), seed=arguments.seed, **fitting
-            )
+            choice = (groups[train], is_variant[train], arguments.C)
+            C, losses = probing.choose_C(*part, *choice, seed=arguments.seed, **fitting)
             head = probing.fit_head(*part, C=C, **fitting)
             # The first thing written, so that a mistake in the input leaves no folder behind.
             write_folds(run_dir, data.folds, **arguments.split)
             write_run_info(run_dir, info, arguments)
             head.save(head_path)
-            oof = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
-            write_table(table_path(run_dir, "oof", fold), oof)
         else:
             head = probing.LinearHead.load(head_path)
         if fold in untested:
             table = make_table(data.test, fold, head.logits(test_features))
             write_table(table_path(run_dir, "test", fold), table)
         if fold in untrained:
-            inner = {f"{value:g}": loss for value, loss in inner_losses.items()}
-            seconds = round(time.perf_counter() - fold_started, 1)
-            costs = {"inner_log_loss": inner, "seconds": seconds, "peak_memory_bytes": peak_memory()}
-            write_fold_metrics(run_dir, info, fold, train_rows=len(train), C=C, **costs)
+            held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
+            table = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
+            write_table(table_path(run_dir, "oof", fold), table)
+            inner = {f"{value:g}": loss for value, loss in losses.items()}
+            costs = {"C": C, "inner_log_loss": inner, "seconds": round(time.perf_counter() - fold_started, 1)}
+            write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
     overall = print_closing_table(run_dir, info)
     if untrained:
-        costs = {
-            "feature_seconds": round(feature_seconds, 1),
-            "seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_bytes": peak_memory(),
-        }
+        seconds, memory = round(time.perf_counter() - started, 1), peak_memory()
+        costs = {"feature_seconds": feature_seconds, "seconds": seconds, "peak_memory_bytes": memory}
         write_json(run_dir / "metrics.json", overall | costs)
-        print(f"{costs['seconds']} s in all, peak memory {costs['peak_memory_bytes'] / 2**20:.0f} MiB")
+        print(f"{seconds} s in all, peak memory {memory / 2**20:.0f} MiB")
 
     # Push
     if hub.push_to_hub:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import os
 import shutil
 import time
@@ -29,7 +28,8 @@ import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.folds import FoldDataArguments, label_counts, limit_rows, read_run_data, write_folds
-from rareturn.data.rendering import Renderer
+from rareturn.data.rendering import Rendered, Renderer
+from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
@@ -51,8 +51,7 @@ if TYPE_CHECKING:  # imported where they are needed, so that --help does not wai
     import torch
 
     from rareturn.models.loading import BaseModel
-    from rareturn.models.packing import PackedBatches
-    from rareturn.models.training import FoldTrainingArguments, RowBatches, Step
+    from rareturn.models.training import Step
 
 logger = logging.getLogger(__name__)
 
@@ -157,20 +156,17 @@ def weighted_cross_entropy(
         labels: class indices of shape (rows,).
         num_items_in_batch: None (evaluation) divides by the rows given.
         class_weights: shape (num_labels,).
-        label_scope: the labels that a specialist tells apart; the others' logits stay out of the softmax.
+        label_scope: ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
     """
     import torch
 
-    scope = torch.arange(len(class_weights)) if label_scope is None else torch.tensor(list(label_scope))
-    place = torch.full((len(class_weights),), -1).scatter(0, scope, torch.arange(len(scope)))
+    scope = torch.tensor(label_scope or range(len(class_weights)), device=labels.device)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=labels.device)
-    logits = outputs["logits"].float()[:, scope.to(labels.device)]
-    log_probabilities = torch.nn.functional.log_softmax(logits, dim=-1)
-    chosen = log_probabilities.gather(1, place.to(labels.device)[labels][:, None]).squeeze(1)
-    smoothing = label_smoothing_factor
-    row_loss = -(1 - smoothing) * chosen - smoothing * log_probabilities.mean(dim=-1)
-    total = (weights[labels] * row_loss).sum()
-    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+    logits, places = outputs["logits"].float()[:, scope], torch.searchsorted(scope, labels)
+    options = {"reduction": "none", "label_smoothing": label_smoothing_factor}
+    row_loss = torch.nn.functional.cross_entropy(logits, places, **options)
+    rows = len(labels) if num_items_in_batch is None else num_items_in_batch
+    return (weights[labels] * row_loss).sum() / rows
 
 
 @functools.cache
@@ -222,56 +218,19 @@ def weighted_trainer() -> type:
     return WeightedTrainer
 
 
-def decide_packing(
-    arguments: FoldArguments, training: FoldTrainingArguments, base: BaseModel, encoder: bool
-) -> None:
-    """Settle the flags whose defaults depend on the architecture.
+def load_model(
+    base: BaseModel, saved: Path, options: ModelArguments, label_names: list[str], pad: int
+) -> Any:
+    """The model to train, or the trained one where a fold was cut off after its training."""
+    from rareturn.models.loading import add_lora, load_classifier, load_trained
 
-    Raises:
-        InputError: packing asked for where rows share nothing.
-    """
-    if arguments.pack_dialogues is None:
-        arguments.pack_dialogues = not encoder
-    if not arguments.pack_dialogues:
-        return
-    if encoder:
-        raise InputError(
-            f"--pack_dialogues: {base.name} reads both ways, so its rows share nothing; leave it out"
-        )
-    if arguments.rows_per_batch is None:
-        arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
-        training.gradient_accumulation_steps = 1
-
-
-def make_batches(
-    arguments: FoldArguments,
-    training: FoldTrainingArguments,
-    model: torch.nn.Module,
-    longest: int,
-    pad_token_id: int,
-    segments: str | None,
-) -> RowBatches | PackedBatches:
-    """How rows become forward passes: a dialogue at a time, or rows of like length.
-
-    Args:
-        longest: tokens of the longest row.
-        segments: see `segment_name`.
-    """
-    from rareturn.models.packing import PackedBatches, can_branch
-    from rareturn.models.training import RowBatches
-
-    micro_batches = training.gradient_accumulation_steps * training.world_size
-    if not arguments.pack_dialogues:
-        rows_per_step = training.train_batch_size * micro_batches
-        prediction_rows = training.per_device_eval_batch_size
-        return RowBatches(pad_token_id, rows_per_step, micro_batches, prediction_rows, segments)
-    return PackedBatches(
-        arguments.rows_per_batch * micro_batches,
-        micro_batches,
-        arguments.tokens_per_batch,
-        math.ceil(training.num_train_epochs),
-        can_branch(model, longest),
-    )
+    if saved.exists():
+        return load_trained(base, saved, label_names, pad)
+    model = load_classifier(base, label_names, pad)
+    if options.tuning == "full":
+        return model
+    lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
+    return add_lora(model, **lora, target_modules=options.lora_target_modules)
 
 
 def train_and_save(
@@ -299,30 +258,40 @@ def train_and_save(
     return loss
 
 
+def predict(
+    trainer: Any, rows: list[Row], rendered: list[Rendered], batches: Any, scope: list[int], description: str
+) -> np.ndarray:
+    """Logits of rows, float32 of shape (rows, num_labels); labels outside the scope get `OUT_OF_SCOPE_LOGIT`."""
+    from rareturn.models.inference import predict_logits
+
+    passes = batches.prediction_batches(rows, rendered), batches.collate
+    num_labels, bf16 = trainer.model.config.num_labels, trainer.args.bf16
+    logits = predict_logits(
+        trainer.model, rendered, *passes, num_labels=num_labels, bf16=bf16, description=description
+    )
+    logits[:, sorted(set(range(num_labels)) - set(scope))] = OUT_OF_SCOPE_LOGIT
+    return logits
+
+
 def main() -> None:
     # Arguments
-    classes = (FoldArguments, ModelArguments, HubArguments)
-    arguments, options, hub, training = parse_arguments(
-        classes, __doc__, training_arguments=fold_training_arguments
-    )
-    fold, run_dir = arguments.fold, Path(arguments.output_dir)
+    own = (FoldArguments, ModelArguments, HubArguments)
+    parsed = parse_arguments(own, __doc__, training_arguments=fold_training_arguments)
+    arguments, options, hub, training = parsed
+    fold, run_dir, is_main = arguments.fold, Path(arguments.output_dir), training.process_index == 0
     run_name = check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
-    is_main = training.process_index == 0
     if hub.push_only:
         return push_folds(run_dir, hub) if is_main else None
-    if training.n_gpu > 1:
-        raise InputError(
-            f"{training.n_gpu} GPUs are visible to one process: choose one by CUDA_VISIBLE_DEVICES (a fold each, "
-            "scripts/launch_folds.sh), or start a process each by torchrun or accelerate launch"
-        )
     if training.do_predict and not arguments.test_file:
         raise InputError("--do_predict needs a --test_file")
 
     # Logging
     import transformers
 
-    from rareturn.models import inference, loading, packing
-    from rareturn.models.training import CheckpointSeal, RowDataset, class_weights, with_labels
+    from rareturn.models import inference, loading
+    from rareturn.models.batches import decide_packing, make_batches
+    from rareturn.models.packing import accept_packed
+    from rareturn.models.training import CheckpointSeal, class_weights, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -337,64 +306,49 @@ def main() -> None:
     # Data
     data = read_run_data(arguments, run_dir)
     train = limit_rows(data.training_part(fold), arguments.max_train_samples)
-    wanted = {"oof": data.held_out_part(fold), "test": data.test if training.do_predict else []}
-    counts = label_counts(train, len(data.guide.labels))
+    labels, counts = [row.label for row in train], label_counts(train, len(data.guide.labels))
 
     # Model
-    flags = {name: getattr(options, name) for name in loading.LOADING}
-    base = loading.find_base_model(options.model_name_or_path, options.model_revision, **flags)
-    encoder = loading.is_encoder(loading.load_config(base))
-    tokenizer = loading.load_tokenizer(base)
+    how = {name: getattr(options, name) for name in loading.LOADING}
+    base = loading.find_base_model(options.model_name_or_path, options.model_revision, **how)
+    encoder, tokenizer = loading.is_encoder(loading.load_config(base)), loading.load_tokenizer(base)
     renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
-    info = describe_run(
-        *(run_name, data, base, arguments, options, training),
-        seed=training.seed,
-        loader=base.loader | {"bf16": training.bf16, "tuning": options.tuning},
-        prompt_fingerprint=renderer.fingerprint,
-        processes=training.world_size,
-    )
-    check_same_run(run_dir, info, arguments, options, training)  # before a large model is loaded
-    complete = fold_is_complete(run_dir, fold, needs_test=False)
-    if not wanted["test"] or test_table_is_current(run_dir, fold, rows_digest(wanted["test"])):
-        del wanted["test"]
-    if complete:
-        del wanted["oof"]
-    if not wanted:
+    flags = (arguments, options, training)
+    loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
+    facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
+    info = describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
+    check_same_run(run_dir, info, *flags)  # before a large model is loaded
+    decide_packing(arguments, training, encoder)
+    missing = {} if fold_is_complete(run_dir, fold, needs_test=False) else {"oof": data.held_out_part(fold)}
+    if training.do_predict and not test_table_is_current(run_dir, fold, rows_digest(data.test)):
+        missing["test"] = data.test
+    if not missing:
         logger.info(f"fold {fold} of {run_dir} is complete: nothing to train")
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
-    decide_packing(arguments, training, base, encoder)
     seal, saved = CheckpointSeal(info["identity"]["digest"]), adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    rendered = {name: renderer.render(rows) for name, rows in {"train": train, **wanted}.items()}
-    if saved.exists():
-        model = loading.load_trained(base, saved, data.guide.names, tokenizer.pad_token_id)
-    else:
-        model = loading.load_classifier(base, data.guide.names, tokenizer.pad_token_id)
-        if options.tuning == "lora":
-            lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-            model = loading.add_lora(model, **lora, target_modules=options.lora_target_modules)
+    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id)
     trainable, total = inference.count_parameters(model)
-    logger.info(f"fold {fold}: {len(train)} training rows {counts.tolist()}")
-    logger.info(f"{base.name}: {trainable:,} of {total:,} parameters are trained")
+    logger.info(
+        f"fold {fold}: {len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
+    )
 
     # Train
-    segments = inference.segment_name(base, tokenizer) if encoder else None
-    batches = {
-        name: make_batches(arguments, training, model, max(map(len, rows)), tokenizer.pad_token_id, segments)
-        for name, rows in rendered.items()
-    }
+    rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
+    batching = (arguments, training, model, base, tokenizer)
+    batches = {name: make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
     if arguments.pack_dialogues:
-        packing.accept_packed(model)
+        accept_packed(model)
     plan = batches["train"].plan(train, rendered["train"], training.seed)
     plan(0)  # rows that cannot fill a step are found before anything is written
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
-        write_run_info(run_dir, info, arguments, options, training)
+        write_run_info(run_dir, info, *flags)
     trainer = weighted_trainer()(
         model=model,
         args=training,
         data_collator=functools.partial(with_labels, batches["train"].collate),
-        train_dataset=RowDataset(rendered["train"], [row.label for row in train]),
+        train_dataset=list(zip(rendered["train"], labels, strict=True)),
         class_weights=class_weights(counts, options.class_weights),
         label_scope=data.scope,
         plan=plan,
@@ -403,35 +357,20 @@ def main() -> None:
     train_loss = None if saved.exists() else train_and_save(trainer, base, tokenizer, saved, checkpoint)
 
     # Evaluate and save
-    for name, rows in wanted.items():
-        logits = inference.predict_logits(
-            trainer.model,
-            rendered[name],
-            batches[name].prediction_batches(rows, rendered[name]),
-            batches[name].collate,
-            num_labels=len(data.guide.labels),
-            bf16=training.bf16,
-            description=f"fold {fold}: {name}",
-        )
-        logits[:, [label for label in data.guide.numbers if label not in data.scope]] = OUT_OF_SCOPE_LOGIT
+    for name, rows in missing.items():
+        logits = predict(trainer, rows, rendered[name], batches[name], data.scope, f"fold {fold}: {name}")
         if is_main:
             write_table(table_path(run_dir, name, fold), make_table(rows, fold, logits))
-    if not is_main:
-        return None
-    if not complete:
+    if is_main and "oof" in missing:
         # Before the metrics, which make the fold complete: a complete fold is not looked at again.
         if not arguments.keep_checkpoints:
             shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
-        costs = {
-            "trainable_parameters": trainable,
-            "train_loss": train_loss,
-            "seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_bytes": inference.peak_memory(),
-        }
+        seconds = round(time.perf_counter() - started, 1)
+        costs = {"trainable_parameters": trainable, "train_loss": train_loss, "seconds": seconds}
         write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
 
     # Push
-    if hub.push_to_hub:
+    if hub.push_to_hub and is_main:
         push_folds(run_dir, hub, [fold])
 
 

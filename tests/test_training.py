@@ -28,7 +28,6 @@ from rareturn.models.inference import segment_name
 from rareturn.models.loading import LOADING, find_base_model, load_classifier, load_tokenizer, load_trained
 from rareturn.models.training import (
     RowBatches,
-    RowDataset,
     StepBatchSampler,
     class_weights,
     plan_rows,
@@ -169,7 +168,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
                 save_strategy="no",
             ),
             data_collator=lambda items, batches=batches: with_labels(batches.collate, items),
-            train_dataset=RowDataset(rendered, [row.label for row in rows]),
+            train_dataset=[(tokens, row.label) for tokens, row in zip(rendered, rows, strict=True)],
             class_weights=weights,
             plan=batches.plan(rows, rendered, seed=1),
             callbacks=[Gradient()],

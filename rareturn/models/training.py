@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from rareturn.command_line import flag
@@ -47,6 +47,11 @@ class FoldTrainingArguments(TrainingArguments):
         # The script pushes, and its rows are no columns of a data set.
         self.push_to_hub = self.remove_unused_columns = False
         super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: choose one by CUDA_VISIBLE_DEVICES (a fold each, "
+                "scripts/launch_folds.sh), or start a process each by torchrun or accelerate launch"
+            )
 
 
 def plan_rows(
@@ -191,19 +196,6 @@ def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarra
     exponent = {"none": 0.0, "inverse_sqrt": -0.5, "balanced": -1.0}[method]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** exponent, 0.0)
     return weights * (counts.sum() / (weights * counts).sum())
-
-
-class RowDataset(Dataset):
-    """(rendered row, label) pairs."""
-
-    def __init__(self, rendered: Sequence[Rendered], labels: Sequence[int]):
-        self.rendered, self.labels = rendered, labels
-
-    def __len__(self) -> int:
-        return len(self.rendered)
-
-    def __getitem__(self, index: int) -> tuple[Rendered, int]:
-        return self.rendered[index], self.labels[index]
 
 
 class EpochDataLoader(DataLoader):

@@ -223,13 +223,16 @@ def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **fact
     """Score a fold's out-of-fold table, write its `metrics.json`, which makes the fold complete, and print a line.
 
     Args:
-        facts: what else is known of the fold, such as `seconds`.
+        facts: what else is known of the fold; `seconds` at least.
     """
+    from rareturn.models.inference import peak_memory
+
     table = read_table(table_path(run_dir, "oof", fold))
     result = scores(
         table.label, table.logits.argmax(axis=1), len(info["label_names"]), info["positive_labels"]
     )
-    write_json(metrics_path(run_dir, fold), {**result, "fold": fold, "held_out_rows": len(table), **facts})
+    facts = {"fold": fold, "held_out_rows": len(table), "peak_memory_bytes": peak_memory(), **facts}
+    write_json(metrics_path(run_dir, fold), result | facts)
     shown = {
         "macro_f1_positive": f"{result['macro_f1_positive']:.4f}",
         "accuracy": f"{result['accuracy']:.4f}",
