@@ -479,7 +479,7 @@ def test_pulled_runs_are_checked_like_local_ones(tmp_path: Path, hub_here: HubSe
     with pytest.raises(InputError, match="no revision 'v9'"):
         read_run("org/demo-oof:anchor@v9")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": b'{"name": "anchor"}'}, "dataset")
-    with pytest.raises(InputError, match=r"run\.json: label_names: missing"):
+    with pytest.raises(InputError, match=r"run\.json: label_names: Field required"):
         read_run("org/demo-oof:anchor")
     hub_here.put("org/demo-oof", {"data/anchor/oof-fold-1.parquet": b"PAR1"}, "dataset")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": json.dumps(INFO).encode()}, "dataset")
