@@ -26,7 +26,7 @@ from rareturn.runs.hub import PushError, push_files, resolve_revision
 from rareturn.runs.publish import dataset_card, public_info, pull_adapters, push_fold, push_run
 from rareturn.runs.reading import read_run
 from rareturn.runs.references import Reference, parse_reference
-from rareturn.runs.schemas import RUN_KEYS
+from rareturn.runs.schemas import RunInfo
 from rareturn.runs.tables import LogitTable, read_table, write_table
 
 ROOT = Path(__file__).parent.parent
@@ -135,7 +135,7 @@ def test_empty_table_round_trip(tmp_path: Path) -> None:
 def test_a_table_with_a_logit_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     table = make_table(["r1", "r2"], 0)
     table.logits[1, 2] = np.inf
-    with pytest.raises(ValueError, match="'r2'"):
+    with pytest.raises(InputError, match="'r2': logits are not finite"):
         write_table(tmp_path / "a.parquet", table)
     assert not list(tmp_path.iterdir())
 
@@ -261,29 +261,31 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_run_info_is_written_once_and_guards_the_folder(tmp_path: Path) -> None:
-    write_run_info(tmp_path, INFO)
-    write_run_info(tmp_path, {**INFO, "seed": 8, "command": "the next fold"})
-    assert read_json(tmp_path / "run.json") == INFO
-    with pytest.raises(InputError, match=r"label_names: .* use another output_dir"):
-        write_run_info(tmp_path, {**INFO, "label_names": ["a", "b", "c"], "fold_seed": 1})
+    info = {**INFO, "identity": {"digest": "1", "flags": {"seed": 7}}}
+    write_run_info(tmp_path, info)
+    write_run_info(tmp_path, {**info, "command": "the next fold"})
+    assert read_json(tmp_path / "run.json") == info
+    other = {"digest": "2", "flags": {"seed": 8}}
+    with pytest.raises(InputError, match=r"--seed: 7 there, 8 asked for; use another --output_dir"):
+        write_run_info(tmp_path, {**info, "seed": 8, "identity": other})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("name", None, "name: str expected, not NoneType"),
+        ("name", None, "name: Input should be a valid string"),
         ("name", "../up", "name: '../up'"),
-        ("label_names", ["a"], "two or more different names"),
-        ("label_names", ["a", "a"], "two or more different names"),
-        ("label_names", [["a"], {}], "two or more different names"),
+        ("label_names", ["a"], "at least 2 items"),
+        ("label_names", ["a", "a"], "different values expected"),
+        ("label_names", [["a"], {}], "label_names.0: Input should be a valid string"),
         ("positive_labels", [3], "numbers of 0..2"),
-        ("positive_labels", [True, 2], "numbers of 0..2"),
-        ("positive_labels", [{}], "numbers of 0..2"),
-        ("num_folds", True, "num_folds: int expected, not bool"),
-        ("num_folds", 1, "2 or more"),
-        ("fold_groups", "rows", "one of dialogue, none"),
-        ("recipe", [], "recipe: dict expected"),
-        ("base_revision", 3, "str or null expected, not int"),
+        ("positive_labels", [True, 2], "positive_labels.0: Input should be a valid integer"),
+        ("positive_labels", [{}], "positive_labels.0: Input should be a valid integer"),
+        ("num_folds", True, "num_folds: Input should be a valid integer"),
+        ("num_folds", 1, "greater than or equal to 2"),
+        ("fold_groups", "rows", "'dialogue' or 'none'"),
+        ("recipe", [], "recipe: Input should be a valid dictionary"),
+        ("base_revision", 3, "base_revision: Input should be a valid string"),
     ],
 )
 def test_run_json_is_checked(tmp_path: Path, key: str, value: object, message: str) -> None:
@@ -299,7 +301,8 @@ def test_run_json_without_keys_lists_them_all(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"name": "anchor"}')
     with pytest.raises(InputError) as caught:
         read_run(tmp_path)
-    assert len(caught.value.problems) == len(RUN_KEYS) - 1
+    required = sum(field.is_required() for field in RunInfo.model_fields.values())
+    assert len(caught.value.problems) == required - 1 == 14
 
 
 def test_folds_json_counts_if_it_is_there(tmp_path: Path) -> None:
@@ -477,7 +480,7 @@ def test_pulled_runs_are_checked_like_local_ones(tmp_path: Path, hub_here: HubSe
     with pytest.raises(InputError, match="no revision 'v9'"):
         read_run("org/demo-oof:anchor@v9")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": b'{"name": "anchor"}'}, "dataset")
-    with pytest.raises(InputError, match=r"run\.json: label_names: missing"):
+    with pytest.raises(InputError, match=r"run\.json: label_names: Field required"):
         read_run("org/demo-oof:anchor")
     hub_here.put("org/demo-oof", {"data/anchor/oof-fold-1.parquet": b"PAR1"}, "dataset")
     hub_here.put("org/demo-oof", {"data/anchor/run.json": json.dumps(INFO).encode()}, "dataset")

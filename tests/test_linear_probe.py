@@ -124,15 +124,15 @@ def test_a_complete_run_is_skipped_and_another_recipe_refused(encoder, tmp_path,
     assert files_under(tmp_path / "run") == made
     assert run(encoder, tmp_path / "run", class_weights="none") == 2
     assert capsys.readouterr().err == (
-        f"linear_probe.py: error: {tmp_path}/run/run.json: class_weights: 'balanced' there, 'none' asked for; "
-        "use another output_dir\n"
+        f'linear_probe.py: error: {tmp_path}/run/run.json: --class_weights: "balanced" there, "none" asked for; '
+        "use another --output_dir\n"
     )
     assert files_under(tmp_path / "run") == made
-    # A test file may come later; then the folds are made again with it.
-    before = read_run(tmp_path / "run").oof.logits
+    # A test file may come later: only its tables are made, with the heads that are there.
     assert run(encoder, tmp_path / "run", test_file=TEST) == 0
-    later = read_run(tmp_path / "run", require_test=True).oof.logits
-    np.testing.assert_allclose(later, before, atol=0.02)
+    later = files_under(tmp_path / "run")
+    assert later.keys() - made.keys() == {f"test/fold-{fold}.parquet" for fold in range(3)}
+    assert all(later[name] == made[name] for name in made)
 
 
 def test_the_same_seed_gives_the_same_bytes(decoder, tmp_path):
@@ -256,12 +256,36 @@ def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, cap
 def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys):
     where = {"hub_namespace": "lab", "hub_name": "sys"}
     assert run(encoder, tmp_path / "probe", **where, push_only="true") == 2
-    assert "fold 0 is not complete, so there is nothing to push" in capsys.readouterr().err
+    assert "no fold is complete, so there is nothing to push" in capsys.readouterr().err
     assert run(encoder, tmp_path / "probe", test_file=TEST) == 0
-    assert run(encoder, tmp_path / "probe", test_file=TEST, **where, push_only="true") == 0
+    # Neither rows nor a model are needed, and it does not matter what this machine would compute with.
+    absent = {"train_file": tmp_path / "absent.json", "bf16": True}
+    assert run("./absent", tmp_path / "probe", **absent, **where, push_only="true") == 0
     pulled = read_run("lab/sys-oof:probe", require_test=True)
     local = read_run(tmp_path / "probe")
     np.testing.assert_array_equal(pulled.oof.logits, local.oof.logits)
+
+
+def test_a_test_table_follows_the_rows_of_the_test_file(encoder, tmp_path):
+    """Other texts under the same ids: the tables are made again, the heads are not; equal rows give equal bytes."""
+    run_dir, changed = tmp_path / "run", tmp_path / "test.json"
+    records = json.loads(TEST.read_text(encoding="utf-8"))
+    changed.write_text(json.dumps(records))
+    assert run(encoder, run_dir, test_file=changed) == 0
+    first = files_under(run_dir)
+    for record in records:
+        record["current_text"] = record["dialogue"][-1]["text"] = "Something else altogether."
+    changed.write_text(json.dumps(records))
+    assert run(encoder, run_dir, test_file=changed) == 0
+    second = files_under(run_dir)
+    assert {name for name in first if first[name] != second[name]} == {
+        f"test/fold-{fold}.parquet" for fold in range(3)
+    }
+    assert run(encoder, run_dir, test_file=TEST) == 0
+    assert files_under(run_dir) == first
+    (run_dir / "test/fold-2.parquet").write_bytes(second["test/fold-2.parquet"])
+    with pytest.raises(InputError, match="test fold 2: made for other texts than fold 0"):
+        read_run(run_dir)
 
 
 # --------------------------------------------------------------------------------------------------------- features, head
@@ -278,12 +302,12 @@ def test_encoder_features_are_what_a_plain_loop_gives(encoder, demo):
     rows = demo[:12]
     model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
     features = frozen_features(encoder, layer=2).extract(rows)
-    assert features.shape == (12, 4 * 32) and features.dtype == np.float32
+    assert features.shape == (12, 4 * 64) and features.dtype == np.float32
     for row, found in zip(rows, features, strict=True):
         *before, target = [(naive_turn(turn.text, model, tokenizer, 2), turn.speaker) for turn in row.turns]
         history = [vector for vector, speaker in before if speaker == target[1]]
         others = [vector for vector, speaker in before if speaker != target[1]]
-        zero = np.zeros(32)
+        zero = np.zeros(64)
         expected = [
             target[0],
             np.mean([vector for vector, _ in before], axis=0) if before else zero,

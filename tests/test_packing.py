@@ -430,7 +430,7 @@ def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
     ],
 )
 def test_the_flag(words, value):
-    (data,) = parse_arguments((run_classification.FoldArguments,), "", words)
+    (data,) = parse_arguments((run_classification.FoldArguments,), "", ["--output_dir", "run", *words])
     assert data.pack_dialogues is value
 
 

@@ -28,10 +28,7 @@ from rareturn.models.inference import segment_name
 from rareturn.models.loading import LOADING, find_base_model, load_classifier, load_tokenizer, load_trained
 from rareturn.models.training import (
     RowBatches,
-    RowDataset,
     StepBatchSampler,
-    WeightedCrossEntropy,
-    WeightedTrainer,
     class_weights,
     plan_rows,
     with_labels,
@@ -97,15 +94,22 @@ def test_loss_against_plain_arithmetic(scope: list[int] | None):
         log_p = row[columns] - np.log(np.exp(row[columns]).sum())
         target = np.where(np.array(columns) == label, 0.9, 0.0) + 0.1 / len(columns)
         expected += weights[label] * -(target * log_p).sum()
-    loss = WeightedCrossEntropy(weights, 0.1, scope)(
-        {"logits": torch.from_numpy(logits)}, torch.from_numpy(labels), 32
+    loss = run_classification.weighted_cross_entropy(
+        {"logits": torch.from_numpy(logits)},
+        torch.from_numpy(labels),
+        32,
+        class_weights=weights,
+        label_smoothing_factor=0.1,
+        label_scope=scope,
     )
     assert loss.item() == pytest.approx(expected / 32, rel=1e-5)
 
 
 def test_loss_is_torchs_without_weights():
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
-    ours = WeightedCrossEntropy(np.ones(4), 0.2)({"logits": logits}, labels)
+    ours = run_classification.weighted_cross_entropy(
+        {"logits": logits}, labels, class_weights=np.ones(4), label_smoothing_factor=0.2
+    )
     assert ours.item() == pytest.approx(
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
     )
@@ -149,7 +153,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         batches = RowBatches(tokenizer.pad_token_id, 16, accumulation, 16, segment_name(base, tokenizer))
-        trainer = WeightedTrainer(
+        trainer = run_classification.weighted_trainer()(
             model=model,
             args=TrainingArguments(
                 str(tmp_path),
@@ -164,7 +168,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
                 save_strategy="no",
             ),
             data_collator=lambda items, batches=batches: with_labels(batches.collate, items),
-            train_dataset=RowDataset(rendered, [row.label for row in rows]),
+            train_dataset=[(tokens, row.label) for tokens, row in zip(rendered, rows, strict=True)],
             class_weights=weights,
             plan=batches.plan(rows, rendered, seed=1),
             callbacks=[Gradient()],
@@ -229,7 +233,9 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None)
     with torch.inference_mode():
         alone = torch.cat([model(**batches.collate([row])).logits for row in rendered[:12]]).float().numpy()
-    bf16_noise = 3e-2  # packed in training, alone here: the same sums in another order, in bf16
+    # Packed in training, alone here: the same sums in another order, in bf16, by whichever kernel the processor has.
+    bf16_noise = 6e-2
+    assert np.ptp(table.logits[:12], axis=0).mean() > 5 * bf16_noise
     assert np.abs(alone - table.logits[:12]).max() < bf16_noise
 
     # The same loader gives the same logits: tables lost, the script makes them from the saved adapter.
@@ -358,7 +364,7 @@ def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object],
             "unknown key 'learning_rat'; did you mean 'learning_rate'?",
         ),
         "recipe kind": ({"config": tmp_path / "list.yaml"}, "a recipe is a mapping"),
-        "recipe value": ({"config": tmp_path / "type.yaml"}, "num_train_epochs: 'many' is not a valid value"),
+        "recipe value": ({"config": tmp_path / "type.yaml"}, "type.yaml: argument --num_train_epochs"),
         "other guide": ({"label_guide": tmp_path / "guide.yaml"}, "is not in the label guide (0 to 1)"),
         "fold": ({"fold": 7}, "--fold 7 is not one of 0 to 2"),
         "no test file": ({"do_predict": True}, "--do_predict needs a --test_file"),
@@ -371,7 +377,7 @@ def refusals(tmp_path: Path, encoder: str) -> dict[str, tuple[dict[str, object],
         "push": ({"push_to_hub": "True"}, "--push_to_hub needs --hub_namespace and --hub_name"),
         "nothing to push": (
             {"push_only": True, "hub_namespace": "a", "hub_name": "b"},
-            "fold 0 is not complete",
+            "no fold is complete",
         ),
         "run name": ({"run_name": "../x"}, "--run_name"),
     }
@@ -406,13 +412,10 @@ def test_a_folder_of_another_run_is_refused(encoder: str, tmp_path: Path, run, c
 def test_recipe_parses(recipe: Path):
     words = ["--config", str(recipe), "--bf16", "False"]
     data, model, training = parse_arguments(
-        (
-            run_classification.FoldArguments,
-            run_classification.ModelArguments,
-            run_classification.FoldTrainingArguments,
-        ),
+        (run_classification.FoldArguments, run_classification.ModelArguments),
         "",
         words,
+        training_arguments=run_classification.fold_training_arguments,
     )
     assert data.fold_seed == 42 and data.num_folds == 5 and data.train_file
     assert Path(training.output_dir).parent == Path("outputs")

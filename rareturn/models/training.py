@@ -1,17 +1,18 @@
-"""What training a fold takes beside transformers' Trainer: class weights, batches by plan, sealed checkpoints."""
+"""What training a fold takes beside transformers' Trainer: arguments, class weights, planned batches, sealed checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainingArguments
 
+from rareturn.command_line import flag
 from rareturn.data.rendering import Rendered
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
@@ -21,6 +22,36 @@ Step = list[list[int]]  # a step's micro-batches, each a list of indices into th
 
 
 MEGABATCH_STEPS = 16
+
+
+@dataclass
+class FoldTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults that a fold wants."""
+
+    bf16: bool | None = flag(
+        None, "bf16 autocast. Default: on a GPU, not on a CPU, whatever units the processor has."
+    )
+    save_strategy: str = flag("epoch", "When to write a checkpoint to resume from.")
+    save_total_limit: int | None = flag(2, "Checkpoints kept. 2: the newer may be half-written.")
+    logging_steps: float = flag(10, "Steps between two log lines.")
+    report_to: str = flag("none", "Where to log: tensorboard, wandb, …")
+
+    def __post_init__(self) -> None:
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu)
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "--load_best_model_at_end would pick a model on the fold that is the out-of-fold estimate"
+            )
+        # The script pushes, and its rows are no columns of a data set.
+        self.push_to_hub = self.remove_unused_columns = False
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs are visible to one process: choose one by CUDA_VISIBLE_DEVICES (a fold each, "
+                "scripts/launch_folds.sh), or start a process each by torchrun or accelerate launch"
+            )
 
 
 def plan_rows(
@@ -38,10 +69,13 @@ def plan_rows(
         micro_batches: gradient accumulation x processes; every step has exactly so many, none empty.
 
     Raises:
-        ValueError: fewer rows than micro-batches in a step.
+        InputError: fewer rows than micro-batches in a step.
     """
     if len(lengths) < micro_batches:
-        raise ValueError(f"{len(lengths)} training rows cannot fill {micro_batches} micro-batches")
+        raise InputError(
+            f"{len(lengths)} training rows cannot fill the {micro_batches} batches of a step; use fewer processes or "
+            "less --gradient_accumulation_steps"
+        )
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     num_steps = max(1, min(-(-len(lengths) // rows_per_step), len(lengths) // micro_batches))
@@ -164,65 +198,6 @@ def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarra
     return weights * (counts.sum() / (weights * counts).sum())
 
 
-class WeightedCrossEntropy:
-    """A `compute_loss_func` for `Trainer`: sum over the rows of w_y · CE_ε, divided by the rows of the optimizer step.
-
-    CE_ε is cross-entropy against (1 - ε) · onehot(y) + ε / C, with the row's class weight on the whole of it. Dividing
-    by `num_items_in_batch`, which `Trainer` counts over all micro-batches (and processes) of the step, makes 16x1 and
-    1x16 rows one and the same step; a mean over each micro-batch would not, and at one row a micro-batch would cancel
-    the weights. `outputs.logits` may be any floating type; the loss is float32.
-
-    Args:
-        weights: of the classes, shape (num_labels,), as `class_weights` gives them.
-        label_scope: the labels that a specialist tells apart; the others' logits stay out of the softmax.
-    """
-
-    def __init__(
-        self,
-        weights: np.ndarray,
-        label_smoothing_factor: float = 0.0,
-        label_scope: Sequence[int] | None = None,
-    ):
-        scope = list(range(len(weights)) if label_scope is None else label_scope)
-        self.scope = torch.tensor(scope)
-        self.weights = torch.tensor(weights, dtype=torch.float32)
-        self.place = torch.full((len(weights),), -1).scatter(0, self.scope, torch.arange(len(scope)))
-        self.label_smoothing_factor = label_smoothing_factor
-
-    def __call__(
-        self, outputs: dict, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """Loss of a micro-batch; `num_items_in_batch` None (evaluation) divides by its own rows.
-
-        Args:
-            outputs: with `logits` of shape (rows, num_labels).
-            labels: class indices of shape (rows,).
-        """
-        if self.weights.device != labels.device:
-            self.scope, self.weights, self.place = (
-                tensor.to(labels.device) for tensor in (self.scope, self.weights, self.place)
-            )
-        log_probabilities = nn.functional.log_softmax(outputs["logits"].float()[:, self.scope], dim=-1)
-        chosen = log_probabilities.gather(1, self.place[labels][:, None]).squeeze(1)
-        smoothing = self.label_smoothing_factor
-        row_loss = -(1 - smoothing) * chosen - smoothing * log_probabilities.mean(dim=-1)
-        total = (self.weights[labels] * row_loss).sum()
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-class RowDataset(Dataset):
-    """(rendered row, label) pairs."""
-
-    def __init__(self, rendered: Sequence[Rendered], labels: Sequence[int]):
-        self.rendered, self.labels = rendered, labels
-
-    def __len__(self) -> int:
-        return len(self.rendered)
-
-    def __getitem__(self, index: int) -> tuple[Rendered, int]:
-        return self.rendered[index], self.labels[index]
-
-
 class EpochDataLoader(DataLoader):
     """A loader that tells its batch sampler the epoch, as `Trainer` tells the loader."""
 
@@ -230,72 +205,37 @@ class EpochDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-class WeightedTrainer(Trainer):
-    """`Trainer` with class weights and smoothing in the loss, and batches that follow a plan.
-
-    The loss is handed over as `compute_loss_func`, which sees `num_items_in_batch`; overriding `compute_loss` with a
-    mean would make the gradients `gradient_accumulation_steps` times too large.
-
-    Args:
-        class_weights: shape (num_labels,); see `losses.class_weights`.
-        label_scope: see `WeightedCrossEntropy`.
-        plan: epoch -> steps; see `StepBatchSampler`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        class_weights: np.ndarray,
-        plan: Callable[[int], list[Step]],
-        label_scope: Sequence[int] | None = None,
-        **kwargs: Any,
-    ):
-        loss = WeightedCrossEntropy(class_weights, kwargs["args"].label_smoothing_factor, label_scope)
-        super().__init__(*args, compute_loss_func=loss, **kwargs)
-        self.plan = plan
-
-    def get_train_dataloader(self) -> DataLoader:
-        return EpochDataLoader(
-            self.train_dataset,
-            batch_sampler=StepBatchSampler(self.plan, self.args.process_index, self.args.world_size),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
-        )
-
-
 class CheckpointSeal(TrainerCallback):
-    """Marks a checkpoint as whole, and as made with these arguments: a killed process may leave half of one.
+    """Marks a checkpoint as whole, and as this run's: a killed process may leave half of one.
 
     Args:
-        arguments: a digest of all that decides the training.
+        identity: the digest of the run's identity.
     """
 
     NAME = "sealed.json"
 
-    def __init__(self, arguments: str):
-        self.arguments = arguments
+    def __init__(self, identity: str):
+        self.identity = identity
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / self.NAME, {"arguments": self.arguments})
+            write_json(checkpoint / self.NAME, {"identity": self.identity})
 
     def last(self, folder: Path) -> str | None:
-        """The newest whole checkpoint in a folder; what is half-written is passed over.
+        """The newest whole checkpoint in a folder; half-written ones are passed over.
 
         Raises:
-            InputError: it was made with other arguments.
+            InputError: another run made it.
         """
         sealed = [path.parent for path in folder.glob(f"checkpoint-*/{self.NAME}")]
         if not sealed:
             return None
         newest = max(sealed, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-        if read_json(newest / self.NAME).get("arguments") != self.arguments:
+        if read_json(newest / self.NAME).get("identity") != self.identity:
             raise InputError(
-                f"{newest}: made with other arguments or data; repeat those, delete the folder, or use another "
-                "--output_dir"
+                f"{newest}: made with other arguments or data; delete the folder, or use another --output_dir"
             )
         return str(newest)

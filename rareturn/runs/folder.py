@@ -1,47 +1,214 @@
-"""A run folder: `run.json`, `fold-<k>/`, `oof/fold-<k>.parquet`, `test/fold-<k>.parquet`."""
+"""A run folder: `run.json` with the run's identity, `fold-<k>/`, `oof/fold-<k>.parquet`, `test/fold-<k>.parquet`."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import math
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rareturn.data.folds import short
+from rareturn.command_line import SECRET, provenance
+from rareturn.data.folds import FoldDataArguments, RunData, short
+from rareturn.decisions.metrics import scores
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 from rareturn.runs.schemas import check_run_info
+from rareturn.runs.tables import read_rows_digest, read_table, rows_digest
 
-SHARED_KEYS = (
-    "label_names",
-    "positive_labels",
-    "num_folds",
-    "fold_seed",
-    "fold_groups",
-    "base_model",
-    "data_fingerprint",
-)
+if TYPE_CHECKING:
+    from rareturn.models.loading import BaseModel
+
+# What may differ between two launches of one run: where it runs, how loudly, and where results go.
+FREE_FLAGS = """
+    fold output_dir run_name do_train do_eval do_predict use_cpu local_rank ddp_backend ddp_timeout debug
+    push_to_hub push_only hub_namespace hub_name hub_private_repo
+    hub_model_id hub_strategy hub_always_push hub_revision
+    project trackio_space_id trackio_bucket_id trackio_static_space_id report_to disable_tqdm
+    log_level log_level_replica log_on_each_node logging_strategy logging_steps logging_first_step
+    logging_nan_inf_filter include_for_metrics include_num_input_tokens_seen skip_memory_metrics
+    keep_checkpoints save_strategy save_steps save_total_limit save_on_each_node resume_from_checkpoint
+    accelerator_config remove_unused_columns
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+"""
+# What these name is compared by its content, so that a file may move.
+FLAGS_BY_CONTENT = """
+    train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision
+"""
+PARTS = {
+    "label_guide": "--label_guide",
+    "rows": "the rows of --train_file",
+    "folds": "the fold of each row",
+    "augmented": "the rows of --augmented_file",
+    "label_scope": "--label_scope",
+    "base_model": "--model_name_or_path",
+    "base_revision": "--model_revision",
+    "weights": "the weights of --model_name_or_path",
+    "prompt": "the prompt",
+    "processes": "the number of processes",
+}
 
 
-def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
-    """Refuse a folder that holds another run; a folder without a run is fine.
+def run_recipe(*argument_sets: Any) -> dict[str, Any]:
+    """The flags to run a run again: those that have no default or another value, without free and secret ones.
 
     Raises:
-        InputError: the folder holds a run with other labels, folds, base model or data.
+        InputError: a value that is not a number.
+    """
+    recipe: dict[str, Any] = {}
+    for item, value in _flags(argument_sets):
+        if isinstance(value, float) and math.isnan(value):
+            raise InputError(f"--{item.name}: {value} is not a number")
+        if item.name == "train_file" or value != _default(item):
+            recipe[item.name] = getattr(value, "value", value)
+    return json.loads(json.dumps(recipe, default=str))
+
+
+def _flags(argument_sets: Iterable[Any]) -> Iterable[tuple[dataclasses.Field, Any]]:
+    for arguments in argument_sets:
+        for item in dataclasses.fields(arguments):
+            hidden = (
+                item.name in FREE_FLAGS.split()
+                or item.name.startswith("_")
+                or SECRET.fullmatch(f"--{item.name}")
+            )
+            if item.init and not hidden:
+                yield item, getattr(arguments, item.name)
+
+
+def _default(item: dataclasses.Field) -> Any:
+    made = item.default_factory
+    return item.default if made is dataclasses.MISSING else made()
+
+
+def describe_run(
+    name: str,
+    data: RunData,
+    base: BaseModel,
+    *argument_sets: Any,
+    seed: int,
+    loader: Mapping[str, Any],
+    prompt_fingerprint: str | None,
+    processes: int = 1,
+    **facts: Any,
+) -> dict[str, Any]:
+    """The content of `run.json`.
+
+    Its `identity` is what decides training: the flags, the content of the files that they name, and a digest of all
+    that. Folds of one run, their checkpoints and their saved models share it.
+
+    Args:
+        argument_sets: the script's flags, a `FoldDataArguments` first.
+        loader: `base.loader` and what else decides how the model computes.
+        prompt_fingerprint: see `Renderer.fingerprint`; None for a model that sees no prompt.
+        processes: that train together.
+        facts: further keys of `run.json`.
+    """
+    arguments: FoldDataArguments = argument_sets[0]
+    recipe = run_recipe(*argument_sets)
+    explicit = {**arguments.split, **arguments.window, **loader, "seed": seed}
+    flags = {key: value for key, value in (recipe | explicit).items() if not _by_content(key)}
+    local = base.revision is None and Path(base.path).is_dir()
+    parts = {
+        "flags": json.loads(json.dumps(flags, default=str)),
+        "label_guide": _digest(data.guide.to_dict()),
+        "rows": rows_digest(data.originals),
+        "folds": _digest(data.folds),
+        "augmented": rows_digest(data.augmented) if data.augmented else None,
+        "label_scope": list(data.scope),
+        "base_model": None if local else base.name,
+        "base_revision": base.revision,
+        "weights": _folder_digest(base.path) if local else None,
+        "prompt": prompt_fingerprint,
+        "processes": processes,
+    }
+    return {
+        "name": name,
+        **data.describe(),
+        **arguments.split,
+        "seed": seed,
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "loader": dict(loader),
+        "window": arguments.window,
+        **facts,
+        "recipe": recipe,
+        "prompt_fingerprint": prompt_fingerprint,
+        "identity": {"digest": _digest(parts), **parts},
+        **provenance(),
+    }
+
+
+def _by_content(flag: str) -> bool:
+    return flag in FLAGS_BY_CONTENT.split() or flag.endswith("_column")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _folder_digest(folder: str) -> str:
+    """Of a model folder's weights, configuration and tokenizer, each file by its name and its bytes."""
+    files = [
+        path
+        for path in sorted(Path(folder).iterdir())
+        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and path.is_file()
+    ]
+    content = {}
+    for path in files:
+        with open(path, "rb") as file:
+            content[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(content)
+
+
+def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
+    """Refuse a folder that holds another run; an empty folder is fine.
+
+    Args:
+        info: of the run that asks, as `describe_run` gives it.
+        argument_sets: of the same run; they name the defaults that a recipe leaves out.
+
+    Raises:
+        InputError: the folder holds a run with another identity (one line for each flag, with both values), with none,
+            or models without any `run.json`.
     """
     path = Path(run_dir) / "run.json"
     if not path.exists():
+        models = [*Path(run_dir).glob("fold-*/adapter"), *Path(run_dir).glob("fold-*/head.safetensors")]
+        if models:
+            raise InputError(
+                f"{path}: missing, so nothing says how {models[0]} was made; use another --output_dir"
+            )
         return
     present = check_run_info(read_json(path), str(path))
-    for key in SHARED_KEYS:
-        if present[key] != info[key]:
-            raise InputError(
-                f"{path}: {key}: the folder holds a run with {short(present[key])}, this one has {short(info[key])}; "
-                "use another output_dir"
-            )
+    there, here = present.get("identity"), info.get("identity")
+    if present == info or (there and here and there.get("digest") == here["digest"]):
+        return
+    if not (there and here):
+        raise InputError(f"{path}: no identity, so its folds cannot be continued; use another --output_dir")
+    defaults = {item.name: _default(item) for item, _ in _flags(argument_sets)}
+
+    def differing(name: str, one: Any, other: Any) -> str:
+        return f"{path}: {name}: {short(one)} there, {short(other)} asked for; use another --output_dir"
+
+    before, now = there.get("flags", {}), here["flags"]
+    lines = []
+    for key in sorted({*before, *now}):
+        default = json.loads(json.dumps(defaults.get(key), default=lambda value: None))
+        pair = before.get(key, default), now.get(key, default)
+        if (key in before) != (key in now) or pair[0] != pair[1]:
+            lines.append(differing(f"--{key}", *pair))
+    for part, name in PARTS.items():
+        if not lines and there.get(part) != here[part]:
+            lines.append(differing(name, there.get(part), here[part]))
+    raise InputError(*(lines or [differing("identity", there.get("digest"), here["digest"])]))
 
 
-def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
-    """Write `run.json`, once: another fold of the same run finds it there and must be of one mind with it.
+def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
+    """Write `run.json`, once: the run's other folds find it there, and must agree with it.
 
     Raises:
         InputError: see `check_same_run`.
@@ -49,7 +216,29 @@ def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any]) -> None:
     path = Path(run_dir) / "run.json"
     check_run_info(info, str(path))
     write_json(path, info, overwrite=False)
-    check_same_run(run_dir, info)
+    check_same_run(run_dir, info, *argument_sets)
+
+
+def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **facts: Any) -> None:
+    """Score a fold's out-of-fold table, write its `metrics.json`, which makes the fold complete, and print a line.
+
+    Args:
+        facts: what else is known of the fold; `seconds` at least.
+    """
+    from rareturn.models.inference import peak_memory
+
+    table = read_table(table_path(run_dir, "oof", fold))
+    result = scores(
+        table.label, table.logits.argmax(axis=1), len(info["label_names"]), info["positive_labels"]
+    )
+    facts = {"fold": fold, "held_out_rows": len(table), "peak_memory_bytes": peak_memory(), **facts}
+    write_json(metrics_path(run_dir, fold), result | facts)
+    shown = {
+        "macro_f1_positive": f"{result['macro_f1_positive']:.4f}",
+        "accuracy": f"{result['accuracy']:.4f}",
+    }
+    shown |= {"C": f"{facts['C']:g}"} if "C" in facts else {}
+    print(f"fold {fold}: {', '.join(f'{key} {value}' for key, value in shown.items())}, {facts['seconds']} s")
 
 
 def adapter_dir(run_dir: str | os.PathLike, fold: int) -> Path:
@@ -81,5 +270,11 @@ def fold_is_complete(run_dir: str | os.PathLike, fold: int, needs_test: bool) ->
     )
 
 
+def test_table_is_current(run_dir: str | os.PathLike, fold: int, rows_of_test: str) -> bool:
+    """Whether a fold's test table is there and was made for the rows with this digest."""
+    return read_rows_digest(table_path(run_dir, "test", fold)) == rows_of_test
+
+
 def read_run_name(run_dir: Path) -> str:
+    """The name in a folder's `run.json`."""
     return check_run_info(read_json(run_dir / "run.json"), str(run_dir / "run.json"))["name"]

@@ -141,6 +141,8 @@ def _check_test(reference: str | os.PathLike, info: dict[str, Any], tables: list
         problems += _content_problems(where, table, fold, len(info["label_names"]), first_label=-1)
         if table.id != tables[0].id or table.dialogue_id != tables[0].dialogue_id:
             problems.append(f"{where}: other rows, or in another order, than fold 0")
+        elif table.rows != tables[0].rows:
+            problems.append(f"{where}: made for other texts than fold 0; launch both folds again")
     if problems:
         raise InputError(*problems)
 

@@ -2,67 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from rareturn.data.folds import FOLD_GROUPS
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
 from rareturn.errors import InputError
+from rareturn.files import check_content
 from rareturn.runs.references import check_name
 
-RUN_KEYS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "label_names": (list,),
-    "positive_labels": (list,),
-    "num_folds": (int,),
-    "fold_seed": (int,),
-    "fold_groups": (str,),
-    "seed": (int,),
-    "base_model": (str,),
-    "base_revision": (str, type(None)),
-    "recipe": (dict,),
-    "data_fingerprint": (str,),
-    "prompt_fingerprint": (str, type(None)),
-    "packages": (dict,),
-    "command": (str,),
-    "git_commit": (str, type(None)),
-}
+
+def _name(name: str) -> str:
+    try:
+        return check_name(name, "")
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) != len(values):
+        raise ValueError(f"different values expected, not {values}")
+    return values
+
+
+Labels = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class RunInfo(BaseModel):
+    """The content of a `run.json`; other teams' tools may add keys and leave out those with a default."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, AfterValidator(_name)]
+    label_names: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(min_length=2), AfterValidator(_distinct)
+    ]
+    positive_labels: Labels
+    protected_label: int | None = None
+    label_scope: Labels | None = None
+    num_folds: Annotated[int, Field(ge=2)]
+    fold_seed: int
+    fold_groups: Literal["dialogue", "none"]
+    seed: int
+    base_model: str
+    base_revision: str | None
+    recipe: dict[str, Any]
+    data_fingerprint: str
+    prompt_fingerprint: str | None
+    packages: dict[str, Any]
+    command: str
+    git_commit: str | None
+    loader: dict[str, Any] = {}
+    window: dict[str, int] = {}
+    identity: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _labels_exist(self) -> RunInfo:
+        last = len(self.label_names) - 1
+        protected = [] if self.protected_label is None else [self.protected_label]
+        for key, labels in (
+            ("positive_labels", self.positive_labels),
+            ("protected_label", protected),
+            ("label_scope", self.label_scope or []),
+        ):
+            if not all(0 <= label <= last for label in labels):
+                raise ValueError(f"{key}: numbers of 0..{last} expected, not {labels}")
+        return self
 
 
 def check_run_info(info: Any, where: str) -> dict[str, Any]:
-    """The content of a `run.json`, if every key is there and of its type; further keys are left alone.
+    """The content of a `run.json`, as it is, once `RunInfo` has accepted it.
 
     Raises:
-        InputError: one line a key that is missing or wrong.
+        InputError: one line for each key that is missing or wrong.
     """
-    if not isinstance(info, dict):
-        raise InputError(f"{where}: a mapping expected")
-    problems = []
-    for key, kinds in RUN_KEYS.items():
-        if key not in info:
-            problems.append(f"{where}: {key}: missing")
-        elif not isinstance(info[key], kinds) or isinstance(info[key], bool):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            problems.append(f"{where}: {key}: {wanted} expected, not {type(info[key]).__name__}")
-    if problems:
-        raise InputError(*problems)
-    check_name(info["name"], f"{where}: name:")
-    names = info["label_names"]
-    if (
-        len(names) < 2
-        or not all(isinstance(name, str) and name for name in names)
-        or len(set(names)) != len(names)
-    ):
-        problems.append(f"{where}: label_names: two or more different names expected")
-    positive = info["positive_labels"]
-    if (
-        not positive
-        or len({str(label) for label in positive}) != len(positive)
-        or not all(type(label) is int and 0 <= label < len(names) for label in positive)
-    ):
-        problems.append(f"{where}: positive_labels: different numbers of 0..{len(names) - 1} expected")
-    if info["num_folds"] < 2:
-        problems.append(f"{where}: num_folds: 2 or more expected, not {info['num_folds']}")
-    if info["fold_groups"] not in FOLD_GROUPS:
-        problems.append(f"{where}: fold_groups: one of {', '.join(FOLD_GROUPS)} expected")
-    if problems:
-        raise InputError(*problems)
+    check_content(RunInfo, info, where)
     return info

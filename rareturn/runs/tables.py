@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,7 @@ TABLE_SCHEMA = pa.schema(
         ("logits", pa.list_(pa.float32())),
     ]
 )
+ROWS_KEY = b"rareturn.rows"  # in the schema's metadata: the digest of the rows that a table was made for
 
 
 @dataclass
@@ -35,6 +38,7 @@ class LogitTable:
         fold: int64 [n], the fold whose model made the logits.
         label: int64 [n], -1 where there is none.
         logits: float32 [n, c].
+        rows: digest of the rows that the logits were made for; None where another tool wrote the table.
     """
 
     id: list[str]
@@ -42,6 +46,7 @@ class LogitTable:
     fold: np.ndarray
     label: np.ndarray
     logits: np.ndarray
+    rows: str | None = None
 
     def __len__(self) -> int:
         return len(self.id)
@@ -57,6 +62,15 @@ class LogitTable:
         )
 
 
+def rows_digest(rows: Iterable[Row]) -> str:
+    """SHA-256 of rows in their order: ids, dialogues, turns, labels and the sources of variants."""
+    digest = hashlib.sha256()
+    for row in rows:
+        fields = [row.id, row.dialogue_id, row.turns, row.label, row.augmented_from]
+        digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()
+
+
 def make_table(rows: Sequence[Row], fold: int, logits: np.ndarray) -> LogitTable:
     """The table of a fold's model on these rows; `logits` of shape (rows, labels)."""
     return LogitTable(
@@ -65,6 +79,7 @@ def make_table(rows: Sequence[Row], fold: int, logits: np.ndarray) -> LogitTable
         np.full(len(rows), fold, dtype=np.int64),
         np.array([row.label for row in rows], dtype=np.int64),
         logits.astype(np.float32),
+        rows_digest(rows),
     )
 
 
@@ -72,8 +87,8 @@ def write_table(path: str | os.PathLike, table: LogitTable) -> None:
     """Write a table as Parquet (columns of `TABLE_SCHEMA`, zstd); equal tables give equal bytes.
 
     Raises:
-        InputError: the disk is full or the place cannot be written.
-        ValueError: the columns disagree in length, or a logit is not finite.
+        InputError: a logit is not finite, the disk is full or the place cannot be written.
+        ValueError: the columns disagree in length.
     """
     logits = np.ascontiguousarray(table.logits, dtype=np.float32)
     if logits.ndim != 2 or {len(table.id), len(table.dialogue_id), len(table.fold), len(table.label)} != {
@@ -81,9 +96,8 @@ def write_table(path: str | os.PathLike, table: LogitTable) -> None:
     }:
         raise ValueError(f"{path}: the columns of a table must have one length")
     if not np.isfinite(logits).all():
-        raise ValueError(
-            f"{path}: row {table.id[int(np.argmin(np.isfinite(logits).all(1)))]!r}: logits not finite"
-        )
+        row = table.id[int(np.argmin(np.isfinite(logits).all(1)))]
+        raise InputError(f"{path}: row {row!r}: logits are not finite, so the model's training diverged")
     offsets = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
     columns = [
         pa.array(table.id, pa.string()),
@@ -92,14 +106,24 @@ def write_table(path: str | os.PathLike, table: LogitTable) -> None:
         pa.array(np.asarray(table.label), pa.int32()),
         pa.ListArray.from_arrays(pa.array(offsets), pa.array(logits.reshape(-1))),
     ]
+    schema = TABLE_SCHEMA if table.rows is None else TABLE_SCHEMA.with_metadata({ROWS_KEY: table.rows})
     buffer = io.BytesIO()
     pq.write_table(
-        pa.Table.from_arrays(columns, schema=TABLE_SCHEMA),
+        pa.Table.from_arrays(columns, schema=schema),
         buffer,
         compression="zstd",
         write_page_checksum=True,
     )
     write_bytes(path, buffer.getvalue())
+
+
+def read_rows_digest(path: str | os.PathLike) -> str | None:
+    """The digest of the rows that a table was made for; None where there is no table or it does not say."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+    return metadata.get(ROWS_KEY, b"").decode(errors="replace") or None
 
 
 def read_table(path: str | os.PathLike) -> LogitTable:
@@ -148,6 +172,7 @@ def read_table(path: str | os.PathLike) -> LogitTable:
         table["fold"].to_numpy().astype(np.int64),
         table["label"].to_numpy().astype(np.int64),
         np.array(logits, dtype=np.float32),
+        (table.schema.metadata or {}).get(ROWS_KEY, b"").decode(errors="replace") or None,
     )
 
 
