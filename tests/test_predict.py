@@ -1,4 +1,4 @@
-"""predict.py and DefenseClassifier on an ensemble of tiny runs: a QLoRA-less decoder's adapters, an encoder, a probe."""
+"""predict.py and DialogueClassifier on an ensemble of tiny runs: a QLoRA-less decoder's adapters, an encoder, a probe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import linear_probe
 import predict
 import run_classification
 from rareturn import classifier
-from rareturn.classifier import DefenseClassifier
+from rareturn.classifier import DialogueClassifier
 from rareturn.errors import InputError
 from rareturn.models import loading, probing
 from rareturn.models.loading import load_classifier
@@ -101,7 +101,7 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
     source.write_text(json.dumps(dialogues))
     flags = {"ensemble": system, "input": source, "rows_per_chunk": 20}
     assert run_script(predict.main, **flags, output=whole) == 0
-    predictions, calls = DefenseClassifier.predictions, []
+    predictions, calls = DialogueClassifier.predictions, []
 
     def fail_at_third(self, rows):
         calls.append(len(rows))
@@ -109,7 +109,7 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
             raise KeyboardInterrupt
         return predictions(self, rows)
 
-    monkeypatch.setattr(DefenseClassifier, "predictions", fail_at_third)
+    monkeypatch.setattr(DialogueClassifier, "predictions", fail_at_third)
     assert run_script(predict.main, **flags, output=stopped) == 130
     part = tmp_path / ".stopped.jsonl.part-0"
     part.write_bytes(part.read_bytes() + b'[{"id": "half a li')
@@ -172,7 +172,7 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
         {"speaker": "supporter", "text": "What would you like to change?"},
         {"speaker": "seeker", "text": "I might ask my sister to help with the move."},
     ]
-    classifier = DefenseClassifier.from_pretrained(str(system))
+    classifier = DialogueClassifier.from_pretrained(str(system))
     both = classifier(dialogue)
     assert [prediction.turn for prediction in both] == [1, 3]
     assert classifier(dialogue, turns="last")[0].label == both[1].label

@@ -297,6 +297,6 @@ def test_ensemble_card_shows_the_cross_fitted_figure():
     assert "decision cross-fitted" in data.eval_results[0].metric_name
     assert "A blend of 2 runs" in card
     assert "![Where rows went](figures/confusion.png)" in card
-    assert 'DefenseClassifier.from_pretrained("org/name")' in card
+    assert 'DialogueClassifier.from_pretrained("org/name")' in card
     # The in-sample figure, its cross-fitted one beside it.
     assert "| 0.667 [0.500, 0.700] | 0.900 [0.500, 0.700] |" in card

@@ -225,9 +225,9 @@ def ensemble_card(
     libraries = {library_of(info) for info in infos}
     how = [
         "```python",
-        "from classifier import DefenseClassifier  # of rareturn",
+        "from rareturn import DialogueClassifier",
         "",
-        f'classifier = DefenseClassifier.from_pretrained("{name}")',
+        f'classifier = DialogueClassifier.from_pretrained("{name}")',
         "```",
         "",
         "`ensemble.json` names every base model, adapter, weight and revision, and the decision rule.",
