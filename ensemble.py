@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,8 +53,6 @@ from rareturn.runs.hub import add_to_collection, push_files
 from rareturn.runs.reading import Run, read_run
 from rareturn.runs.references import check_name
 
-logger = logging.getLogger(__name__)
-
 VOTES = ("vote", "soft_vote")
 NUM_SPLITS = 5
 
@@ -91,7 +88,7 @@ class EnsembleArguments(DataArguments):
         "label, runs with a label_scope share the rest, in votes or in probabilities.",
         choices=["auto", *METHODS, *VOTES],
     )
-    metric: str = flag("macro_f1_positive", "Score that the rule is fitted for.", choices=list(METRIC_NAMES))
+    metric: str = flag("macro_f1_positive", "Score to fit the rule for.", choices=list(METRIC_NAMES))
     repeats: int = flag(5, "Times the cross-fitting is repeated on other folds. 5 steadies the figure.")
     test_file: str | None = flag(None, "Rows to predict; rows with labels are scored.")
     seed: int = flag(42, "Seed of folds, searches and bootstraps.")
@@ -239,13 +236,11 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
         guide = parse_label_guide(info["label_guide"], f"{runs[0].reference}: run.json: label_guide")
     else:
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
-    if guide.names != runs[0].label_names:
-        raise InputError(
-            f"label guide: labels {guide.names}, but {runs[0].label_names} in {runs[0].reference}"
-        )
-    rows = load_rows(
-        arguments.test_file, guide, columns=arguments.columns, require_labels=False, split="test"
-    )
+    names = runs[0].label_names
+    if guide.names != names:
+        raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
+    options = {"columns": arguments.columns, "require_labels": False, "split": "test"}
+    rows = load_rows(arguments.test_file, guide, **options)
     return list(read_records(arguments.test_file, "test")[1]), rows
 
 
@@ -253,9 +248,8 @@ def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_colu
     """`prediction.json`, rows and fields as in the test file and the label besides, and `prediction.zip` with it."""
     predicted = [{**record, label_column: int(label)} for record, label in zip(records, labels, strict=True)]
     content = (json.dumps(predicted, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-    member = zipfile.ZipInfo(
-        "prediction.json", date_time=(1980, 1, 1, 0, 0, 0)
-    )  # no clock: equal input, equal bytes
+    # No clock: equal input gives equal bytes.
+    member = zipfile.ZipInfo("prediction.json", date_time=(1980, 1, 1, 0, 0, 0))
     member.external_attr, member.create_system = 0o644 << 16, 3
     member.compress_type = zipfile.ZIP_DEFLATED
     buffer = io.BytesIO()

@@ -111,7 +111,7 @@ def in_chunks(dialogues: Iterable[list[Row]], rows_per_chunk: int) -> Iterator[l
         yield chunk
 
 
-def check_input(chunks: Iterable[list[Row]], name: str) -> tuple[int, int, str]:
+def check_input(chunks: Iterable[list[Row]], name: str, speaker: str) -> tuple[int, int, str]:
     """Read the whole input once, before any model is loaded: numbers of turns and chunks, and a digest of the rows.
 
     Raises:
@@ -122,7 +122,7 @@ def check_input(chunks: Iterable[list[Row]], name: str) -> tuple[int, int, str]:
         num_rows, num_chunks = num_rows + len(chunk), num_chunks + 1
         digest.update(json.dumps([(row.id, row.dialogue_id, row.turns) for row in chunk]).encode())
     if not num_rows:
-        raise InputError(f"{name}: no turn of the target speaker to classify")
+        raise InputError(f"{name}: no turn of the target speaker {speaker!r} to classify")
     return num_rows, num_chunks, digest.hexdigest()
 
 
@@ -223,7 +223,8 @@ def main() -> None:
     def read_chunks() -> Iterator[list[Row]]:
         return in_chunks(read_dialogues(arguments, bundle.guide), arguments.rows_per_chunk)
 
-    total, num_chunks, content = check_input(read_chunks(), arguments.input)
+    speaker = bundle.guide.target_speaker
+    total, num_chunks, content = check_input(read_chunks(), arguments.input, speaker)
     facts = [bundle.model_dump_json(), arguments.rows_per_chunk, state.num_processes, content]
     job = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

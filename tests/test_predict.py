@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, model_info
 from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
@@ -296,6 +296,8 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
     where = {"hub_namespace": "team", "hub_name": "sys"}
     push = three_runs(place) | {"output_dir": tmp_path / "pushed", "push_to_hub": True} | where
     assert run_script(ensemble.main, **push) == 2, "a base that is a folder here"
+    # The client's functions keep the address that they were imported with.
+    monkeypatch.setattr(model_info.__self__, "endpoint", hub_here.url)
     for base in ("team/decoder", "team/encoder"):
         files = {path.name: path for path in (place / base).iterdir() if may_travel(path.name)}
         push_files(base, files, message="Base", kept_in=place / base)
@@ -352,6 +354,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
     }
     with monkeypatch.context() as offline:
         offline.chdir(place)
+        offline.setattr(model_info.__self__, "endpoint", "http://127.0.0.1:9")
         for variable in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
             url = getattr(constants, variable).replace(hub_here.url, "http://127.0.0.1:9")
             offline.setattr(constants, variable, url)
@@ -388,7 +391,7 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
 
     cases = [
         (system, tmp_path / "cut.json", "not valid JSON"),
-        (system, tmp_path / "empty.jsonl", "no turn of speaker 'seeker' to classify"),
+        (system, tmp_path / "empty.jsonl", "no turn of the target speaker 'seeker' to classify"),
         (system, tmp_path / "wrong.jsonl", "x: dialogue: turn 1 is empty"),
         (system, tmp_path / "none.jsonl", "no such file"),
         (tmp_path, TEST, "holds no ensemble.json"),
