@@ -67,20 +67,16 @@ class EnsembleArguments(DataArguments):
     label_guide: str | None = flag(None, "Label guide of the test file. Default: the one in the first run.")
     runs: list[str] | None = flag(None, "Runs: folders, or ORG/NAME-oof:RUN[@REVISION] on the Hub.")
     weights: list[str] | None = flag(
-        None,
-        "One number a run, scaled to sum 1, or the word search. Default: those of --decision, or equal ones.",
+        None, "Numbers, or the word search. Default: --decision's, or equal ones."
     )
     blend: str | None = flag(
         None,
         "Kind of weighted mean of the probabilities. Default: that of --decision, or arithmetic.",
         choices=list(BLENDS),
     )
-    decision: str | None = flag(
-        None,
-        "decision.json to apply to the runs it was made for. Default: a rule is fitted here by --method.",
-    )
+    decision: str | None = flag(None, "decision.json to apply to its runs. Default: fit a rule by --method.")
     decision_from_other_runs: bool = flag(
-        False, "Apply --decision to other runs, weights or blend than its own; the report says so."
+        False, "Apply --decision to what it was not fitted for, and say so."
     )
     method: str = flag(
         "auto",
@@ -152,15 +148,15 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
 
 
 def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray]) -> Outcome:
-    """Fit or apply the rule, and predict every out-of-fold row in the three ways that the report sets side by side."""
+    """Fit or apply the rule, and predict every out-of-fold row in the ways that the report compares."""
     labels, groups, info, notes = runs[0].oof.label, runs[0].oof.dialogue_id, runs[0].info, []
     weights, protected = parse_weights(arguments.weights, len(runs)), protected_label(runs[0])
     rule = given_rule(arguments, runs) if arguments.decision else None
     blend = rule.blend if rule else arguments.blend or BLENDS[0]
-    plain = np.ones(len(runs)) if weights in (None, "search") else weights
-    untuned_weights = rule.weights if rule else check_weights(plain, len(runs))
+    given = None if weights in (None, "search") else weights
+    untuned_weights = rule.weights if rule else check_weights(given or [1.0] * len(runs), len(runs))
     untuned = Rule(Decision(np.zeros(runs[0].num_labels)), untuned_weights, "argmax", blend)
-    if weights not in (None, "search") and abs(sum(weights) - 1) > 1e-9:
+    if given and abs(sum(given) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
@@ -218,9 +214,8 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
                 seed=arguments.seed,
                 progress=bar.update,
             ).predictions
-        scaled = cross_fitted_scaling(
-            logits, labels, groups, untuned.weights, blend, NUM_SPLITS, arguments.seed
-        )
+        split = NUM_SPLITS, arguments.seed
+        scaled = cross_fitted_scaling(logits, labels, groups, untuned.weights, blend, *split)
     predicted = before.labels, after.labels, cross_fitted
     return Outcome(rule, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
 
@@ -276,7 +271,7 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
     Runs and models are referred to by their repos from then on; only the bundle on this disk names their folders too.
 
     Raises:
-        InputError: the folder holds no whole ensemble, or a run that is not on the Hub.
+        InputError: the folder holds no whole ensemble, or one of a run that is not on the Hub.
         PushError: see `hub.push_files`.
     """
     names = ["ensemble.json", "decision.json", "metrics.json", "report.html", "README.md"]
@@ -286,8 +281,8 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
         raise InputError(f"{output_dir}: {', '.join(missing)}: missing")
     bundle, decision = read_json(files["ensemble.json"]), read_json(files["decision.json"])
     check_content(Bundle, bundle, str(files["ensemble.json"]))
-    where = hub.hub_namespace, hub.hub_name
-    local_name, bundle["name"] = bundle["name"], hub.hub_name
+    where, local_name = (hub.hub_namespace, hub.hub_name), bundle["name"]
+    bundle["name"] = hub.hub_name
     bundle["runs"] = [refer_to_hub(part, *where) for part in bundle["runs"]]
     for run, part in zip(decision["runs"], bundle["runs"], strict=True):
         run |= {key: part[key] for key in ("reference", "revision")}
