@@ -231,8 +231,7 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
         guide = parse_label_guide(info["label_guide"], f"{runs[0].reference}: run.json: label_guide")
     else:
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
-    names = runs[0].label_names
-    if guide.names != names:
+    if guide.names != (names := runs[0].label_names):
         raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
     options = {"columns": arguments.columns, "require_labels": False, "split": "test"}
     rows = load_rows(arguments.test_file, guide, **options)
@@ -321,9 +320,8 @@ def main() -> None:
     if not arguments.runs:
         raise InputError("--runs: name one or more")
     if not arguments.test_file and (output_dir / "prediction.json").exists():
-        raise InputError(
-            f"{output_dir}: holds a prediction of another call; give --test_file or another --output_dir"
-        )
+        problem = "holds a prediction of another call; give --test_file or another --output_dir"
+        raise InputError(f"{output_dir}: {problem}")
 
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
