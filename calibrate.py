@@ -27,7 +27,6 @@ from rareturn.decisions.cross_fitting import CrossFit, Recipe, cross_fit, fit_ru
 from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
 from rareturn.decisions.probabilities import (
-    BLENDS,
     check_logits,
     fit_temperature,
     probability_quality,
@@ -37,6 +36,7 @@ from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
 from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, interval_text
+from rareturn.runs.decision_file import saved_decision
 from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
@@ -255,27 +255,19 @@ def decision_content(
         "in_sample": chosen.in_sample,
         "cross_fitted": chosen.cross_fitted.predictions,
     }
+    metrics = {
+        stage: score_predictions(
+            run.oof.label,
+            predictions,
+            run.oof.dialogue_id,
+            num_labels=run.num_labels,
+            positive_labels=run.positive_labels,
+            seed=arguments.seed,
+        )
+        for stage, predictions in stages.items()
+    }
     return {
-        "label_names": run.label_names,
-        "positive_labels": run.positive_labels,
-        **chosen.rule.decision.to_dict(),
-        "runs": [{"reference": run.reference, "revision": run.revision, "weight": 1.0}],
-        "blend": BLENDS[0],
-        "method": chosen.rule.method,
-        "metric": arguments.metric,
-        "fold_groups": run.info["fold_groups"],
-        "seed": arguments.seed,
-        "metrics": {
-            stage: score_predictions(
-                run.oof.label,
-                predictions,
-                run.oof.dialogue_id,
-                num_labels=run.num_labels,
-                positive_labels=run.positive_labels,
-                seed=arguments.seed,
-            )
-            for stage, predictions in stages.items()
-        },
+        **saved_decision(chosen.rule, [run], metrics, metric=arguments.metric, seed=arguments.seed),
         "methods": {row.name: row.figures(run, arguments.metric) for row in rows},
         "probabilities": quality,
     }

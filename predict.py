@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rareturn"]
+# ///
 """Classify new dialogues with a published ensemble.
 
     python predict.py --ensemble ORG/NAME --input dialogues.jsonl --output labels.jsonl
@@ -11,25 +15,22 @@ stopped goes on where it was. Several GPUs: `accelerate launch predict.py …` o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from rareturn.classifier import DefenseClassifier, check_dialogue, target_rows
-from rareturn.command_line import parse_arguments, run
-from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.command_line import REQUIRED, flag, parse_arguments, run, start_logging
+from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import read_records
-from rareturn.data.rows import Row
+from rareturn.data.rows import LONE_SURROGATE, Row
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
@@ -39,29 +40,26 @@ from rareturn.runs.references import check_name
 class PredictArguments:
     """What is classified, by what, and where the labels go."""
 
-    ensemble: str = field(
-        metadata={"help": "Ensemble: ORG/NAME[@revision] on the Hub, or ensemble.py's output folder."}
+    _argument_group_name = "Prediction"
+
+    ensemble: str = flag(
+        REQUIRED, "Ensemble: ORG/NAME[@revision] on the Hub, or ensemble.py's output folder."
     )
-    input: str = field(
-        metadata={"help": "Dialogues: .json (an array), .jsonl, .parquet, .csv, a dataset folder or Hub id."}
+    input: str = flag(
+        REQUIRED, "Dialogues: .json (an array), .jsonl, .parquet, .csv, a dataset folder or Hub id."
     )
-    output: str = field(metadata={"help": "File to write, .jsonl: one line a classified turn."})
-    turns: str = field(
-        default="all",
-        metadata={
-            "help": "Classify all turns of the target speaker, or the last one only.",
-            "choices": ["all", "last"],
-        },
+    output: str = flag(REQUIRED, "File to write, .jsonl: one line a classified turn.")
+    turns: str = flag(
+        "all", "Classify all turns of the target speaker, or the last one only.", choices=["all", "last"]
     )
-    dialogue_column: str = field(default="dialogue", metadata={"help": "Field of the turns."})
-    rows_per_chunk: int = field(
-        default=256,
-        metadata={"help": "Turns to classify between two writes. More is faster and takes more memory."},
+    dialogue_column: str = flag("dialogue", "Field of the turns.")
+    rows_per_chunk: int = flag(
+        256, "Turns to classify between two writes. More is faster and takes more memory."
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let a base model run its own Python code."}
+    trust_remote_code: list[str] = flag(
+        [], "Base models that may run Python code of their own, by their names in ensemble.json."
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay off the GPU."})
+    use_cpu: bool = flag(False, "Stay off the GPU.")
 
     def __post_init__(self) -> None:
         if not self.output.endswith(".jsonl"):
@@ -76,36 +74,29 @@ def read_dialogues(arguments: PredictArguments, guide: LabelGuide) -> Iterator[l
     Raises:
         InputError: while iterating, a dialogue that is wrong.
     """
+    from rareturn.classifier import check_dialogue, target_rows
+
     name, records = read_records(arguments.input, "test")
     for number, record in enumerate(records, 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
-        dialogue_id = record.get("id", record.get("dialogue_id"))
-        if not isinstance(dialogue_id, str) or not dialogue_id.strip():
-            raise InputError(f"{where}: id: an id or a dialogue_id must be there, and be a text")
+        row_id = record.get("id", record.get("dialogue_id"))
+        dialogue_id = record.get("dialogue_id", row_id)
+        for key, value in (("id", row_id), ("dialogue_id", dialogue_id)):
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
+            if LONE_SURROGATE.search(value):
+                raise InputError(f"{where}: {key}: holds half a character (a lone surrogate)")
         dialogue = record.get(arguments.dialogue_column)
+        where = f"{name}: {row_id}: {arguments.dialogue_column}"
         if isinstance(dialogue, str):  # CSV has no lists
             try:
                 dialogue = json.loads(dialogue)
             except (json.JSONDecodeError, RecursionError):
-                raise InputError(
-                    f"{name}: {dialogue_id}: {arguments.dialogue_column}: not valid JSON"
-                ) from None
-        turns = check_dialogue(dialogue, guide, f"{name}: {dialogue_id}: {arguments.dialogue_column}")
-        yield list(target_rows(dialogue_id, turns, guide, arguments.turns))
-
-
-def check_input(arguments: PredictArguments, guide: LabelGuide) -> int:
-    """Read the whole input once, before any model is loaded: the number of turns to classify.
-
-    Raises:
-        InputError: a dialogue that is wrong, or nothing to classify.
-    """
-    count = sum(map(len, read_dialogues(arguments, guide)))
-    if not count:
-        raise InputError(f"{arguments.input}: no turn of speaker {guide.target_speaker!r} to classify")
-    return count
+                raise InputError(f"{where}: not valid JSON") from None
+        turns = check_dialogue(dialogue, guide, where)
+        yield list(target_rows(row_id, dialogue_id, turns, guide, arguments.turns))
 
 
 def in_chunks(dialogues: Iterable[list[Row]], rows_per_chunk: int) -> Iterator[list[Row]]:
@@ -120,6 +111,26 @@ def in_chunks(dialogues: Iterable[list[Row]], rows_per_chunk: int) -> Iterator[l
         yield chunk
 
 
+def check_input(chunks: Iterable[list[Row]], name: str, speaker: str) -> tuple[int, int, str]:
+    """Read the whole input once, before any model is loaded: numbers of turns and chunks, and a digest of the rows.
+
+    Raises:
+        InputError: a dialogue that is wrong, or nothing to classify.
+    """
+    num_rows, num_chunks, digest = 0, 0, hashlib.sha256()
+    for chunk in chunks:
+        num_rows, num_chunks = num_rows + len(chunk), num_chunks + 1
+        digest.update(json.dumps([(row.id, row.dialogue_id, row.turns) for row in chunk]).encode())
+    if not num_rows:
+        raise InputError(f"{name}: no turn of the target speaker {speaker!r} to classify")
+    return num_rows, num_chunks, digest.hexdigest()
+
+
+def part_path(output: Path, rank: int) -> Path:
+    """Where a process keeps the chunks that it has done."""
+    return output.with_name(f".{output.name}.part-{rank}")
+
+
 class Progress:
     """Chunks that are done, a line of JSON each, beside the output: what a stopped run goes on from.
 
@@ -128,7 +139,7 @@ class Progress:
     """
 
     def __init__(self, output: Path, rank: int, job: str):
-        self.path = output.with_name(f".{output.name}.part-{rank}")
+        self.path = part_path(output, rank)
         self.done = 0
         if self.path.exists():
             with open(self.path, "rb+") as file:
@@ -152,86 +163,91 @@ class Progress:
                 f"{self.path}: cannot write: {error.strerror}; what is done stays, repeat to go on"
             ) from None
 
-    def lines(self) -> Iterator[bytes]:
-        """The chunks that are done."""
-        with open(self.path, "rb") as file:
-            next(file)
-            yield from file
 
+def merge(output: Path, job: str, num_processes: int, num_chunks: int) -> int:
+    """Write the output from all processes' chunks, in the order of the input; the number of lines.
 
-def describe(row: Row, prediction: Any) -> dict[str, Any]:
-    """An output line: no word of the dialogue."""
-    return {"id": row.id, "dialogue_id": row.dialogue_id, **prediction.to_dict()}
-
-
-def merge(progress: list[Progress], output: Path) -> int:
-    """Write the output from all processes' chunks, in the order of the input; the number of lines."""
-    scratch = output.with_name(f".{output.name}.{os.getpid()}")
-    count = 0
-    with open(scratch, "w", encoding="utf-8") as file:
-        for chunk in itertools.chain.from_iterable(
-            itertools.zip_longest(*(part.lines() for part in progress))
-        ):
-            for line in json.loads(chunk) if chunk else []:
+    Raises:
+        InputError: a process's chunks are not there, so that the output would be incomplete.
+    """
+    paths = [part_path(output, rank) for rank in range(num_processes)]
+    for rank, path in enumerate(paths):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        if lines[:1] != [job.encode()] or len(lines) != 1 + len(range(rank, num_chunks, num_processes)):
+            raise InputError(
+                f"{path}: does not hold all chunks of process {rank}; all processes must write to one folder"
+            )
+    scratch, count = output.with_name(f".{output.name}.{os.getpid()}"), 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(scratch.unlink, missing_ok=True)
+        parts = [stack.enter_context(open(path, "rb")) for path in paths]
+        for part in parts:
+            next(part)
+        file = stack.enter_context(open(scratch, "w", encoding="utf-8"))
+        for chunk in itertools.chain.from_iterable(itertools.zip_longest(*parts, fillvalue=b"[]")):
+            for line in json.loads(chunk):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 count += 1
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, output)
-    for part in progress:
-        part.file.close()
-        part.path.unlink()
+        os.replace(scratch, output)
+    for path in paths:
+        path.unlink()
     return count
 
 
 def main() -> None:
     # Arguments
     (arguments,) = parse_arguments((PredictArguments,), __doc__)
-    state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
     output = Path(arguments.output)
+    if arguments.use_cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # before torch looks: the models' loaders take a GPU that they see
+        )
+
+    import torch
+    from accelerate import PartialState
+
+    from rareturn.classifier import DialogueClassifier
+
+    state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
 
     # Logging
-    logging.basicConfig(
-        level=logging.INFO if state.is_main_process else logging.ERROR, format="%(levelname)s %(message)s"
-    )
+    start_logging(logging.INFO if state.is_main_process else logging.ERROR)
 
     # Data
     bundle, _ = read_bundle(arguments.ensemble)
-    guide = parse_label_guide(bundle["label_guide"], f"{arguments.ensemble}: label_guide")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    total = check_input(arguments, guide)
-    facts = [
-        bundle,
-        arguments.turns,
-        arguments.rows_per_chunk,
-        arguments.dialogue_column,
-        state.num_processes,
-        total,
-    ]
-    source = Path(arguments.input)
-    if source.is_file():
-        facts += [source.stat().st_size, source.stat().st_mtime_ns]
-    job = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def read_chunks() -> Iterator[list[Row]]:
+        return in_chunks(read_dialogues(arguments, bundle.guide), arguments.rows_per_chunk)
+
+    speaker = bundle.guide.target_speaker
+    total, num_chunks, content = check_input(read_chunks(), arguments.input, speaker)
+    facts = [bundle.model_dump_json(), arguments.rows_per_chunk, state.num_processes, content]
+    job = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # Model
-    classifier = DefenseClassifier.from_pretrained(arguments.ensemble, arguments.trust_remote_code)
+    classifier = DialogueClassifier.from_pretrained(arguments.ensemble, arguments.trust_remote_code)
 
     # Predict and save
     progress = Progress(output, state.process_index, job)
-    chunks = in_chunks(read_dialogues(arguments, guide), arguments.rows_per_chunk)
-    mine = itertools.islice(enumerate(chunks), state.process_index, None, state.num_processes)
+    mine = itertools.islice(enumerate(read_chunks()), state.process_index, None, state.num_processes)
     with tqdm(total=total, unit="turn", desc="predict", disable=not state.is_main_process) as bar:
         for number, rows in mine:
             if number // state.num_processes >= progress.done:
-                lines = [describe(row, prediction) for row, prediction in classifier.predictions(rows)]
+                lines = [
+                    {"id": row.id, "dialogue_id": row.dialogue_id, **prediction.to_dict()}
+                    for row, prediction in classifier.predictions(rows)
+                ]
                 progress.write(json.dumps(lines, ensure_ascii=False).encode())
             bar.update(len(rows) * state.num_processes)
+    progress.file.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        parts = [progress] + [Progress(output, rank, job) for rank in range(1, state.num_processes)]
-        count = merge(parts, output)
-        print(f"{output}: {count} turns classified by {check_name(bundle['name'], 'name')}")
+        count = merge(output, job, state.num_processes, num_chunks)
+        print(f"{output}: {count} turns classified by {check_name(bundle.name, 'name')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """A published ensemble as an object: dialogues in, labels and probabilities out.
 
-from classifier import DefenseClassifier
+from rareturn import DialogueClassifier
 
-classifier = DefenseClassifier.from_pretrained("ORG/NAME")
+classifier = DialogueClassifier.from_pretrained("ORG/NAME")
 classifier([{"speaker": "seeker", "text": "Whatever. It's not like anyone noticed."}])
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, turn_problem
-from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, blend, test_probabilities
-from rareturn.decisions.rules import Decision, decide
+from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
 from rareturn.errors import InputError
 from rareturn.models import inference
 from rareturn.models.inference import predict_logits, segment_name
@@ -38,7 +38,7 @@ from rareturn.models.loading import (
 from rareturn.models.packing import PackedBatches, accept_packed, can_branch
 from rareturn.models.probing import FrozenFeatures, LinearHead
 from rareturn.models.training import RowBatches
-from rareturn.runs.bundle import model_folders, read_bundle, read_vote
+from rareturn.runs.bundle import Bundle, BundledRun, model_folders, read_bundle
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class Prediction:
         turn: the turn's place in its dialogue, counted from 0.
         label, label_name: the decision.
         probabilities: label name to probability, after temperature and blending, before bias and gate.
-        decided_by: `gate` (the protected label was sure enough), `bias` (another label than the likeliest won),
-            `argmax` (the likeliest), or `vote`.
+        decided_by: as in `rules.Prediction`.
     """
 
     turn: int
@@ -62,33 +61,33 @@ class Prediction:
     decided_by: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def _check_prompt(run: BundledRun, renderer: Renderer | None) -> None:
+    """Refuse a run whose rows would be rendered in another way than in training."""
+    if run.prompt_fingerprint not in (None, renderer and renderer.fingerprint):
+        raise InputError(f"{run.name}: this program renders rows otherwise than the one that trained the run")
 
 
 class _TrainedVoter:
     """The folds of one run of run_classification.py: adapters on one base, or whole models."""
 
-    def __init__(self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, bases: _Bases):
-        self.scope, self.guide = run.get("label_scope"), guide
-        self.bf16 = bool(run["loader"].get("bf16"))
-        self.base = bases.find(run)
-        config = load_config(self.base)
-        self.is_encoder = is_encoder(config)
+    def __init__(self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, bases: _Bases):
+        self.bf16, self.base = run.loader.bf16, bases.find(run)
+        self.is_encoder = is_encoder(load_config(self.base))
         self.tokenizer = load_tokenizer(self.base)
-        self.renderer = Renderer(self.tokenizer, guide, is_encoder=self.is_encoder, **run["window"])
-        if run["prompt_fingerprint"] not in (None, self.renderer.fingerprint):
-            raise InputError(
-                f"{run['name']}: this program renders rows otherwise than the one that trained the run"
-            )
+        self.renderer = Renderer(self.tokenizer, guide, is_encoder=self.is_encoder, **run.window.model_dump())
+        _check_prompt(run, self.renderer)
+        self.num_labels = len(guide.labels)
+        self.outside = [label for label in guide.numbers if label not in (run.label_scope or guide.numbers)]
         pad = self.tokenizer.pad_token_id
         self.models = [bases.load_fold(self.base, folder, guide, pad) for folder in folders]
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Of each fold, float32 of shape (rows, num_labels)."""
         rendered = self.renderer.render(rows)
-        outside = [
-            label for label in self.guide.numbers if self.scope is not None and label not in self.scope
-        ]
         results = []
         for model, adapter in self.models:
             if adapter is not None:
@@ -104,11 +103,11 @@ class _TrainedVoter:
                 rendered,
                 batches.prediction_batches(rows, rendered),
                 batches.collate,
-                num_labels=len(self.guide.labels),
+                num_labels=self.num_labels,
                 bf16=self.bf16,
                 alone=True,
             )
-            logits[:, outside] = OUT_OF_SCOPE_LOGIT
+            logits[:, self.outside] = OUT_OF_SCOPE_LOGIT
             results.append(logits)
         return results
 
@@ -116,18 +115,19 @@ class _TrainedVoter:
 class _ProbeVoter:
     """The folds of one run of linear_probe.py: heads on one frozen model."""
 
-    def __init__(self, run: Mapping[str, Any], folders: Sequence[Path], guide: LabelGuide, base: BaseModel):
-        if run.get("features") is None:
-            raise InputError(f"{run['name']}: features: missing, so its heads cannot be applied")
+    def __init__(self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, base: BaseModel):
+        if run.features is None:
+            raise InputError(f"{run.name}: features: missing, so its heads cannot be applied")
         self.frozen = FrozenFeatures(
             base,
             guide,
-            layer=run["features"]["layer"],
-            window=run["window"],
+            layer=run.features.layer,
+            window=run.window.model_dump(),
             batch_size=32,
-            bf16=bool(run["loader"].get("bf16")),
+            bf16=run.loader.bf16,
             show_progress=False,
         )
+        _check_prompt(run, self.frozen.renderer)
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
         self.model = self.frozen.load()
 
@@ -138,31 +138,32 @@ class _ProbeVoter:
 
 
 class _Bases:
-    """Base models, each loaded once, whatever number of folds and runs stand on it."""
+    """Base models, each loaded once, whatever number of folds and runs stand on it.
 
-    def __init__(self, trust_remote_code: bool):
-        self.trust_remote_code = trust_remote_code
+    Args:
+        trust_remote_code: names of the bases that may run code of their own.
+    """
+
+    def __init__(self, trust_remote_code: Sequence[str]):
+        self.trusted = trust_remote_code
         self.loaded: dict[BaseModel, Any] = {}
 
-    def find(self, run: Mapping[str, Any]) -> BaseModel:
+    def find(self, run: BundledRun) -> BaseModel:
         """The run's base, as it was loaded in training.
 
         Raises:
             InputError: it cannot be had, or wants to run its own code and may not.
         """
-        loading = {name: run["loader"][name] for name in LOADING if name in run["loader"]}
-        if loading.pop("trust_remote_code", False) and not self.trust_remote_code:
+        name, revision = run.base_model, run.base_revision
+        if run.loader.trust_remote_code and name not in self.trusted:
             raise InputError(
-                f"{run['name']}: {run['base_model']} runs code of its own; allow it by --trust_remote_code"
+                f"{run.name}: {name} runs code of its own; allow it by --trust_remote_code {name}"
             )
-        revision = run["base_revision"]
+        loading = run.loader.model_dump(include=set(LOADING))
+        if re.fullmatch("[0-9a-f]{40}", revision or "") and not Path(name).is_dir():
+            return BaseModel(name, revision, name, **loading)  # pinned: no need to ask the Hub
         packaged = revision is not None and ":" in revision
-        base = find_base_model(
-            run["base_model"],
-            None if packaged else revision,
-            trust_remote_code=self.trust_remote_code,
-            **loading,
-        )
+        base = find_base_model(name, None if packaged else revision, **loading)
         if packaged and base.revision != revision:
             logger.warning(f"{base.name}: the run was trained on {revision}, this is {base.revision}")
         return base
@@ -171,74 +172,51 @@ class _Bases:
         self, base: BaseModel, folder: Path, guide: LabelGuide, pad_token_id: int
     ) -> tuple[Any, str | None]:
         """A fold's model, and the name of its adapter if it is one on a shared base."""
+        name, model = None, None
         if not (folder / "adapter_config.json").exists():
             model = load_trained(base, folder, guide.names, pad_token_id)
-            name = None
+        elif base in self.loaded:
+            shared = self.loaded[base]
+            name = f"fold{len(shared.peft_config)}"
+            shared.load_adapter(folder, adapter_name=name)
+            return inference.place(shared, base), name
         else:
             from peft import PeftModel
 
-            model = self.loaded.get(base)
-            name = f"fold{len(getattr(model, 'peft_config', ()))}"
-            if model is None:
-                classifier = load_classifier(base, guide.names, pad_token_id)
-                model = self.loaded[base] = PeftModel.from_pretrained(classifier, folder, adapter_name=name)
-                if not is_encoder(load_config(base)):
-                    accept_packed(model)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-            return inference.place(model, base), name
+            name, classifier = "fold0", load_classifier(base, guide.names, pad_token_id)
+            model = self.loaded[base] = PeftModel.from_pretrained(classifier, folder, adapter_name=name)
         if not is_encoder(load_config(base)):
             accept_packed(model)
         return inference.place(model, base), name
 
 
-class DefenseClassifier:
+class DialogueClassifier:
     """A decision rule over the blended probabilities of runs; see `from_pretrained`."""
 
-    def __init__(self, bundle: Mapping[str, Any], voters: Sequence[Any], guide: LabelGuide):
-        self.bundle, self.voters, self.guide = bundle, voters, guide
-        self.decision = Decision.from_dict(
-            {**bundle["decision"], "label_names": bundle["label_names"]}, "ensemble.json"
-        )
-        self.weights = [run["weight"] for run in bundle["runs"]]
-        self.voting = read_vote(bundle)
+    def __init__(self, bundle: Bundle, voters: Sequence[Any]):
+        self.rule, self.guide, self.voters = bundle.rule(), bundle.guide, voters
 
     @classmethod
-    def from_pretrained(cls, reference: str, trust_remote_code: bool = False) -> DefenseClassifier:
+    def from_pretrained(cls, reference: str, trust_remote_code: Sequence[str] = ()) -> DialogueClassifier:
         """Load an ensemble: every base once, every fold's adapter or head on it.
 
         Args:
             reference: `ORG/NAME[@revision]` on the Hub, or the output folder of ensemble.py.
+            trust_remote_code: names of base models that may run Python code of their own.
 
         Raises:
             InputError: no bundle there, a damaged one, or a model that cannot be had.
         """
         bundle, folder = read_bundle(str(reference))
-        guide = parse_label_guide(bundle["label_guide"], f"{reference}: label_guide")
         bases = _Bases(trust_remote_code)
         voters: list[Any] = []
-        for run in bundle["runs"]:
+        for run in bundle.runs:
             folders = model_folders(run, folder)
             if (folders[0] / "head.safetensors").exists():
-                voters.append(_ProbeVoter(run, folders, guide, bases.find(run)))
+                voters.append(_ProbeVoter(run, folders, bundle.guide, bases.find(run)))
             else:
-                voters.append(_TrainedVoter(run, folders, guide, bases))
-        return cls(bundle, voters, guide)
-
-    def predict_rows(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Labels int64 (rows,), blended probabilities (rows, num_labels), and by what each row was decided."""
-        temperature = 1.0 if self.voting else self.decision.temperature
-        runs = [test_probabilities(voter.logits(rows), temperature) for voter in self.voters]
-        probabilities = blend(runs, self.weights, self.bundle["blend"])
-        if self.voting:
-            return self.voting.predict(runs), probabilities, ["vote"] * len(rows)
-        labels = decide(probabilities, self.decision)
-        gate = np.zeros(len(rows), dtype=bool)
-        if self.decision.threshold is not None:
-            gate = probabilities[:, self.decision.protected_class] >= self.decision.threshold
-        likeliest = probabilities.argmax(axis=1)
-        reasons = np.where(gate, "gate", np.where(labels == likeliest, "argmax", "bias"))
-        return labels, probabilities, reasons.tolist()
+                voters.append(_TrainedVoter(run, folders, bundle.guide, bases))
+        return cls(bundle, voters)
 
     def __call__(self, dialogue: Sequence[Mapping[str, str]], turns: str = "all") -> list[Prediction]:
         """Classify a dialogue's turns of the target speaker.
@@ -251,17 +229,17 @@ class DefenseClassifier:
             InputError: a turn without text or with an unknown speaker.
         """
         checked = check_dialogue(dialogue, self.guide, "dialogue")
-        rows = list(target_rows("dialogue", checked, self.guide, turns))
+        rows = list(target_rows("dialogue", "dialogue", checked, self.guide, turns))
         return [prediction for _, prediction in self.predictions(rows)] if rows else []
 
     def predictions(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prediction]]:
         """Rows with what the ensemble says of their last turn."""
-        labels, probabilities, reasons = self.predict_rows(rows)
-        for row, label, values, reason in zip(rows, labels, probabilities, reasons, strict=True):
-            named = {
-                name: round(float(value), 6) for name, value in zip(self.guide.names, values, strict=True)
-            }
-            yield row, Prediction(len(row.turns) - 1, int(label), self.guide.names[label], named, reason)
+        said, names = self.rule.predict([voter.logits(rows) for voter in self.voters]), self.guide.names
+        for row, label, values, reason in zip(
+            rows, said.labels, said.probabilities, said.decided_by, strict=True
+        ):
+            named = {name: round(float(value), 6) for name, value in zip(names, values, strict=True)}
+            yield row, Prediction(len(row.turns) - 1, int(label), names[label], named, reason)
 
 
 def check_dialogue(dialogue: Any, guide: LabelGuide, where: str) -> tuple[Turn, ...]:
@@ -284,8 +262,10 @@ def check_dialogue(dialogue: Any, guide: LabelGuide, where: str) -> tuple[Turn, 
     return tuple(turns)
 
 
-def target_rows(dialogue_id: str, turns: tuple[Turn, ...], guide: LabelGuide, which: str) -> Iterator[Row]:
-    """A row for every turn of the target speaker, or for the last of them."""
+def target_rows(
+    row_id: str, dialogue_id: str, turns: tuple[Turn, ...], guide: LabelGuide, which: str
+) -> Iterator[Row]:
+    """A row for every turn of the target speaker, or for the last of them; ids are `<row_id>#<turn>`."""
     places = [place for place, turn in enumerate(turns) if turn.speaker == guide.target_speaker]
     for place in places if which == "all" else places[-1:]:
-        yield Row(f"{dialogue_id}#{place}", dialogue_id, turns[: place + 1])
+        yield Row(f"{row_id}#{place}", dialogue_id, turns[: place + 1])

@@ -19,8 +19,9 @@ from rareturn.data.folds import write_folds
 from rareturn.decisions.methods import METHODS, fit
 from rareturn.decisions.metrics import METRIC_NAMES, score
 from rareturn.decisions.probabilities import softmax
-from rareturn.decisions.rules import Decision, decide
+from rareturn.decisions.rules import decide
 from rareturn.files import write_json
+from rareturn.runs.decision_file import read_decision
 from rareturn.runs.folder import table_path
 from rareturn.runs.reading import read_run
 from rareturn.runs.tables import LogitTable, read_table, write_table
@@ -118,9 +119,14 @@ def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path
     assert status == 0 and written == (tmp_path / "two.json").read_bytes()
 
     content = json.loads(written)
-    decision = Decision.from_dict(content)
+    decision = read_decision(str(tmp_path / "two.json")).rule().decision
     assert content["label_names"] == NAMES and content["positive_labels"] == [1, 2, 3]
-    assert content["runs"] == [{"reference": str(run), "revision": None, "weight": 1.0}]
+    (of_run,) = content["runs"]
+    assert {key: of_run[key] for key in ("reference", "revision", "weight")} == {
+        "reference": str(run),
+        "revision": None,
+        "weight": 1.0,
+    }
     assert content["method"] in METHODS and content["metric"] == "macro_f1_positive"
     assert content["fold_groups"] == "dialogue" and content["blend"] == "arithmetic"
     for stage in ("argmax", "in_sample", "cross_fitted"):

@@ -26,15 +26,21 @@ from rareturn.decisions.cross_fitting import Recipe, cross_fit, rule_fitter, sea
 from rareturn.decisions.metrics import bootstrap_interval, cohens_kappa, score
 from rareturn.decisions.probabilities import softmax
 from rareturn.decisions.rules import Decision, decide
+from rareturn.errors import InputError
 from rareturn.files import write_bytes, write_json
 from rareturn.reports.cards import run_card
-from rareturn.runs.bundle import model_folders, read_bundle, read_vote
+from rareturn.runs.bundle import model_folders, read_bundle
+from rareturn.runs.decision_file import read_decision, table_digest
 from rareturn.runs.folder import adapter_dir, metrics_path, table_path, write_run_info
+from rareturn.runs.hub import push_files
 from rareturn.runs.publish import push_fold, push_run
 from rareturn.runs.reading import read_run
 from rareturn.runs.tables import LogitTable, write_table
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import compare_runs  # noqa: E402
+
 NAMES = ["none", "acting out", "denial"]
 GUIDE = {
     "task": "Say which.",
@@ -133,14 +139,14 @@ def test_rows(labels: list[int | None]) -> list[dict]:
 
 test_rows.__test__ = False
 
+RULE = {"bias": [0.0, 0.0, 1.0], "protected_class": 1, "threshold": 0.5, "temperature": 1.0}
 DECISION = {
     "label_names": NAMES,
     "positive_labels": [1, 2],
-    "bias": [0.0, 0.0, 1.0],
-    "protected_class": 1,
-    "threshold": 0.5,
-    "temperature": 1.0,
+    **RULE,
+    "blend": "arithmetic",
     "method": "argmax",
+    "runs": [],
 }
 
 
@@ -150,14 +156,31 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(TEST):
         write_run(tmp_path / name, run_info(name), logits_of(seed), TEST[name])
     (tmp_path / "test.json").write_text(json.dumps(test_rows([None] * 3)))
-    (tmp_path / "decision.json").write_text(json.dumps(DECISION))
     monkeypatch.chdir(tmp_path)
+    write_decision({})
     return tmp_path
+
+
+def write_decision(changes: dict, weights: dict[str, float] | None = None) -> dict:
+    """decision.json of runs in the working folder, a and b at .3 and .7 by default; what it holds."""
+    runs = [
+        {"name": name, "reference": name, "revision": None, "weight": weight}
+        | {"oof_sha256": table_digest(read_run(name).oof)}
+        for name, weight in (weights or {"a": 0.3, "b": 0.7}).items()
+    ]
+    content = DECISION | {"runs": runs} | changes
+    Path("decision.json").write_text(json.dumps(content))
+    return content
 
 
 def call(*words: object) -> int:
     """The script in this process, as from its command line; its exit status."""
     return run_script(ensemble.main, *words)
+
+
+def compare(*words: object) -> int:
+    """scripts/compare_runs.py, likewise."""
+    return run_script(compare_runs.main, *words)
 
 
 GIVEN = ["--runs", "a", "b", "--weights", "0.3", "0.7", "--decision", "decision.json", "--repeats", "1"]
@@ -175,8 +198,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_submission_and_all_that_stands_beside_it(place: Path):
-    given = DECISION | {"method": "prior"}
-    (place / "decision.json").write_text(json.dumps(given))
+    given = write_decision({"method": "prior"})
     words = [*GIVEN, "--repeats", "2", "--test_file", "test.json", "--output_dir", "out"]
     done = subprocess.run(
         [sys.executable, ROOT / "ensemble.py", *words], capture_output=True, text=True, check=False
@@ -198,7 +220,7 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
     runs = [read_run(name) for name in "ab"]
     labels, groups = runs[0].oof.label, runs[0].oof.dialogue_id
     blended = 0.3 * softmax(runs[0].oof.logits) + 0.7 * softmax(runs[1].oof.logits)
-    rule = Decision.from_dict(DECISION)
+    rule = Decision(np.array(RULE["bias"]), 1, 0.5)
     metrics, decision, bundle = (read(out / f"{name}.json") for name in ("metrics", "decision", "ensemble"))
     for stage, predictions in (
         ("argmax", blended.argmax(axis=1)),
@@ -223,20 +245,16 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
     assert metrics["agreement"]["cohens_kappa"][0][1] == pytest.approx(cohen_kappa_score(*argmaxes))
 
     assert {key: decision[key] for key in given} == given
-    assert decision["runs"] == [
-        {"reference": "a", "revision": None, "weight": 0.3},
-        {"reference": "b", "revision": None, "weight": 0.7},
-    ]
-    assert Decision.from_dict(decision).threshold == 0.5
-    assert bundle["decision"] == {key: DECISION[key] for key in bundle["decision"]}
+    assert read_decision(str(out / "decision.json")).threshold == 0.5
+    assert bundle["decision"] == RULE
     assert bundle["runs"][0]["model"]["folder"] == "../a"
     assert [fold["subfolder"] for fold in bundle["runs"][0]["model"]["folds"]] == [
         "fold-0/adapter",
         "fold-1/adapter",
     ]
     read_back, folder = read_bundle("out")
-    assert read_back == bundle
-    assert model_folders(bundle["runs"][1], folder)[1].resolve() == place / "b/fold-1/adapter"
+    assert read_back.model_dump(include={"label_guide", "name"}) == {"label_guide": GUIDE, "name": "out"}
+    assert model_folders(read_back.runs[1], folder)[1].resolve() == place / "b/fold-1/adapter"
 
     # In-sample never stands without its cross-fitted figure beside it.
     lines = done.stdout.splitlines()
@@ -266,7 +284,8 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
 
 
 def test_geometric_mean(place: Path):
-    (place / "decision.json").write_text(json.dumps(DECISION | {"bias": [0.0, 0.0, 0.0], "threshold": None}))
+    no_rule = {"bias": [0.0, 0.0, 0.0], "threshold": None, "blend": "geometric"}
+    write_decision(no_rule, {"a": 1, "b": 1})
     words = [*GIVEN, "--weights", "1", "1", "--blend", "geometric", "--test_file", "test.json"]
     assert call(*words, "--output_dir", "out") == 0
     # t1: sqrt of .1 * .2, .3 * .7, .6 * .1: label 1. t2: .7 * .7, .2 * .1, .1 * .2.
@@ -330,12 +349,12 @@ def test_votes(place: Path, capsys):
     assert call(*words, "soft", "--method", "soft_vote") == 0
     # t0: gate (.5 + .2) / 2 = .35, the rest .65 by .8 : .1. t1: gate .15, rest by .02 : .08. t2: gate .7.
     assert [row["label"] for row in read("soft/prediction.json")] == [1, 2, 0]
-    assert read_vote(read_bundle("soft")[0]).soft
+    assert read_bundle("soft")[0].rule().voting.soft
     assert call(*words, "x", "--method", "vote", "--weights", "1", "1", "1") == 2
     assert "--method vote counts every run once" in capsys.readouterr().err
     (place / "c/run.json").write_text(json.dumps(specialist | {"label_scope": [7]}))
     assert call(*words, "x", "--method", "vote") == 2
-    assert "c: label_scope: [7] is no list of labels 0 to 2" in capsys.readouterr().err
+    assert "c: label_scope: [7] is not a list of labels 0 to 2" in capsys.readouterr().err
     assert not Path("x").exists()
 
 
@@ -350,7 +369,7 @@ IDS = [f"r{row}" for row in range(ROWS)]
 DISAGREEMENTS = {
     "label names": (
         {"label_names": ["none", "acting out", "splitting"]},
-        "c: label_names: label 2 is 'splitting', but 'denial' in a",
+        'c: label_names: label 2: "splitting", but "denial" in a',
     ),
     "positive labels": ({"positive_labels": [2]}, "c: positive_labels: [2], but [1, 2] in a"),
     "row": ({"id": [*IDS[:5], "other", *IDS[6:]]}, "c: row 'r5' of a is missing"),
@@ -386,7 +405,7 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
         (["--runs"], "expected at least one argument"),
         (["--weights", "1"], "--runs: name one or more"),
         (["--runs", "a", "--decision", "wrong.json"], "wrong.json: label_names"),
-        (["--runs", "a", "--decision", "test.json"], "test.json: not a JSON object"),
+        (["--runs", "a", "--decision", "test.json"], "test.json: Input should be a valid dictionary"),
         (["--runs", "a", "--label_guide", "label_guides/dmrs.yaml"], "label guide: labels"),
         (["--runs", "a", "--push_to_hub"], "--push_to_hub needs --hub_namespace and --hub_name"),
         (["--runs", "a", "--method", "vote", "--decision", "decision.json"], "no --decision"),
@@ -395,11 +414,11 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
             "belongs to given weights",
         ),
         (["--runs", "a", "--repeats", "0"], "--repeats: one or more"),
-        (["--compare", "a"], "--compare: name two, A and B"),
+        (["--runs", "a", "--decision_from_other_runs"], "needs a --decision"),
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(place: Path, capsys, words: list[str], message: str):
-    (place / "wrong.json").write_text(json.dumps(DECISION | {"label_names": ["x", "y", "z"]}))
+    Path("wrong.json").write_text(json.dumps(write_decision({"label_names": ["x", "y", "z"]})))
     assert call(*words, "--test_file", "test.json", "--output_dir", "out") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0], lines
@@ -436,7 +455,7 @@ def test_compare_by_hand(place: Path, capsys):
     of_c[1], of_c[2] = 2, 0
     for name, predictions in (("d", of_d), ("c", of_c)):
         write_run(place / name, run_info(name), np.eye(3)[predictions], TEST["a"])
-    assert call("--compare", "d", "c", "--output_dir", "out") == 0
+    assert compare("d", "c", "--output_file", "out/comparison.json") == 0
     found = read("out/comparison.json")
     scores = [score(labels, predictions, 3, [1, 2], "macro_f1_positive") for predictions in (of_d, of_c)]
     assert [found["a"]["score"], found["b"]["score"]] == pytest.approx(scores)
@@ -452,22 +471,22 @@ def test_compare_by_hand(place: Path, capsys):
     assert low < found["difference"] < 0 and high == 0
     out = capsys.readouterr().out
     assert "Rows that flip: 3 of 48" in out and "0 none -> 2 denial" in out
-    assert call("--compare", "d", "d") == 0
+    assert compare("d", "d") == 0
     assert "B less A: +0.0000, 95 % interval +0.0000 to +0.0000" in capsys.readouterr().out
 
 
 def test_compare_with_an_ensemble(place: Path, capsys):
     assert call("--runs", "a", "b", *QUICK, "--output_dir", "out") == 0
-    assert call("--compare", "a", "out") == 0
+    assert compare("a", "out") == 0
     out = capsys.readouterr().out
     assert "A: a (argmax)" in out and "B: out (decision (argmax), cross-fitted)" in out
     other_run(place, label_names=["x", "y", "z"])
-    assert call("--compare", "out", "c") == 2
-    assert "c: label_names: label 0 is 'x', but 'none' in out" in capsys.readouterr().err
+    assert compare("out", "c") == 2
+    assert 'c: label_names: label 0: "x", but "none" in out' in capsys.readouterr().err
     content = read("out/oof_predictions.json")
     for change in ({"label": [9] * ROWS}, {"id": IDS[:-1]}, {"predictions": [["x"] * ROWS]}, {"what": 1}):
         Path("out/oof_predictions.json").write_text(json.dumps(content | change))
-        assert call("--compare", "a", "out") == 2
+        assert compare("a", "out") == 2
         assert "not what ensemble.py writes" in capsys.readouterr().err
 
 
@@ -511,13 +530,17 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     files = {"ensemble.json", "decision.json", "metrics.json", "report.html", "README.md"} | figures
     assert published.keys() - {".gitattributes"} == files
     for name in files:
-        assert published[name] == Path("mixed", name).read_bytes()
+        if name == "ensemble.json":  # no folder of this machine is published
+            without = copy.deepcopy(bundle)
+            assert [run["model"].pop("folder", None) for run in without["runs"]] == ["../a", None]
+            assert json.loads(published[name]) == without
+        else:
+            assert published[name] == Path("mixed", name).read_bytes()
         assert SECRET.encode() not in published[name] and str(place).encode() not in published[name]
         assert hub_here.writer.encode() not in published[name]
     assert ModelCard(published["README.md"].decode()).data.model_name == "org/psy"
     assert hub_here.repos["model", "org/psy"].private
-    assert read_bundle("org/psy")[0] == bundle
-    folders = model_folders(bundle["runs"][0], Path("nowhere"))
+    folders = model_folders(read_bundle("org/psy")[0].runs[0], Path("nowhere"))
     assert [(folder / "adapter_model.safetensors").read_bytes() for folder in folders] == [
         b"weights 0",
         b"weights 1",
@@ -526,8 +549,188 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     commits = len(hub_here.commits("org/psy"))
     assert call("--output_dir", "mixed", "--push_only", *push[1:]) == 0
     assert len(hub_here.commits("org/psy")) == commits
-    assert call("--output_dir", "local", "--push_only", *push[1:]) == 2
-    assert "names runs on this disk (a, b); use --push_to_hub" in capsys.readouterr().err
+
+    # What was made without a push is pushed as it is, its runs and its card referring to the Hub from now on.
+    assert call("--output_dir", "local", "--push_only", *push[1:]) == 0
+    pushed = hub_here.files("org/psy")
+    later = json.loads(pushed["ensemble.json"])
+    assert later["runs"] == [
+        run | {"model": later["runs"][place]["model"]} for place, run in enumerate(bundle["runs"])
+    ]
+    assert [run["reference"] for run in json.loads(pushed["decision.json"])["runs"]] == [
+        "org/psy-oof:a",
+        "org/psy-oof:b",
+    ]
+    assert ModelCard(pushed["README.md"].decode()).data.model_name == "org/psy"
+    assert b'from_pretrained("org/psy")' in pushed["README.md"]
+    # On this machine its models are still taken from their folders, without the Hub.
+    commits = len(hub_here.commits("org/psy"))
+    del hub_here.repos["model", "org/psy-b"]
+    here, folder = read_bundle("local")
+    assert model_folders(here.runs[1], folder)[0].resolve() == place / "b/fold-0/adapter"
+    (place / "b/fold-0/adapter/adapter_model.safetensors").write_bytes(b"trained anew")
+    with pytest.raises(
+        InputError, match="org/psy-b"
+    ):  # other weights than the bundle's: only the Hub has those
+        model_folders(here.runs[1], folder)
+    assert len(hub_here.commits("org/psy")) == commits
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": {"folder": "../a"}},
+            "runs.0.model.folder: a bundle from the Hub may not name a folder here",
+        ),
+        ({"base_model": "/home/me/base"}, "runs.0.base_model: '/home/me/base' is a path on this machine"),
+        ({"base_model": "team/base"}, "runs.0.base_model: 'team/base' is a path on this machine"),
+    ],
+)
+def test_a_pulled_bundle_names_no_path_of_this_machine(place: Path, hub_here, change: dict, message: str):
+    assert call("--runs", "a", *QUICK, "--output_dir", "out") == 0
+    bundle = read("out/ensemble.json")
+    hub = {"repo_id": "org/psy-a", "revision": "a" * 40, "folds": [{"subfolder": "fold-0"}]}
+    bundle["runs"][0] |= {"model": hub | change.pop("model", {})} | change
+    push_files("org/x", {"ensemble.json": json.dumps(bundle).encode()}, message="x", kept_in="out")
+    Path("team/base").mkdir(parents=True)
+    with pytest.raises(InputError) as error:
+        read_bundle("org/x")
+    (line,) = error.value.problems
+    assert message in line
+
+
+def test_every_problem_of_a_bundle_is_a_line(place: Path):
+    assert call("--runs", "a", *QUICK, "--output_dir", "out") == 0
+    bundle = read("out/ensemble.json")
+    bundle["runs"][0]["loader"]["quantization"] = "pickle"
+    bundle["runs"][0]["window"]["max_turns"] = 0
+    bundle["decision"]["temperature"] = -1
+    Path("out/ensemble.json").write_text(json.dumps(bundle))
+    with pytest.raises(InputError) as error:
+        read_bundle("out")
+    places = ["temperature", "runs.0.loader.quantization", "runs.0.window.max_turns"]
+    assert len(error.value.problems) == 3
+    for where, line in zip(places, error.value.problems, strict=True):
+        assert line.startswith(f"out: ensemble.json: {where}: ")
+
+
+def test_a_decision_is_applied_to_what_it_belongs_to(place: Path):
+    # The order of the runs and the spelling of their paths are the user's; weights and blend are the file's.
+    write_decision({"blend": "geometric"}, {"a": 0.1, "b": 0.9})
+    words = [
+        "--decision",
+        "decision.json",
+        "--repeats",
+        "1",
+        "--test_file",
+        "test.json",
+        "--output_dir",
+        "out",
+    ]
+    assert call("--runs", place / "b", "./a", *words) == 0
+    decision = read("out/decision.json")
+    assert {run["name"]: run["weight"] for run in decision["runs"]} == pytest.approx({"a": 0.1, "b": 0.9})
+    assert decision["blend"] == "geometric"
+    assert call("--runs", "a", "b", "--weights", "1", "9", "--blend", "geometric", *words) == 0
+
+
+OTHERS = {
+    "weights": (
+        ["--runs", "a", "b", "--weights", "0.9", "0.1"],
+        "belongs to weights 0.3 0.7, --weights says 0.9 0.1",
+    ),
+    "blend": (
+        ["--runs", "a", "b", "--blend", "geometric"],
+        "belongs to blend arithmetic, --blend says geometric",
+    ),
+    "fewer runs": (["--runs", "a"], "belongs to a, b, not to a"),
+    "another run": (["--runs", "a", "c"], "belongs to a, b, not to a, c"),
+    "the run anew": (["--runs", "a", "again/b"], "was fitted on other out-of-fold logits of b"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_decision_is_not_applied_to_anything_else(place: Path, capsys, case: str):
+    words, message = OTHERS[case]
+    other_run(place)
+    write_run(place / "again/b", run_info("b"), logits_of(7), TEST["b"])
+    words = [*words, "--decision", "decision.json", "--repeats", "1", "--output_dir", "out"]
+    assert call(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not Path("out").exists()
+    # Asked for by name, the rule alone is taken over (the paper's system fits its bias on one run of the blend).
+    assert call(*words, "--decision_from_other_runs") == 0
+    assert read("out/ensemble.json")["decision"] == RULE
+    assert "was made for other runs" in Path("out/report.html").read_text()
+
+
+def test_a_vote_in_a_decision_is_that_vote(place: Path, capsys):
+    specialist = run_info("c") | {"label_scope": [1, 2]}
+    write_run(place / "c", specialist, logits_of(2), TEST["a"][::-1])
+    words = ["--test_file", "test.json", "--output_dir"]
+    assert call("--runs", "a", "b", "c", "--method", "vote", *words, "voted") == 0
+    given = ["--decision", "voted/decision.json"]
+    assert call("--runs", "c", "b", "a", *given, *words, "again") == 0
+    for name in ("prediction.json", "oof_predictions.json"):
+        assert read(f"again/{name}") == read(f"voted/{name}"), name
+    assert read("again/decision.json")["vote"]["label_scopes"] == [[1, 2], None, None]
+    assert call("--runs", "a", "b", *given, "--decision_from_other_runs", *words, "x") == 2
+    assert "a vote counts the runs that it names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": [0, 0]}, "bias: 3 numbers expected, one a label, not 2"),
+        ({"bias": [0, 0, float("nan")]}, "not a JSON file"),
+        ({"bias": [0, 0, "1"]}, "bias.2: Input should be a valid number"),
+        ({"bias": {"a": 1}}, "bias: Input should be a valid list"),
+        ({"protected_class": 3}, "protected_class: 3 is not one of the labels 0 to 2"),
+        ({"protected_class": True}, "protected_class: Input should be a valid integer"),
+        ({"protected_class": None}, "threshold: given without a protected_class"),
+        ({"threshold": 0}, "threshold: Input should be greater than 0"),
+        ({"threshold": 1.5}, "threshold: Input should be less than or equal to 1"),
+        ({"temperature": 0}, "temperature: Input should be greater than 0"),
+        ({"temperature": None}, "temperature: Input should be a valid number"),
+        ({"label_names": "abc"}, "label_names: Input should be a valid list"),
+        ({"positive_labels": [3]}, "positive_labels: 3 is not one of the labels 0 to 2"),
+        ({"positive_labels": []}, "positive_labels: List should have at least 1 item"),
+        ({"blend": "harmonic"}, "blend: Input should be 'arithmetic' or 'geometric'"),
+        ({"runs": []}, "runs: List should have at least 1 item"),
+        ({"runs": [{"weight": -1}]}, "runs.0.weight: Input should be greater than or equal to 0"),
+        ({"runs": [{"reference": 3}]}, "runs.0.reference: Input should be a valid string"),
+        ({"runs": [{"revision": 3}]}, "runs.0.revision: Input should be a valid string"),
+        ({"runs": [{"weight": 0}]}, "runs: the weights sum to zero"),
+        (
+            {"vote": {"gate_label": 9, "protected_class": 1, "label_scopes": [None], "soft": False}},
+            "vote: 9 is not",
+        ),
+        (
+            {"vote": {"gate_label": 0, "protected_class": 1, "label_scopes": [], "soft": False}},
+            "vote: label_scopes",
+        ),
+    ],
+)
+def test_a_malformed_decision_is_one_line(place: Path, changes: dict, message: str):
+    content = write_decision({}, {"a": 1})
+    if changes.get("runs"):
+        changes = {"runs": [content["runs"][0] | changes["runs"][0]]}
+    Path("decision.json").write_text(json.dumps(content | changes))
+    with pytest.raises(InputError) as error:
+        read_decision("decision.json")
+    (line,) = error.value.problems
+    assert line.startswith(f"decision.json: {message}")
+
+
+def test_a_decision_with_fields_missing_names_them(place: Path):
+    content = write_decision({})
+    del content["bias"], content["temperature"]
+    Path("decision.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        read_decision("decision.json")
+    assert [line.split(": ")[1] for line in error.value.problems] == ["bias", "temperature"]
 
 
 def test_a_run_whose_models_are_not_shared(place: Path, hub_here, caplog):

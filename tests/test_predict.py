@@ -1,15 +1,19 @@
-"""predict.py and DefenseClassifier on an ensemble of tiny runs: a QLoRA-less decoder's adapters, an encoder, a probe."""
+"""predict.py and DialogueClassifier on an ensemble of tiny runs: a QLoRA-less decoder's adapters, an encoder, a probe."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import constants, model_info
 from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
@@ -18,11 +22,11 @@ import ensemble
 import linear_probe
 import predict
 import run_classification
-from rareturn import classifier
-from rareturn.classifier import DefenseClassifier
+from rareturn import DialogueClassifier, classifier
 from rareturn.errors import InputError
 from rareturn.models import loading, probing
 from rareturn.models.loading import load_classifier
+from rareturn.runs.hub import may_travel, push_files
 
 ROOT = Path(__file__).parent.parent
 NUM_FOLDS = 5
@@ -33,7 +37,21 @@ TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.jso
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of an ensemble of three runs of five folds."""
     place = tmp_path_factory.mktemp("system")
-    decoder, encoder = make_tiny_decoder(place / "decoder"), make_tiny_encoder(place / "encoder")
+    make_tiny_decoder(place / "team/decoder"), make_tiny_encoder(place / "team/encoder")
+    with contextlib.chdir(place):
+        make_system(place)
+    return place / "ensemble"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_bases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bases are folders of the working folder, spelled as on the Hub."""
+    monkeypatch.chdir(request.getfixturevalue("system").parent)
+
+
+def make_system(place: Path) -> None:
+    """Train the runs and blend them."""
+    decoder, encoder = "team/decoder", "team/encoder"
     data = {"train_file": TRAIN, "test_file": TEST, "num_folds": NUM_FOLDS}
     train = data | {
         "do_predict": True,
@@ -51,7 +69,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probe = {"model_name_or_path": encoder, "C": 1, "output_dir": place / "probe"}
     assert run_script(linear_probe.main, **data, **probe) == 0
     assert run_script(ensemble.main, **three_runs(place), output_dir=place / "ensemble") == 0
-    return place / "ensemble"
 
 
 def three_runs(place: Path) -> dict[str, object]:
@@ -83,7 +100,8 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
     assert sum("decoder" in name for name in loads) == 1 and len(loads) == 1 + NUM_FOLDS + 1
     lines, submitted = read_lines(output), json.loads((system / "prediction.json").read_text())
     assert [line["label"] for line in lines] == [row["label"] for row in submitted]
-    assert [line["dialogue_id"] for line in lines] == [row["id"] for row in submitted]
+    assert [line["dialogue_id"] for line in lines] == [row["dialogue_id"] for row in submitted]
+    assert [line["id"].partition("#")[0] for line in lines] == [row["id"] for row in submitted]
     rule = json.loads((system / "ensemble.json").read_text())["decision"]
     for line in lines:
         p = np.array(list(line["probabilities"].values()))
@@ -101,7 +119,7 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
     source.write_text(json.dumps(dialogues))
     flags = {"ensemble": system, "input": source, "rows_per_chunk": 20}
     assert run_script(predict.main, **flags, output=whole) == 0
-    predictions, calls = DefenseClassifier.predictions, []
+    predictions, calls = DialogueClassifier.predictions, []
 
     def fail_at_third(self, rows):
         calls.append(len(rows))
@@ -109,7 +127,7 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
             raise KeyboardInterrupt
         return predictions(self, rows)
 
-    monkeypatch.setattr(DefenseClassifier, "predictions", fail_at_third)
+    monkeypatch.setattr(DialogueClassifier, "predictions", fail_at_third)
     assert run_script(predict.main, **flags, output=stopped) == 130
     part = tmp_path / ".stopped.jsonl.part-0"
     part.write_bytes(part.read_bytes() + b'[{"id": "half a li')
@@ -118,6 +136,92 @@ def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp
     assert stopped.read_bytes() == whole.read_bytes()
     assert len(read_lines(whole)) == seeker_turns
     assert sum(calls) - calls[2] == seeker_turns, "no row twice"
+
+
+def test_another_input_with_the_same_ids_is_not_gone_on_with(system: Path, tmp_path: Path, monkeypatch):
+    """The input is a dataset folder: size and time of a file would tell nothing."""
+    dialogues, text = json.loads(Path(TEST).read_text())[:6], "I have never told this to anyone."
+    others = [
+        row | {"dialogue": [*row["dialogue"][:-1], row["dialogue"][-1] | {"text": text}]} for row in dialogues
+    ]
+    for name, rows in (("one", dialogues), ("other", others)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json").write_text(json.dumps(rows))
+    flags = {"ensemble": system, "turns": "last", "rows_per_chunk": 2}
+    output = tmp_path / "output.jsonl"
+    assert run_script(predict.main, **flags, input=tmp_path / "other", output=tmp_path / "whole.jsonl") == 0
+    predictions, calls = DialogueClassifier.predictions, []
+
+    def fail_at_third(self, rows):
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predictions(self, rows)
+
+    monkeypatch.setattr(DialogueClassifier, "predictions", fail_at_third)
+    assert run_script(predict.main, **flags, input=tmp_path / "one", output=output) == 130
+    assert run_script(predict.main, **flags, input=tmp_path / "other", output=output) == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_process_without_its_part_is_noticed(tmp_path: Path):
+    output = tmp_path / "labels.jsonl"
+    for rank, chunks in enumerate((["[1]", "[3]"], ["[2]"])):
+        progress = predict.Progress(output, rank, "job")
+        for chunk in chunks:
+            progress.write(chunk.encode())
+        progress.file.close()
+    part = predict.part_path(output, 1)
+    whole = part.read_bytes()
+    for change in (
+        part.unlink,
+        lambda: part.write_bytes(b"job\n"),
+        lambda: part.write_bytes(b"other\n[2]\n"),
+    ):
+        change()
+        with pytest.raises(InputError, match="does not hold all chunks of process 1"):
+            predict.merge(output, "job", 2, 3)
+        assert not output.exists() and not list(tmp_path.glob(".labels.jsonl.[0-9]*"))
+    part.write_bytes(whole)
+    assert predict.merge(output, "job", 2, 3) == 3
+    assert output.read_text() == "1\n2\n3\n" and list(tmp_path.iterdir()) == [output]
+
+
+def test_use_cpu_hides_the_gpu_from_every_model(system: Path, tmp_path: Path, monkeypatch):
+    # What torch says on a machine with a GPU; here a model that goes there fails.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    flags = {"ensemble": system, "input": TEST, "turns": "last", "output": tmp_path / "labels.jsonl"}
+    assert run_script(predict.main, **flags, use_cpu=True) == 0
+
+
+@pytest.mark.parametrize("run", [0, 2])
+def test_bf16_is_what_the_run_says_on_any_hardware(system: Path, run: int):
+    folder = system.parent / f"bf16-{run}"
+    folder.mkdir()
+    bundle = json.loads((system / "ensemble.json").read_text())
+    bundle["runs"][run]["loader"]["bf16"] = True
+    (folder / "ensemble.json").write_text(json.dumps(bundle))
+    voter = DialogueClassifier.from_pretrained(folder).voters[run]
+    assert getattr(voter, "frozen", voter).bf16
+
+
+def test_a_base_runs_its_own_code_only_if_it_is_named(system: Path):
+    folder = system.parent / "own-code"
+    folder.mkdir()
+    bundle = json.loads((system / "ensemble.json").read_text())
+    for run in bundle["runs"]:
+        run["loader"]["trust_remote_code"] = True
+    (folder / "ensemble.json").write_text(json.dumps(bundle))
+    with pytest.raises(InputError, match="full: team/encoder runs code of its own"):
+        DialogueClassifier.from_pretrained(folder, trust_remote_code=["team/decoder"])
+    DialogueClassifier.from_pretrained(folder, trust_remote_code=["team/decoder", "team/encoder"])
+
+
+def test_import_of_the_package_is_cheap():
+    program = "import sys, rareturn; assert not {'torch', 'transformers'} & set(sys.modules); rareturn.DialogueClassifier"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int:
@@ -172,7 +276,7 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
         {"speaker": "supporter", "text": "What would you like to change?"},
         {"speaker": "seeker", "text": "I might ask my sister to help with the move."},
     ]
-    classifier = DefenseClassifier.from_pretrained(str(system))
+    classifier = DialogueClassifier.from_pretrained(str(system))
     both = classifier(dialogue)
     assert [prediction.turn for prediction in both] == [1, 3]
     assert classifier(dialogue, turns="last")[0].label == both[1].label
@@ -187,9 +291,16 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
         classifier([{"speaker": "bot", "text": "hello"}])
 
 
-def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, hub_here):
+def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, hub_here, monkeypatch):
     place = system.parent
     where = {"hub_namespace": "team", "hub_name": "sys"}
+    push = three_runs(place) | {"output_dir": tmp_path / "pushed", "push_to_hub": True} | where
+    assert run_script(ensemble.main, **push) == 2, "a base that is a folder here"
+    # The client's functions keep the address that they were imported with.
+    monkeypatch.setattr(model_info.__self__, "endpoint", hub_here.url)
+    for base in ("team/decoder", "team/encoder"):
+        files = {path.name: path for path in (place / base).iterdir() if may_travel(path.name)}
+        push_files(base, files, message="Base", kept_in=place / base)
     for run in ("lora", "full"):
         for fold in range(NUM_FOLDS):
             flags = {
@@ -200,7 +311,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
             }
             assert run_script(run_classification.main, **flags, **where, push_only=True) == 0
     probe = {
-        "model_name_or_path": place / "encoder",
+        "model_name_or_path": "team/encoder",
         "train_file": TRAIN,
         "test_file": TEST,
         "num_folds": NUM_FOLDS,
@@ -208,8 +319,8 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
         "output_dir": place / "probe",
     }
     assert run_script(linear_probe.main, **probe, **where, push_only=True) == 0
-    flags = three_runs(place) | {"output_dir": tmp_path / "pushed", "push_to_hub": True}
-    assert run_script(ensemble.main, **flags, **where) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run_script(ensemble.main, **push) == 0
 
     decisions = []
     for name, reference in (("here", place / "lora"), ("there", "team/sys-oof:lora")):
@@ -229,10 +340,26 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
             tmp_path / "ensemble-there" / file
         ).read_bytes()
 
-    for name, reference in (("here", system), ("there", "team/sys")):
+    for name, reference in (("here", system), ("pushed", tmp_path / "pushed"), ("there", "team/sys")):
         flags = {"ensemble": reference, "input": TEST, "turns": "last", "output": tmp_path / f"{name}.jsonl"}
         assert run_script(predict.main, **flags) == 0
-    assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+
+    # After the push, without a network: every model and base is still on this disk.
+    flags = {
+        "ensemble": tmp_path / "pushed",
+        "input": TEST,
+        "turns": "last",
+        "output": tmp_path / "off.jsonl",
+    }
+    with monkeypatch.context() as offline:
+        offline.chdir(place)
+        offline.setattr(model_info.__self__, "endpoint", "http://127.0.0.1:9")
+        for variable in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+            url = getattr(constants, variable).replace(hub_here.url, "http://127.0.0.1:9")
+            offline.setattr(constants, variable, url)
+        assert run_script(predict.main, **flags) == 0
+    assert (tmp_path / "off.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
     texts = [turn["text"].encode() for row in json.loads(Path(TRAIN).read_text()) for turn in row["dialogue"]]
     long_texts = {text for text in texts if len(text) > 30}
@@ -240,7 +367,7 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
         assert repo.private, repo_id
         for path, content in hub_here.files(repo_id, kind).items():
             assert hub_here.writer.encode() not in content, f"{repo_id}/{path} holds the token"
-            if not path.endswith("tokenizer.json"):
+            if not path.endswith(("tokenizer.json", "vocab.txt")):
                 assert not any(text in content for text in long_texts), f"{repo_id}/{path} holds dialogue"
 
 
@@ -248,6 +375,9 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
     (tmp_path / "cut.json").write_text(Path(TEST).read_text()[:9000])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "wrong.jsonl").write_text('{"id": "x", "dialogue": [{"speaker": "seeker", "text": " "}]}\n')
+    half = {"id": "x", "dialogue": [{"speaker": "seeker", "text": "so \ud83d"}]}
+    (tmp_path / "half.jsonl").write_text(json.dumps(half) + "\n")
+    (tmp_path / "half-id.jsonl").write_text(json.dumps(half | {"id": "\ud83d"}) + "\n")
     bundle = json.loads((system / "ensemble.json").read_text())
 
     def changed(name: str, change) -> Path:
@@ -261,18 +391,18 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
 
     cases = [
         (system, tmp_path / "cut.json", "not valid JSON"),
-        (system, tmp_path / "empty.jsonl", "no turn of speaker 'seeker' to classify"),
+        (system, tmp_path / "empty.jsonl", "no turn of the target speaker 'seeker' to classify"),
         (system, tmp_path / "wrong.jsonl", "x: dialogue: turn 1 is empty"),
         (system, tmp_path / "none.jsonl", "no such file"),
         (tmp_path, TEST, "holds no ensemble.json"),
         ("nowhere", TEST, "no such folder, nor a repo ORG/NAME"),
-        (changed("a", lambda b: b.update(schema_version=9)), TEST, "schema_version: 9"),
-        (changed("b", lambda b: b["decision"].update(bias=[0.0])), TEST, "bias: expected 9 finite numbers"),
+        (changed("a", lambda b: b.update(schema_version=9)), TEST, "schema_version: Input should be 1"),
+        (changed("b", lambda b: b["decision"].update(bias=[0.0])), TEST, "bias: 9 numbers expected"),
         (changed("c", lambda b: b["runs"][0].update(model=None)), TEST, "came without its models"),
         (
             changed("d", lambda b: b["runs"][0]["model"]["folds"][0].update(subfolder="../x")),
             TEST,
-            "is not fold-<k>",
+            "folds.0.subfolder: String should match pattern",
         ),
         (
             changed("e", lambda b: b["runs"][1]["loader"].update(trust_remote_code=True)),
@@ -280,6 +410,9 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
             "--trust_remote_code",
         ),
         (changed("f", lambda b: b["runs"][1].update(prompt_fingerprint="0")), TEST, "renders rows otherwise"),
+        (changed("h", lambda b: b["runs"][2].update(prompt_fingerprint="0")), TEST, "renders rows otherwise"),
+        (system, tmp_path / "half.jsonl", "x: dialogue: turn 1 holds half a character"),
+        (system, tmp_path / "half-id.jsonl", "id: holds half a character"),
         (
             changed(
                 "g",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from rareturn.decisions.metrics import ratio
 from rareturn.decisions.probabilities import SMALLEST_PROBABILITY
 from rareturn.errors import InputError
 
+Scope = Sequence[int] | None
 
-def scoped(probabilities: np.ndarray, scope: Sequence[int] | None) -> np.ndarray:
-    """Probabilities [n, c] with labels outside `scope` at 0, scaled to sum 1 a row; unchanged where scope is None."""
+
+def scoped(probabilities: np.ndarray, scope: Scope) -> np.ndarray:
+    """Probabilities [n, c] with labels outside `scope` at 0, each row scaled to sum 1; unchanged if scope is None."""
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if scope is None:
         return probabilities
@@ -30,14 +30,13 @@ def vote(
     *,
     gate_label: int,
     protected_class: int | None,
-    specialist_scopes: Sequence[Sequence[int] | None] | None = None,
+    specialist_scopes: Sequence[Scope] | None = None,
 ) -> np.ndarray:
     """Vote as the shared task's winner did (DESIGN 10): gatekeepers decide one label, all voters the others.
 
     Every voter votes for its most likely label. A row gets `gate_label` if more than half of the gatekeepers vote for
-    it. Otherwise it gets the label with most votes among the others, specialists' and gatekeepers' counted alike; where
-    two or more labels have most votes, or there is no vote, it gets the protected class (without one: the lowest such
-    label).
+    it. Otherwise the votes for the other labels are counted, specialists' and gatekeepers' alike, and most votes win.
+    A tie, or a row without such a vote, goes to the protected class (without one: to the lowest label of the tie).
 
     Args:
         gatekeepers: one array [n, c] a run, trained on all labels.
@@ -74,11 +73,11 @@ def vote_probabilities(
     specialists: Sequence[np.ndarray],
     *,
     gate_label: int,
-    specialist_scopes: Sequence[Sequence[int] | None] | None = None,
+    specialist_scopes: Sequence[Scope] | None = None,
 ) -> np.ndarray:
-    """The vote in probabilities: the gatekeepers' mean for `gate_label`, the specialists' for how the rest is shared.
+    """The vote in probabilities: the gatekeepers' mean for `gate_label`; the specialists share out what remains.
 
-    A label's share is the mean over the specialists whose scope has it, the shares being scaled to sum 1.
+    A label's share is the mean over the specialists whose scope has it; the shares are scaled to sum 1.
 
     Args:
         gatekeepers, specialists, gate_label, specialist_scopes: as in `vote`.
@@ -93,15 +92,12 @@ def vote_probabilities(
         raise InputError("vote: needs one or more gatekeepers and one or more specialists")
     num_labels = np.shape(gatekeepers[0])[1]
     scopes = _scopes(specialists, specialist_scopes, gate_label, num_labels)
-    covered = np.zeros(num_labels)
-    total = np.zeros(np.shape(gatekeepers[0]))
-    for run, scope in zip(specialists, scopes, strict=True):
-        covered[list(scope)] += 1
-        total += scoped(run, scope)
+    covered = np.bincount(np.concatenate(scopes), minlength=num_labels)
     missing = [label for label in range(num_labels) if label != gate_label and not covered[label]]
     if missing:
         raise InputError(f"vote: label(s) {', '.join(map(str, missing))} are in no specialist's scope")
-    shares = ratio(total, np.broadcast_to(covered, total.shape))
+    shares = sum(scoped(run, scope) for run, scope in zip(specialists, scopes, strict=True))
+    shares = shares / np.maximum(covered, 1)
     shares /= shares.sum(axis=1, keepdims=True)
     gate = np.mean([np.asarray(run, dtype=np.float64)[:, gate_label] for run in gatekeepers], axis=0)
     result = (1 - gate)[:, None] * shares
@@ -110,10 +106,7 @@ def vote_probabilities(
 
 
 def _scopes(
-    specialists: Sequence[np.ndarray],
-    scopes: Sequence[Sequence[int] | None] | None,
-    gate_label: int,
-    num_labels: int,
+    specialists: Sequence[np.ndarray], scopes: Sequence[Scope] | None, gate_label: int, num_labels: int
 ) -> list[list[int]]:
     given = [None] * len(specialists) if scopes is None else scopes
     return [
@@ -133,10 +126,12 @@ class Voting:
         soft: probabilities in place of votes (`vote_probabilities`).
     """
 
+    __pydantic_config__ = {"strict": False}  # noqa: RUF012 (in a file the tuples are lists)
+
     gate_label: int
     protected_class: int | None
     label_scopes: tuple[tuple[int, ...] | None, ...]
-    soft: bool = False
+    soft: bool
 
     def predict(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
         """Labels int64 [n] of the runs' probabilities [n, c].
@@ -145,16 +140,9 @@ class Voting:
             InputError: a kind of voter is missing, or a label that no specialist knows.
         """
         paired = list(zip(probabilities, self.label_scopes, strict=True))
-        gatekeepers = [run for run, scope in paired if scope is None]
-        specialists = [run for run, scope in paired if scope is not None]
-        options = {
-            "gate_label": self.gate_label,
-            "specialist_scopes": [scope for scope in self.label_scopes if scope is not None],
-        }
+        voters = [[run for run, scope in paired if (scope is None) == full] for full in (True, False)]
+        scopes = [scope for scope in self.label_scopes if scope is not None]
+        options = {"gate_label": self.gate_label, "specialist_scopes": scopes}
         if self.soft:
-            return vote_probabilities(gatekeepers, specialists, **options).argmax(axis=1)
-        return vote(gatekeepers, specialists, protected_class=self.protected_class, **options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For decision.json, under `vote`."""
-        return asdict(self)
+            return vote_probabilities(*voters, **options).argmax(axis=1)
+        return vote(*voters, protected_class=self.protected_class, **options)

@@ -13,8 +13,7 @@ import numpy as np
 from rareturn.data.rows import NO_LABEL, Row
 from rareturn.decisions.metrics import cohens_kappa, score, score_predictions
 from rareturn.decisions.probabilities import probability_quality
-from rareturn.decisions.rules import Rule, decide
-from rareturn.decisions.voting import Voting
+from rareturn.decisions.rules import Outcome, Rule, decide
 from rareturn.reports import figures
 from rareturn.reports.tables import (
     SCORE_TITLES,
@@ -28,31 +27,6 @@ from rareturn.reports.tables import (
 )
 from rareturn.runs.alignment import display_names, protected_label
 from rareturn.runs.reading import Run
-
-
-@dataclass
-class Outcome:
-    """What the blended runs came to.
-
-    Attributes:
-        rule: of a vote, argmax on equal weights stands here.
-        untuned_weights: the given weights, or equal ones: what argmax is blended with.
-        voting: None where the rule decides.
-        argmax, in_sample: labels [n] of the out-of-fold rows; cross_fitted: [repeats, n].
-        before, after: blended probabilities [n, c], at temperature 1 and at the rule's.
-        scaled: the same at a temperature that was fitted on other dialogues.
-    """
-
-    rule: Rule
-    untuned_weights: np.ndarray
-    voting: Voting | None
-    argmax: np.ndarray
-    in_sample: np.ndarray
-    cross_fitted: np.ndarray
-    before: np.ndarray
-    after: np.ndarray
-    scaled: np.ndarray
-    notes: list[str]
 
 
 @dataclass(frozen=True)

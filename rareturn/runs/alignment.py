@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,20 +26,13 @@ def check_shared(where: str, info: Mapping[str, Any], first_where: str, first: M
         InputError: the first disagreement in `SHARED_KEYS`.
     """
     for key in SHARED_KEYS:
-        if info[key] == first[key]:
+        what, mine, other = key, info[key], first[key]
+        if mine == other:
             continue
-        if key == "label_names" and len(info[key]) == len(first[key]):
-            label = next(
-                number
-                for number, names in enumerate(zip(info[key], first[key], strict=True))
-                if names[0] != names[1]
-            )
-            raise InputError(
-                f"{where}: label_names: label {label} is {info[key][label]!r}, but {first[key][label]!r} in {first_where}"
-            )
-        raise InputError(
-            f"{where}: {key}: {json.dumps(info[key])}, but {json.dumps(first[key])} in {first_where}"
-        )
+        if key == "label_names" and len(mine) == len(other):
+            label = next(label for label, name in enumerate(mine) if name != other[label])
+            what, mine, other = f"{key}: label {label}", mine[label], other[label]
+        raise InputError(f"{where}: {what}: {json.dumps(mine)}, but {json.dumps(other)} in {first_where}")
 
 
 def row_positions(where: str, table: LogitTable, first_where: str, first: LogitTable) -> np.ndarray:
@@ -84,35 +78,28 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
 def align_test(runs: Sequence[Run], rows: Sequence[Row], test_file: str) -> list[list[np.ndarray]]:
     """Test logits of every run's every fold, [n, c] each, in the row order of the test file.
 
+    Labels are compared where both the table and the file have all of theirs.
+
     Raises:
         InputError: a run without test tables, or the first row on which a table and the file disagree.
     """
-    asked = LogitTable(
-        [row.id for row in rows],
-        [row.dialogue_id for row in rows],
-        np.zeros(len(rows), dtype=np.int64),
-        np.array([row.label for row in rows]),
-        np.zeros((len(rows), 1), dtype=np.float32),
-    )
+    nothing = np.zeros((len(rows), 1), dtype=np.float32)
+    labels = np.array([row.label for row in rows])
+    asked = LogitTable([row.id for row in rows], [row.dialogue_id for row in rows], labels, labels, nothing)
+    label_of = {row.id: row.label for row in rows}
     aligned = []
     for run in runs:
         if not run.test:
             raise InputError(f"{run.reference}: has no test tables (was it run with a test file?)")
-        where = f"{run.reference}: test table"
-        table = run.test[0]
-        if (asked.label == NO_LABEL).any() or (table.label == NO_LABEL).any():
-            table = LogitTable(table.id, table.dialogue_id, table.fold, asked.label[:0], table.logits)
-            table.label = _labels_of(table.id, asked)
+        where, table = f"{run.reference}: test table", run.test[0]
+        if NO_LABEL in labels or NO_LABEL in table.label:
+            known = np.array([label_of.get(row_id, NO_LABEL) for row_id in table.id])
+            table = dataclasses.replace(table, label=known)
         positions = row_positions(where, table, test_file, asked)
         aligned.append([fold.logits[positions] for fold in run.test])
         for fold in aligned[-1]:
             check_logits(fold, where)
     return aligned
-
-
-def _labels_of(ids: Sequence[str], table: LogitTable) -> np.ndarray:
-    label = dict(zip(table.id, table.label, strict=True))
-    return np.array([label.get(row_id, NO_LABEL) for row_id in ids])
 
 
 def display_names(runs: Sequence[Run]) -> list[str]:
@@ -125,7 +112,7 @@ def protected_label(run: Run) -> int:
     """The label that a gate protects and to which a vote's ties go: the run's, or the most frequent one.
 
     Raises:
-        InputError: the run names one that is no label.
+        InputError: the run names one that is not among its labels.
     """
     label = run.info.get("protected_label")
     if label is None:
@@ -136,28 +123,29 @@ def protected_label(run: Run) -> int:
 
 
 def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) -> Voting:
-    """The vote of these runs: the gate is the label that every specialist lacks, else the one label that is not positive.
+    """The vote of these runs. Its gate is the label that every specialist lacks, or else the one that is not positive.
 
     Raises:
-        InputError: a scope that is no list of labels, or no single label for the gate.
+        InputError: a scope that is not a list of labels, or not exactly one label for the gate.
     """
-    info = runs[0].info
-    every = set(range(len(info["label_names"])))
-    scopes = []
+    every = set(range(runs[0].num_labels))
+    scopes: list[tuple[int, ...] | None] = []
     for run in runs:
         scope = run.info.get("label_scope")
         if scope is not None and not (
-            isinstance(scope, list) and scope and set(map(str, scope)) <= set(map(str, every))
+            isinstance(scope, list)
+            and scope
+            and all(type(label) is int and label in every for label in scope)
         ):
             raise InputError(
-                f"{run.reference}: label_scope: {scope!r} is no list of labels 0 to {max(every)}"
+                f"{run.reference}: label_scope: {scope!r} is not a list of labels 0 to {max(every)}"
             )
         scopes.append(None if scope is None or set(scope) == every else tuple(scope))
     lacking = every.intersection(*(every - set(scope) for scope in scopes if scope is not None))
-    gates = lacking if lacking != every else every - set(info["positive_labels"])
+    gates = lacking if lacking != every else every - set(runs[0].positive_labels)
     if len(gates) != 1:
         raise InputError(
-            f"vote: the gatekeepers need one label to decide, there are {len(gates)}: specialists lack one label alike, "
-            "or all labels but one are positive"
+            f"vote: the gatekeepers decide one label, but {len(gates)} qualify: either all specialists lack the same "
+            "label, or all labels but one are positive"
         )
     return Voting(gates.pop(), protected_class, tuple(scopes), soft)

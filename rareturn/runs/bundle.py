@@ -1,16 +1,4 @@
-"""`ensemble.json`: all that a later prediction needs to repeat an ensemble.
-
-schema_version  1
-name, label_names, positive_labels, label_guide
-blend           "arithmetic" or "geometric"
-method          how the decision was found; "vote" and "soft_vote" stand for a vote, described in `vote`
-decision        bias, protected_class, threshold, temperature (DESIGN 8)
-runs            one object a run: name, reference, revision (of its tables), weight, label_scope, base_model,
-                base_revision, loader (quantization, dtype, …), window, features (a linear probe's), prompt_fingerprint, label_guide, and `model`:
-                null (only tables were shared), or
-                  {"folder": run folder, relative to ensemble.json, "folds": [{"subfolder", "sha256": {file: …}}]}
-                  {"repo_id": …, "revision": commit SHA, "folds": [{"subfolder"}]}
-"""
+"""`ensemble.json`: everything that a later prediction needs to repeat an ensemble. Its fields are those of `Bundle`."""
 
 from __future__ import annotations
 
@@ -18,16 +6,17 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rareturn.data.label_guide import LabelGuide, parse_label_guide
-from rareturn.decisions.rules import Decision
-from rareturn.decisions.voting import Voting
+from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
-from rareturn.files import read_json
-from rareturn.models.loading import loading_problems
+from rareturn.files import check_content, read_json
+from rareturn.runs.decision_file import Checked, Label, SavedRule, WeightedRun, rule_content
 from rareturn.runs.folder import adapter_dir
 from rareturn.runs.hub import pull_files, resolve_revision
 from rareturn.runs.publish import public_info, pull_adapters
@@ -36,114 +25,111 @@ from rareturn.runs.references import check_revision, model_repo, parse_reference
 
 logger = logging.getLogger(__name__)
 
-
 SCHEMA_VERSION = 1
+HUB_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+HUB_BUNDLE = re.compile(rf"(?P<repo>{HUB_REPO})(?:@(?P<revision>[^@\s]+))?")
+HUB_BASE = re.compile(rf"{HUB_REPO}|[A-Za-z0-9][\w.-]*")
+DECISION = ("bias", "protected_class", "threshold", "temperature")
+
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+WeightsFile = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Fold(Checked):
+    """A fold's model: its place in the run folder (on the Hub without `/adapter`), the SHA-256 of its weights."""
+
+    subfolder: str = Field(pattern=r"^fold-\d+(/adapter)?$")
+    sha256: dict[WeightsFile, str] = Field(default_factory=dict)
 
 
-def _local_model(folder: Path, num_folds: int, beside: Path) -> dict[str, Any] | None:
-    folds = []
-    for fold in range(num_folds):
-        adapter = adapter_dir(folder, fold)
-        place = adapter if adapter.is_dir() else adapter.parent
-        weights = sorted(place.glob("*.safetensors"))
-        if not weights:
-            return None
-        folds.append(
-            {
-                "subfolder": place.relative_to(folder).as_posix(),
-                "sha256": {path.name: _sha256(path) for path in weights},
-            }
-        )
-    return {"folder": Path(os.path.relpath(folder, beside)).as_posix(), "folds": folds}
+class Models(Checked):
+    """A run's models: in a folder relative to `ensemble.json`, in a repo at a commit, or in both."""
+
+    folder: str | None = None
+    repo_id: str | None = Field(default=None, pattern=f"^{HUB_REPO}$")
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    folds: list[Fold] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Models:
+        if self.folder is None and (self.repo_id is None or self.revision is None):
+            raise ValueError("a folder, or a repo_id and its revision, must be there")
+        return self
 
 
-def _hub_model(repo_id: str, run: Run) -> dict[str, Any]:
-    """The run's model repo at its newest commit.
+class Loader(Checked):
+    """How the base is loaded; values reach libraries, so each is one of a few."""
 
-    Raises:
-        InputError: no such repo, one of another run, or a fold is missing there.
-    """
-    folder, sha = pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
-    if read_json(folder / "run.json") not in (run.info, public_info(run.info)):
-        raise InputError(f"{repo_id}: run.json: it is not the run of {run.reference}")
-    subfolders = [f"fold-{fold}" for fold in range(run.info["num_folds"])]
-    missing = [name for name in subfolders if not (folder / name / "metrics.json").is_file()]
-    if missing:
-        raise InputError(f"{repo_id}: {', '.join(missing)} is not there; push it first (--push_only)")
-    return {"repo_id": repo_id, "revision": sha, "folds": [{"subfolder": name} for name in subfolders]}
+    pooling: Literal["native", "mean"] = "native"
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = None
+    trust_remote_code: bool = False
+    bf16: bool = False
 
 
-def describe_run(run: Run, output_dir: Path) -> dict[str, Any]:
-    """A run's part of the bundle, its weight still open.
+class Window(Checked):
+    """The rendering's window (DESIGN 4), in turns, tokens and turns."""
 
-    A run whose models cannot be found is described without them, with a warning.
-    """
-    info, where = run.info, parse_reference(run.reference)
-    if where.folder is not None:
-        model = _local_model(where.folder, info["num_folds"], output_dir)
-        problem = f"{run.reference}: holds no models of its folds"
-    else:
-        model, problem = None, ""
+    max_turns: Size
+    max_seq_length: Size
+    window_stride: Size
+
+
+class Features(Checked):
+    """What a linear probe reads: the output of one layer, counted from 1."""
+
+    layer: int
+
+
+class BundledRun(WeightedRun):
+    """A run, and how its models are found and fed. `model` is null where only its tables were shared."""
+
+    oof_sha256: str | None = None
+    label_scope: list[Label] | None
+    base_model: str
+    base_revision: str | None
+    loader: Loader
+    window: Window
+    features: Features | None = None
+    prompt_fingerprint: str | None
+    model: Models | None
+
+
+class Bundle(SavedRule):
+    """The content of `ensemble.json`, where `bias` and what belongs to it stand under `decision`."""
+
+    schema_version: Literal[1]
+    name: str
+    label_guide: dict[str, Any]
+    runs: list[BundledRun] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, content: Any) -> Any:
+        decision = content.get("decision") if isinstance(content, dict) else None
+        return {**content, **decision} if isinstance(decision, dict) else content
+
+    @field_validator("label_guide")
+    @classmethod
+    def _same_labels(cls, guide: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         try:
-            model = _hub_model(f"{where.repo_id.removesuffix('-oof')}-{where.run}", run)
+            names = parse_label_guide(guide, "label guide").names
         except InputError as error:
-            problem = str(error)
-    if model is None:
-        logger.warning(f"{problem}; ensemble.json lists the run without a model: predict.py cannot use it")
-    return {
-        "name": run.name,
-        "reference": run.reference,
-        "revision": run.revision,
-        "weight": None,
-        "label_scope": info.get("label_scope"),
-        "base_model": info["base_model"],
-        "base_revision": info["base_revision"],
-        "loader": info.get("loader"),
-        "window": info.get("window"),
-        "features": info.get("features"),
-        "prompt_fingerprint": info["prompt_fingerprint"],
-        "label_guide": info.get("label_guide"),
-        "model": model,
-    }
+            raise ValueError(str(error)) from None
+        if names != info.data.get("label_names", names):
+            raise ValueError(f"labels {names}, but label_names {info.data['label_names']}")
+        return guide
+
+    @property
+    def guide(self) -> LabelGuide:
+        """The label guide."""
+        return parse_label_guide(self.label_guide, "label guide")
 
 
-def refer_to_hub(part: dict[str, Any], run: Run, namespace: str, name: str) -> dict[str, Any]:
-    """A run's part of the bundle with the Hub's repos in place of folders, which nobody else has.
-
-    Args:
-        namespace, name: of the system; its run RUN was pushed to `NAMESPACE/NAME-RUN` and `NAMESPACE/NAME-oof`.
-
-    Raises:
-        InputError: a run that is only on this disk.
-    """
-    if run.revision is not None:
-        return part
-    tables = table_repo(namespace, name)
-    try:
-        model = part["model"] and _hub_model(model_repo(namespace, name, run.name), run)
-        revision = resolve_revision(tables, repo_type="dataset")
-    except InputError as error:
-        raise InputError(
-            f"{run.reference}: others cannot load an ensemble of a run that is not on the Hub: {error}"
-        ) from None
-    return {**part, "model": model, "reference": f"{tables}:{run.name}", "revision": revision}
-
-
-HUB_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-HUB_BUNDLE = re.compile(rf"(?P<repo>{HUB_REPO.pattern})(?:@(?P<revision>[^@\s]+))?")
-
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
+def read_bundle(reference: str) -> tuple[Bundle, Path]:
     """Read and check a bundle.
 
     Args:
@@ -153,189 +139,160 @@ def read_bundle(reference: str) -> tuple[dict[str, Any], Path]:
         What `ensemble.json` holds, and the folder that it lies in.
 
     Raises:
-        InputError: no bundle there, or one line a field that is missing or wrong. A bundle from the Hub may not name
-            folders of this machine.
+        InputError: no bundle there, or one line for each field that is missing or wrong. A bundle from the Hub may not
+            name folders of this machine, neither for its models nor for their bases.
     """
-    if os.path.isdir(reference):
-        folder, pulled = Path(reference), False
-    else:
+    if pulled := not os.path.isdir(reference):
         match = HUB_BUNDLE.fullmatch(reference)
         if match is None:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         if match["revision"] is not None:
             check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], revision=match["revision"], patterns=["ensemble.json"])
-        pulled = True
-    where = f"{reference}: ensemble.json"
+    else:
+        folder = Path(reference)
     if not (folder / "ensemble.json").is_file():
         raise InputError(f"{reference}: holds no ensemble.json")
-    bundle = read_json(folder / "ensemble.json")
-    if not isinstance(bundle, dict):
-        raise InputError(f"{where}: a mapping expected")
-    if bundle.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(
-            f"{where}: schema_version: {bundle.get('schema_version')!r}, this program reads {SCHEMA_VERSION}"
-        )
-    problems = [f"{where}: {problem}" for problem in _bundle_problems(bundle, pulled)]
-    if problems:
-        raise InputError(*problems)
-    guide = parse_label_guide(bundle["label_guide"], f"{where}: label_guide")
-    Decision.from_dict(
-        {
-            **bundle["decision"],
-            **{key: bundle[key] for key in ("label_names", "positive_labels", "blend", "runs")},
-        },
-        where,
-    )
-    if guide.names != bundle["label_names"]:
-        problems.append(
-            f"{where}: label_guide: labels {guide.names}, but label_names {bundle['label_names']}"
-        )
-    if "vote" in bundle:
-        num_runs = len(bundle["runs"])
-        problems += [f"{where}: {problem}" for problem in _vote_problems(bundle["vote"], num_runs, guide)]
+    where, problems = f"{reference}: ensemble.json", []
+    bundle = check_content(Bundle, read_json(folder / "ensemble.json"), where)
+    for place, run in enumerate(bundle.runs):
+        if run.model is None:
+            problems.append(f"{where}: {run.name} came without its models: only its tables were shared")
+        elif pulled and run.model.folder is not None:
+            problems.append(
+                f"{where}: runs.{place}.model.folder: a bundle from the Hub may not name a folder here"
+            )
+        if pulled and is_local_base(run.base_model):
+            problems.append(
+                f"{where}: runs.{place}.base_model: {run.base_model!r} is a path on this machine, not a Hub id"
+            )
     if problems:
         raise InputError(*problems)
     return bundle, folder
 
 
-def _bundle_problems(bundle: Mapping[str, Any], pulled: bool) -> Iterator[str]:
-    kinds: dict[str, type] = {
-        "name": str,
-        "label_names": list,
-        "positive_labels": list,
-        "label_guide": dict,
-        "blend": str,
-        "method": str,
-        "decision": dict,
-        "runs": list,
-    }
-    wrong = [key for key, kind in kinds.items() if not isinstance(bundle.get(key), kind)]
-    for key in wrong:
-        yield f"{key}: missing or not a {kinds[key].__name__}"
-    if "runs" not in wrong:
-        if not bundle["runs"]:
-            yield "runs: empty"
-        for number, run in enumerate(bundle["runs"]):
-            yield from (f"runs[{number}]: {problem}" for problem in _run_problems(run, pulled))
+def is_local_base(name: str) -> bool:
+    """Whether a base model's name would be looked up on this disk."""
+    return HUB_BASE.fullmatch(name) is None or os.path.isdir(name)
 
 
-def read_vote(bundle: Mapping[str, Any]) -> Voting | None:
-    """The vote that a bundle describes; None where the decision rule decides."""
-    vote = bundle.get("vote")
-    if vote is None:
-        return None
-    scopes = tuple(None if scope is None else tuple(scope) for scope in vote["label_scopes"])
-    return Voting(vote["gate_label"], vote["protected_class"], scopes, vote["soft"])
-
-
-def _vote_problems(vote: Any, num_runs: int, guide: LabelGuide) -> Iterator[str]:
-    def is_label(value: Any) -> bool:
-        return type(value) is int and value in guide.numbers
-
-    if not isinstance(vote, dict):
-        yield "vote: not an object"
-        return
-    scopes = vote.get("label_scopes")
-    if not isinstance(scopes, list) or len(scopes) != num_runs:
-        yield "vote: label_scopes: one a run expected"
-    elif not all(
-        scope is None or (isinstance(scope, list) and scope and all(map(is_label, scope))) for scope in scopes
-    ):
-        yield "vote: label_scopes: lists of label numbers or null expected"
-    if not is_label(vote.get("gate_label")):
-        yield "vote: gate_label: a label number expected"
-    if vote.get("protected_class") is not None and not is_label(vote["protected_class"]):
-        yield "vote: protected_class: a label number or null expected"
-    if not isinstance(vote.get("soft"), bool):
-        yield "vote: soft: true or false expected"
-
-
-def _run_problems(run: Any, pulled: bool) -> Iterator[str]:
-    if not isinstance(run, Mapping):
-        yield "a mapping expected"
-        return
-    kinds: dict[str, tuple[type, ...]] = {
-        "name": (str,),
-        "base_model": (str,),
-        "base_revision": (str, type(None)),
-        "loader": (dict,),
-        "window": (dict,),
-        "prompt_fingerprint": (str, type(None)),
-        "label_scope": (list, type(None)),
-        "model": (dict,),
-    }
-    wrong = [key for key, kind in kinds.items() if key not in run or not isinstance(run[key], kind)]
-    for key in wrong:
-        if key == "model" and run.get("model", 0) is None:
-            yield f"{run.get('name')} came without its models: its tables were shared alone"
-        else:
-            yield f"{key}: missing or of a wrong type"
-    if "loader" not in wrong:
-        yield from (f"loader: {problem}" for problem in loading_problems(run["loader"]))
-    if "window" not in wrong:
-        for name in ("max_turns", "max_seq_length", "window_stride"):
-            if type(run["window"].get(name)) is not int or not 1 <= run["window"][name] <= 1 << 20:
-                yield f"window: {name}: a positive integer expected"
-    if run.get("features") is not None and not (
-        isinstance(run["features"], Mapping) and type(run["features"].get("layer")) is int
-    ):
-        yield "features: layer: an integer expected"
-    if isinstance(run.get("label_scope"), list) and not all(
-        type(label) is int and label >= 0 for label in run["label_scope"]
-    ):
-        yield "label_scope: label numbers expected"
-    if "model" not in wrong:
-        yield from (f"model: {problem}" for problem in _model_problems(run["model"], pulled))
-
-
-def _model_problems(model: Mapping[str, Any], pulled: bool) -> Iterator[str]:
-    folds = model.get("folds")
-    if not isinstance(folds, list) or not folds or not all(isinstance(fold, Mapping) for fold in folds):
-        yield "folds: a list of mappings expected"
-        return
-    for number, fold in enumerate(folds):
-        subfolder, hashes = fold.get("subfolder"), fold.get("sha256", {})
-        if not isinstance(subfolder, str) or not re.fullmatch(r"fold-\d+(/adapter)?", subfolder):
-            yield f"folds[{number}]: subfolder: {subfolder!r} is not fold-<k> or fold-<k>/adapter"
-        if not isinstance(hashes, Mapping) or not all(
-            isinstance(digest, str) and PurePosixPath(name).name == name and name.endswith(".safetensors")
-            for name, digest in hashes.items()
-        ):
-            yield f"folds[{number}]: sha256: file names and their hashes expected"
-    if "repo_id" in model:
-        if not isinstance(model["repo_id"], str) or not HUB_REPO.fullmatch(model["repo_id"]):
-            yield f"repo_id: {model['repo_id']!r} is no repo"
-        if not isinstance(model.get("revision"), str) or not COMMIT.fullmatch(model["revision"]):
-            yield "revision: a commit SHA expected"
-    elif pulled:
-        yield "repo_id: missing; an ensemble from the Hub may not name a folder here"
-    elif not isinstance(model.get("folder"), str):
-        yield "folder: missing"
-
-
-def model_folders(run: Mapping[str, Any], folder: Path) -> list[Path]:
-    """The folder of each fold's model, fetched from the Hub if need be.
+def model_folders(run: BundledRun, folder: Path) -> list[Path]:
+    """The folder of each fold's model: the run folder if its weights are the bundle's, else pulled from the Hub.
 
     Args:
-        run: one of a bundle's `runs`.
         folder: where the bundle lies, as `read_bundle` gives it.
 
     Raises:
-        InputError: a model that cannot be had, or whose weights are not those that the bundle was made with.
+        InputError: a model that is nowhere to be had, or whose weights are not those that the bundle was made with.
     """
-    model = run["model"]
-    subfolders = [fold["subfolder"] for fold in model["folds"]]
-    if "repo_id" in model:
-        numbers = [int(name.split("/")[0].removeprefix("fold-")) for name in subfolders]
-        root, _ = pull_adapters(model["repo_id"], revision=model["revision"], folds=numbers)
+    model = run.model
+    if model.folder is not None:
+        try:
+            return _checked(model.folds, [folder / model.folder / fold.subfolder for fold in model.folds])
+        except InputError:
+            if model.repo_id is None:
+                raise
+    names = [fold.subfolder.removesuffix("/adapter") for fold in model.folds]
+    numbers = [int(name.removeprefix("fold-")) for name in names]
+    root, _ = pull_adapters(model.repo_id, revision=model.revision, folds=numbers)
+    return _checked(model.folds, [root / name for name in names])
+
+
+def _checked(folds: Sequence[Fold], places: list[Path]) -> list[Path]:
+    for fold, place in zip(folds, places, strict=True):
+        for name, digest in fold.sha256.items():
+            if not (place / name).is_file():
+                raise InputError(f"{place / name}: missing; the ensemble needs it")
+            if _sha256(place / name) != digest:
+                raise InputError(
+                    f"{place / name}: its SHA-256 differs from the one that the ensemble was made with"
+                )
+    return places
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bundle_content(name: str, rule: Rule, runs: Sequence[Run], models: Sequence[Any]) -> dict[str, Any]:
+    """The content of an `ensemble.json`; `models` is what `find_models` gives for each run."""
+    content = rule_content(rule, runs)
+    decision = {key: content.pop(key) for key in DECISION}
+    for part, run, model in zip(content["runs"], runs, models, strict=True):
+        for key in ("label_scope", "base_model", "base_revision", "loader", "window", "features"):
+            part[key] = run.info.get(key)
+        part |= {"prompt_fingerprint": run.info["prompt_fingerprint"], "model": model}
+    guide = runs[0].info.get("label_guide")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        **content,
+        "label_guide": guide,
+        "decision": decision,
+    }
+
+
+def find_models(run: Run, output_dir: Path) -> dict[str, Any] | None:
+    """Where a run's models are, as `Models` reads it back; None with a warning if they cannot be found."""
+    where = parse_reference(run.reference)
+    if where.folder is None:
+        try:
+            return _hub_models(f"{where.repo_id.removesuffix('-oof')}-{where.run}", run.info, run.reference)
+        except InputError as error:
+            problem = str(error)
     else:
-        root = folder / model["folder"]
-    for fold in model["folds"]:
-        for name, digest in fold.get("sha256", {}).items():
-            path = root / fold["subfolder"] / name
-            if not path.is_file():
-                raise InputError(f"{path}: missing; the ensemble needs it")
-            if _sha256(path) != digest:
-                raise InputError(f"{path}: its SHA-256 differs from the one that the ensemble was made with")
-    return [root / name for name in subfolders]
+        folds, problem = [], f"{run.reference}: holds no models of its folds"
+        for fold in range(run.info["num_folds"]):
+            adapter = adapter_dir(where.folder, fold)
+            place = adapter if adapter.is_dir() else adapter.parent
+            hashes = {path.name: _sha256(path) for path in sorted(place.glob("*.safetensors"))}
+            folds.append({"subfolder": place.relative_to(where.folder).as_posix(), "sha256": hashes})
+        if all(fold["sha256"] for fold in folds):
+            return {"folder": Path(os.path.relpath(where.folder, output_dir)).as_posix(), "folds": folds}
+    logger.warning(f"{problem}; ensemble.json lists the run without a model: predict.py cannot use it")
+    return None
+
+
+def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[str, Any]:
+    """The run's model repo at its newest commit.
+
+    Raises:
+        InputError: no such repo, one of another run, or a fold is missing there.
+    """
+    folder, sha = pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
+    if read_json(folder / "run.json") not in (info, public_info(info)):
+        raise InputError(f"{repo_id}: run.json: not that of {reference}")
+    names = [f"fold-{fold}" for fold in range(info["num_folds"])]
+    missing = [name for name in names if not (folder / name / "metrics.json").is_file()]
+    if missing:
+        raise InputError(f"{repo_id}: {', '.join(missing)} is not there; push it first (--push_only)")
+    return {"repo_id": repo_id, "revision": sha, "folds": [{"subfolder": name} for name in names]}
+
+
+def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str, Any]:
+    """A run of the bundle with its repos on the Hub; its folder stays, for predictions on this machine.
+
+    Args:
+        part: `reference`, `revision` and `model` of the run, among others.
+        namespace, name: of the system; its run RUN was pushed to `NAMESPACE/NAME-RUN` and `NAMESPACE/NAME-oof`.
+
+    Raises:
+        InputError: a run that others could not load, because it or its base is only on this disk.
+    """
+    if is_local_base(part["base_model"]):
+        problem = f"its base model is a folder, {part['base_model']}"
+    elif part["revision"] is not None:
+        return dict(part)
+    else:
+        try:
+            info, tables = read_json(Path(part["reference"]) / "run.json"), table_repo(namespace, name)
+            found = _hub_models(model_repo(namespace, name, part["name"]), info, part["reference"])
+            revision = resolve_revision(tables, repo_type="dataset")
+            model = part["model"] and {**found, **part["model"], "revision": found["revision"]}
+            return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
+        except InputError as error:
+            problem = str(error)
+    raise InputError(
+        f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub: {problem}"
+    )

@@ -1,7 +1,18 @@
-"""Is system B better than system A: their out-of-fold predictions, side by side."""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rareturn"]
+# ///
+"""Is system B better than system A: their out-of-fold predictions, side by side.
+
+A system is a run (its argmax) or an output folder of ensemble.py (its decision, cross-fitted):
+    python scripts/compare_runs.py outputs/anchor outputs/ensemble
+    python scripts/compare_runs.py outputs/demo-probe outputs/demo --output_file comparison.json
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +21,16 @@ from typing import Any
 
 import numpy as np
 
+# A script in a folder of its own finds the package in the root, from wherever it is started.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rareturn import command_line
 from rareturn.data.folds import FOLD_GROUPS
-from rareturn.decisions.metrics import difference_interval, mean_scores
+from rareturn.decisions.metrics import METRIC_NAMES, difference_interval, mean_scores
 from rareturn.errors import InputError
-from rareturn.files import read_json
+from rareturn.files import read_json, write_json
 from rareturn.reports.tables import Table
-from rareturn.runs.alignment import SHARED_KEYS, check_shared, row_positions
+from rareturn.runs.alignment import check_shared, row_positions
 from rareturn.runs.reading import read_run
 from rareturn.runs.tables import LogitTable
 
@@ -37,17 +52,6 @@ class System:
     info: dict[str, Any]
     table: LogitTable
     predictions: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `oof_predictions.json` in an ensemble's folder; `read_system` reads it back."""
-        return {
-            "what": self.what,
-            **{key: self.info[key] for key in SHARED_KEYS},
-            "id": self.table.id,
-            "dialogue_id": self.table.dialogue_id,
-            "label": self.table.label.tolist(),
-            "predictions": self.predictions.tolist(),
-        }
 
 
 def read_system(reference: str) -> System:
@@ -155,3 +159,46 @@ def flip_table(found: Comparison, label_names: Sequence[str], num_rows: int) -> 
     return Table(
         f"Rows that flip: {total} of {num_rows}", ("A -> B", "rows", "A right", "B right", "ids"), rows
     )
+
+
+def main() -> None:
+    """Run the script; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "systems", nargs=2, metavar=("A", "B"), help="Runs, or output folders of ensemble.py."
+    )
+    parser.add_argument(
+        "--metric", default="macro_f1_positive", choices=METRIC_NAMES, help="Score to compare."
+    )
+    parser.add_argument("--seed", type=int, default=42, help="Seed of the bootstrap. Default: 42.")
+    parser.add_argument("--output_file", help="JSON file for the figures and the ids of all rows that flip.")
+    arguments = parser.parse_args()
+
+    first, second = (read_system(reference) for reference in arguments.systems)
+    found = compare(first, second, arguments.metric, arguments.seed)
+    sides = list(zip("AB", (first, second), found.scores, strict=True))
+    for letter, system, score in sides:
+        print(f"{letter}: {system.reference} ({system.what}): {arguments.metric} {score:.4f}")
+    low, high = found.interval
+    print(
+        f"B less A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
+    )
+    print(flip_table(found, first.info["label_names"], len(first.table)).text())
+    if arguments.output_file:
+        content = {
+            "metric": arguments.metric,
+            **{
+                letter.lower(): {"reference": system.reference, "what": system.what, "score": score}
+                for letter, system, score in sides
+            },
+            "difference": found.difference,
+            "interval": list(found.interval),
+            "flips": found.flips,
+        }
+        write_json(arguments.output_file, content)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
