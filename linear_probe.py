@@ -25,7 +25,7 @@ import transformers
 
 from rareturn.command_line import parse_arguments, provenance, run
 from rareturn.data.folds import FoldDataArguments, read_run_data, write_folds
-from rareturn.decisions.metrics import load_metric
+from rareturn.decisions.metrics import scores as all_scores
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 from rareturn.models.inference import has_fast_bf16, peak_memory
@@ -285,12 +285,7 @@ def train_folds(
         if data.test:
             table = make_table(data.test, fold, head.logits(features[len(rows) :]))
             write_table(table_path(run_dir, "test", fold), table)
-        scores = load_metric().compute(
-            predictions=oof.logits.argmax(axis=1),
-            references=oof.label,
-            positive_labels=list(data.guide.positive),
-            num_labels=len(data.guide.labels),
-        )
+        scores = all_scores(oof.label, oof.logits.argmax(axis=1), len(data.guide.labels), data.guide.positive)
         fold_metrics = {
             **scores,
             "fold": fold,

@@ -38,7 +38,7 @@ from rareturn.data.folds import (
 )
 from rareturn.data.rendering import Rendered, Renderer
 from rareturn.data.rows import Row, data_fingerprint
-from rareturn.decisions.metrics import load_metric
+from rareturn.decisions.metrics import scores as all_scores
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
 from rareturn.errors import InputError
 from rareturn.files import disk_errors, read_json, write_json
@@ -454,7 +454,6 @@ def main() -> None:
         plan=batches.plan(train, train_rendered, training.seed),
         callbacks=[seal],
     )
-    metric = load_metric()
     train_loss = train_unless_saved(trainer, base, tokenizer, saved, checkpoint, is_main)
 
     # Evaluate and save
@@ -480,12 +479,7 @@ def main() -> None:
         predict(data.test, test_rendered, "test")
     if not is_main:
         return
-    scores = metric.compute(
-        predictions=oof.logits.argmax(1),
-        references=oof.label,
-        positive_labels=list(data.guide.positive),
-        num_labels=num_labels,
-    )
+    scores = all_scores(oof.label, oof.logits.argmax(1), num_labels, data.guide.positive)
     fold_metrics = {
         **scores,
         "fold": fold,
