@@ -248,7 +248,6 @@ def time_search(arguments: BenchmarkArguments, table: Table) -> dict[str, float]
                 method,
                 probabilities,
                 table.labels,
-                table.groups,
                 positive_labels=table.positive_labels,
                 num_vectors=arguments.num_vectors,
                 seed=arguments.seed,
@@ -360,12 +359,12 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
 
 def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     """Wall seconds of `exact` on many simulated rows, and the process's peak memory in GiB, the rows included."""
-    logits, labels, groups = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
-    logits, labels, groups = logits[: arguments.scale], labels[: arguments.scale], groups[: arguments.scale]
+    logits, labels, _ = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
+    logits, labels = logits[: arguments.scale], labels[: arguments.scale]
     probabilities = softmax(logits)
     del logits
     started = time.perf_counter()
-    decision = fit("exact", probabilities, labels, groups.tolist(), positive_labels=range(1, 9))
+    decision = fit("exact", probabilities, labels, positive_labels=range(1, 9))
     seconds = time.perf_counter() - started
     tuned, plain = (
         score(labels, decide(probabilities, rule), 9, range(1, 9), METRIC)

@@ -54,16 +54,21 @@ class Problem:
         order = np.argsort(self.labels, kind="stable")
         ends = np.searchsorted(self.labels[order], np.arange(self.num_labels + 1))
         columns = np.ascontiguousarray(self.log_p[order].T)
+        code = np.min_scalar_type(self.num_labels).type
         found = np.empty(len(biases))
         step = max(1, 60_000 // len(order))  # a block of this size stays in the processor's cache
         for start in range(0, len(biases), step):
             block = biases[start : start + step]
             best = columns[0] + block[:, :1]
-            predictions = np.zeros(best.shape, dtype=np.int16)
+            values, better = np.empty_like(best), np.empty(best.shape, dtype=bool)
+            predictions = np.zeros(best.shape, dtype=code)
             for label in range(1, self.num_labels):
-                values = columns[label] + block[:, label : label + 1]
-                np.putmask(predictions, values > best, label)
+                np.add(columns[label], block[:, label : label + 1], out=values)
+                np.greater(values, best, out=better)
                 np.maximum(best, values, out=best)
+                np.maximum(
+                    predictions, better * code(label), out=predictions
+                )  # labels ascend: the last one stands
             hits, predicted = np.empty((2, len(block), self.num_labels))
             for label in range(self.num_labels):
                 chosen = predictions == label
