@@ -35,6 +35,7 @@ from rareturn.decisions.cross_fitting import (
     cross_fit,
     cross_fitted_scaling,
     fit_rule,
+    repeated_folds,
     rule_fitter,
     run_tasks,
 )
@@ -170,7 +171,8 @@ def timed_fit(recipe: Recipe, run: Run) -> tuple[Rule, float]:
 def fit_rows(recipes: dict[str, Recipe], run: Run, arguments: CalibrationArguments) -> list[Row]:
     """Fit every recipe on all rows, score it there, and cross-fit it."""
     logits, labels, groups = [run.oof.logits], run.oof.label, run.oof.dialogue_id
-    num_fits = 1 + arguments.repeats * min(arguments.num_splits, len(set(groups)))
+    folds = repeated_folds(labels, groups, arguments.num_splits, arguments.repeats, arguments.seed)
+    num_fits = 1 + sum(len(np.unique(partition)) for partition in folds)
     with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
         tasks = [(recipe, run) for recipe in recipes.values()]
         fitted = run_tasks(timed_fit, tasks, arguments.jobs, bar.update)
@@ -184,9 +186,8 @@ def fit_rows(recipes: dict[str, Recipe], run: Run, arguments: CalibrationArgumen
                 num_labels=run.num_labels,
                 positive_labels=run.positive_labels,
                 metric=recipe.metric,
-                num_splits=arguments.num_splits,
-                repeats=arguments.repeats,
                 seed=arguments.seed,
+                folds=folds,
                 jobs=arguments.jobs,
                 progress=bar.update,
             )

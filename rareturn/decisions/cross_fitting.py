@@ -48,6 +48,13 @@ def grouped_folds(labels: np.ndarray, groups: Sequence[Hashable], num_splits: in
     return folds
 
 
+def repeated_folds(
+    labels: np.ndarray, groups: Sequence[Hashable], num_splits: int, repeats: int, seed: int
+) -> list[np.ndarray]:
+    """`grouped_folds` of the seeds seed, seed + 1, …, one partition a repeat."""
+    return [grouped_folds(labels, groups, num_splits, seed + repeat) for repeat in range(repeats)]
+
+
 def run_tasks(
     function: Callable[..., Any],
     tasks: Iterable[tuple],
@@ -97,6 +104,7 @@ def cross_fit(
     num_splits: int = 5,
     repeats: int = 5,
     seed: int = 42,
+    folds: Sequence[np.ndarray] | None = None,
     jobs: int | None = 1,
     progress: Callable[[], Any] | None = None,
 ) -> CrossFit:
@@ -109,6 +117,7 @@ def cross_fit(
         groups: dialogue ids [n].
         num_splits: folds a repeat; no more than there are dialogues.
         repeats: partitions into folds, of seeds seed, seed + 1, …
+        folds: the partitions themselves, `repeated_folds` of these arguments, where several calls share them.
         jobs: processes that fit at the same time, None for one a core; the result is the same.
         progress: called once a fit.
 
@@ -116,12 +125,12 @@ def cross_fit(
         InputError: fewer than two dialogues.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    folds = [grouped_folds(labels, groups, num_splits, seed + repeat) for repeat in range(repeats)]
-    parts = [(repeat, fold) for repeat in range(repeats) for fold in range(int(folds[repeat].max()) + 1)]
-    tasks = [(np.flatnonzero(folds[r] != fold), np.flatnonzero(folds[r] == fold)) for r, fold in parts]
-    predictions = np.empty((repeats, len(labels)), dtype=np.int64)
-    fitted = run_tasks(fit_predict, tasks, jobs, progress)
-    for (repeat, _), (_, held_out), found in zip(parts, tasks, fitted, strict=True):
+    if folds is None:
+        folds = repeated_folds(labels, groups, num_splits, repeats, seed)
+    parts = [(repeat, fold == number) for repeat, fold in enumerate(folds) for number in np.unique(fold)]
+    tasks = [(np.flatnonzero(~held_out), np.flatnonzero(held_out)) for _, held_out in parts]
+    predictions = np.empty((len(folds), len(labels)), dtype=np.int64)
+    for (repeat, held_out), found in zip(parts, run_tasks(fit_predict, tasks, jobs, progress), strict=True):
         predictions[repeat, held_out] = found
     return _score_cross_fit(labels, predictions, groups, num_labels, positive_labels, metric, seed)
 
