@@ -220,10 +220,7 @@ def describe(rule: Rule, label_names: Sequence[str]) -> str:
 
 
 def print_tables(
-    rows: Sequence[Row],
-    quality: dict[str, dict[str, float]],
-    run: Run,
-    arguments: CalibrationArguments,
+    rows: Sequence[Row], quality: dict[str, dict[str, float]], run: Run, arguments: CalibrationArguments
 ) -> None:
     """The methods' table and the one of the probabilities."""
     metric = arguments.metric
@@ -315,13 +312,9 @@ def main() -> None:
     recipes = table_recipes(arguments, run)
     rows = fit_rows(recipes, run, arguments)
     logits, last = [run.oof.logits], rows[-1]
+    asked = recipes[arguments.method]
     rule, cross_fitted, reason = choose(
-        recipes[arguments.method],
-        last.rule,
-        last.cross_fitted,
-        logits,
-        run.oof.label,
-        run.oof.dialogue_id,
+        asked, last.rule, last.cross_fitted, logits, run.oof.label, run.oof.dialogue_id
     )
     chosen = Row(last.name, rule, rule.predict([logits]).labels, cross_fitted, last.seconds)
 

@@ -176,9 +176,9 @@ class _Bootstrap:
 
 
 def _accelerated_interval(
-    samples: np.ndarray, estimate: np.ndarray, left_out: np.ndarray, level: float = 0.95
+    samples: np.ndarray, estimate: np.ndarray, left_out: np.ndarray
 ) -> tuple[float, float]:
-    """Bias-corrected and accelerated interval (Efron, 1987) of a score.
+    """Bias-corrected and accelerated 95 % interval (Efron, 1987) of a score.
 
     Our own rather than scipy's, which draws anew for every score and cannot pair two systems.
 
@@ -195,7 +195,7 @@ def _accelerated_interval(
     squares = float((spread**2).sum())
     acceleration = float((spread**3).sum()) / (6 * squares**1.5) if squares > SCORE_TOLERANCE**2 else 0.0
     quantiles = []
-    for tail in ((1 - level) / 2, (1 + level) / 2):
+    for tail in (0.025, 0.975):
         shifted = bias + normal.inv_cdf(tail)
         # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
         quantiles.append(normal.cdf(bias + shifted / max(1 - acceleration * shifted, 0.05)))
@@ -259,9 +259,8 @@ def difference_interval(
     metric: str = "macro_f1_positive",
     num_samples: int = 2000,
     seed: int = 42,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
+    """95 % interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
 
     Arguments as `bootstrap_scores`; `first` and `second` may have different numbers of repeats.
     """
@@ -270,7 +269,7 @@ def difference_interval(
         for rows in (first, second)
     )
     differences = (after - before for before, after in zip(of_first, of_second, strict=True))
-    return _accelerated_interval(*differences, level=level)
+    return _accelerated_interval(*differences)
 
 
 def check_labels(
