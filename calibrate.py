@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["rareturn"]
+# ///
 """Fit a decision rule to a run's out-of-fold logits, and say what it is worth on dialogues it was not fitted on.
 
 Every method, and the choice among them, on a run from the Hub:
@@ -6,7 +10,8 @@ The paper's search alone, seconds on the fictional corpus (made by `make demo`):
     python calibrate.py --run outputs/demo-probe --output decision.json --method random --repeats 1
 
 The table has one row a method: its score on the rows that it was fitted on, its cross-fitted score (fitted on some
-dialogues, scored on the others) with a 95 % interval, what the first flatters (optimism), and the seconds of one fit.
+dialogues, scored on the others) with a 95 % interval, by how much the first flatters (optimism), and the seconds of
+one fit. Argmax is kept where `auto` does not beat it.
 """
 
 from __future__ import annotations
@@ -15,18 +20,28 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from rareturn import command_line
-from rareturn.command_line import parse_arguments
-from rareturn.decisions.cross_fitting import CrossFit, Recipe, cross_fit, fit_rule, grouped_folds, rule_fitter
+from rareturn.command_line import REQUIRED, flag, parse_arguments, start_logging
+from rareturn.decisions.cross_fitting import (
+    CrossFit,
+    Recipe,
+    choose,
+    cross_fit,
+    cross_fitted_scaling,
+    fit_rule,
+    repeated_folds,
+    rule_fitter,
+    run_tasks,
+)
 from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
-from rareturn.decisions.probabilities import (
+from rareturn.decisions.probabilities import BLENDS, (
     check_logits,
     fit_temperature,
     probability_quality,
@@ -46,57 +61,50 @@ logger = logging.getLogger(__name__)
 class CalibrationArguments:
     """A run in, a decision out."""
 
-    run: str = field(metadata={"help": "A run: its folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub."})
-    output: str = field(metadata={"help": "The decision to write, a JSON file."})
-    method: str = field(
-        default="auto",
-        metadata={
-            "help": "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best.",
-            "choices": ["auto", *METHODS],
-        },
+    _argument_group_name = "calibration"
+
+    run: str = flag(REQUIRED, "A run: its folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub.")
+    output: str = flag(REQUIRED, "The decision to write, a JSON file.")
+    method: str = flag(
+        "auto",
+        "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best method, "
+        "and argmax where that does not beat it.",
+        choices=["auto", *METHODS],
     )
-    metric: str = field(
-        default="macro_f1_positive",
-        metadata={
-            "help": "Score to maximise. The shared task's by default.",
-            "choices": list(METRIC_NAMES),
-        },
+    metric: str = flag(
+        "macro_f1_positive",
+        "Score to maximise, 0 to 1. The shared task's by default.",
+        choices=list(METRIC_NAMES),
     )
-    protected_label: int | None = field(
-        default=None,
-        metadata={
-            "help": "Label number of the gate. Default: the label guide's, else the most frequent one."
-        },
+    protected_label: int | None = flag(
+        None, "Label number of the gate. Default: the label guide's, else the most frequent one."
     )
-    gate: bool = field(
-        default=True,
-        metadata={
-            "help": "Search a gate that keeps rows of the protected label; dropped where it does not help."
-        },
+    gate: bool = flag(
+        True, "Search a gate that keeps rows of the protected label; dropped where it does not help."
     )
-    num_vectors: int = field(
-        default=22_000, metadata={"help": "Bias vectors of `random`; the paper's number."}
+    num_vectors: int = flag(22_000, "Bias vectors of `random`; the paper's number.")
+    repeats: int = flag(
+        5, "Partitions into folds a cross-fitted score is averaged over; 5 steady the figure."
     )
-    repeats: int = field(
-        default=5, metadata={"help": "Partitions into folds that a cross-fitted score is averaged over."}
+    num_splits: int = flag(5, "Folds of dialogues a partition. 5, as the runs have.")
+    jobs: int | None = flag(
+        None, "Processes that fit at the same time; the result is the same. Default: one a core."
     )
-    num_splits: int = field(
-        default=5, metadata={"help": "Folds of dialogues a partition. 5, as the runs have."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of folds, searches and intervals."})
+    seed: int = flag(42, "Seed of folds, searches and intervals.")
 
     def __post_init__(self) -> None:
-        for name, least in (("num_vectors", 1), ("repeats", 1), ("num_splits", 2), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name}: {getattr(self, name)} is below {least}")
+        least = {"num_vectors": 1, "repeats": 1, "num_splits": 2, "seed": 0, "jobs": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"--{name}: {value} is below {bound}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of fitting: the rule fitted on all rows, what it predicts there, and what comes of it when cross-fitted.
+    """A way of fitting: the rule fitted on all rows, what it predicts there (int64 [n]), and its cross-fitted score.
 
     Attributes:
-        in_sample: int64 [n].
         seconds: of the fit on all rows.
     """
 
@@ -153,37 +161,46 @@ def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe
     return {**recipes, arguments.method: asked}
 
 
-def fit_row(name: str, recipe: Recipe, run: Run, arguments: CalibrationArguments, bar: tqdm) -> Row:
-    """Fit on all rows, score there, and cross-fit."""
-    logits, labels, groups = [run.oof.logits], run.oof.label, run.oof.dialogue_id
-    bar.set_postfix_str(name)
+def timed_fit(recipe: Recipe, run: Run) -> tuple[Rule, float]:
+    """The rule fitted on all rows, and the seconds that took."""
     started = time.perf_counter()
-    rule = fit_rule(recipe, logits, labels, groups)
-    seconds = time.perf_counter() - started
-    bar.update()
-    cross_fitted = cross_fit(
-        rule_fitter(recipe, logits, labels, groups),
-        labels,
-        groups,
-        num_labels=run.num_labels,
-        positive_labels=run.positive_labels,
-        metric=recipe.metric,
-        num_splits=arguments.num_splits,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-        progress=bar.update,
-    )
-    return Row(name, rule, rule.predict([logits]).labels, cross_fitted, seconds)
+    rule = fit_rule(recipe, [run.oof.logits], run.oof.label, run.oof.dialogue_id)
+    return rule, time.perf_counter() - started
+
+
+def fit_rows(recipes: dict[str, Recipe], run: Run, arguments: CalibrationArguments) -> list[Row]:
+    """Fit every recipe on all rows, score it there, and cross-fit it."""
+    logits, labels, groups = [run.oof.logits], run.oof.label, run.oof.dialogue_id
+    folds = repeated_folds(labels, groups, arguments.num_splits, arguments.repeats, arguments.seed)
+    num_fits = 1 + sum(len(np.unique(partition)) for partition in folds)
+    with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
+        tasks = [(recipe, run) for recipe in recipes.values()]
+        fitted = run_tasks(timed_fit, tasks, arguments.jobs, bar.update)
+        rows = []
+        for (name, recipe), (rule, seconds) in zip(recipes.items(), fitted, strict=True):
+            bar.set_postfix_str(name)
+            cross_fitted = cross_fit(
+                rule_fitter(recipe, logits, labels, groups),
+                labels,
+                groups,
+                num_labels=run.num_labels,
+                positive_labels=run.positive_labels,
+                metric=recipe.metric,
+                seed=arguments.seed,
+                folds=folds,
+                jobs=arguments.jobs,
+                progress=bar.update,
+            )
+            rows.append(Row(name, rule, rule.predict([logits]).labels, cross_fitted, seconds))
+    return rows
 
 
 def temperature_quality(run: Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:
     """Log loss, Brier score and ECE before a temperature, after it, and after one fitted on the other dialogues."""
     logits, labels = run.oof.logits, run.oof.label
-    folds = grouped_folds(labels, run.oof.dialogue_id, run.num_labels, arguments.num_splits, arguments.seed)
-    scaled = np.empty(logits.shape)
-    for fold in range(int(folds.max()) + 1):
-        train = folds != fold
-        scaled[~train] = softmax(logits[~train], fit_temperature([logits[train]], labels[train]))
+    scaled = cross_fitted_scaling(
+        [logits], labels, run.oof.dialogue_id, np.ones(1), BLENDS[0], arguments.num_splits, arguments.seed
+    )
     temperature = fit_temperature([logits], labels)
     return {
         "before_temperature": probability_quality(softmax(logits), labels),
@@ -203,10 +220,7 @@ def describe(rule: Rule, label_names: Sequence[str]) -> str:
 
 
 def print_tables(
-    rows: Sequence[Row],
-    quality: dict[str, dict[str, float]],
-    run: Run,
-    arguments: CalibrationArguments,
+    rows: Sequence[Row], quality: dict[str, dict[str, float]], run: Run, arguments: CalibrationArguments
 ) -> None:
     """The methods' table and the one of the probabilities."""
     metric = arguments.metric
@@ -238,18 +252,18 @@ def print_tables(
     numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages.items()]
     print()
     print(Table("Probabilities, temperature", ("", "log loss", "Brier", "ECE"), numbers).text())
-    print()
-    print(describe(rows[-1].rule, run.label_names))
 
 
 def decision_content(
     rows: Sequence[Row],
+    chosen: Row,
+    reason: str,
     quality: dict[str, dict[str, float]],
     run: Run,
     arguments: CalibrationArguments,
 ) -> dict[str, Any]:
     """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
-    chosen, argmax = rows[-1], run.oof.logits.argmax(axis=1)
+    argmax = run.oof.logits.argmax(axis=1)
     stages = {
         "argmax": argmax,
         "in_sample": chosen.in_sample,
@@ -268,30 +282,41 @@ def decision_content(
     }
     return {
         **saved_decision(chosen.rule, [run], metrics, metric=arguments.metric, seed=arguments.seed),
+        "reason": reason,
         "methods": {row.name: row.figures(run, arguments.metric) for row in rows},
         "probabilities": quality,
     }
 
 
 def main() -> None:
-    """Run the script; see the module's docstring."""
+    # Arguments
     (arguments,) = parse_arguments((CalibrationArguments,), __doc__)
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO
-    )
 
+    # Logging
+    start_logging()
+
+    # Data
     run = read_run(arguments.run)
     check_logits(run.oof.logits, run.reference)
     check_labels(run.oof.label, run.oof.dialogue_id, run.label_names, run.positive_labels, run.reference)
-    recipes = table_recipes(arguments, run)
 
-    num_fits = 1 + arguments.repeats * min(arguments.num_splits, len(set(run.oof.dialogue_id)))
-    with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
-        rows = [fit_row(name, recipe, run, arguments, bar) for name, recipe in recipes.items()]
+    # Decide
+    recipes = table_recipes(arguments, run)
+    rows = fit_rows(recipes, run, arguments)
+    logits, last = [run.oof.logits], rows[-1]
+    asked = recipes[arguments.method]
+    rule, cross_fitted, reason = choose(
+        asked, last.rule, last.cross_fitted, logits, run.oof.label, run.oof.dialogue_id
+    )
+    chosen = Row(last.name, rule, rule.predict([logits]).labels, cross_fitted, last.seconds)
+
+    # Evaluate
     quality = temperature_quality(run, arguments)
     print_tables(rows, quality, run, arguments)
+    print(f"\n{reason}\n{describe(rule, run.label_names)}")
 
-    write_json(arguments.output, decision_content(rows, quality, run, arguments))
+    # Save
+    write_json(arguments.output, decision_content(rows, chosen, reason, quality, run, arguments))
     logger.info("wrote %s", arguments.output)
 
 

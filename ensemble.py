@@ -32,6 +32,7 @@ from rareturn.data.readers import read_records
 from rareturn.data.rows import DataArguments, Row, load_rows
 from rareturn.decisions.cross_fitting import (
     Recipe,
+    choose,
     cross_fit,
     cross_fitted_scaling,
     fit_rule,
@@ -160,22 +161,43 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
+    of_rows, split = [[run] for run in logits], (NUM_SPLITS, arguments.seed)
+    before = untuned.predict(of_rows)
+    scaled = cross_fitted_scaling(logits, labels, groups, untuned.weights, blend, *split)
+    if rule is None and arguments.method in VOTES:
+        voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
+        rule = dataclasses.replace(untuned, method=arguments.method, voting=voting)
+    if rule is not None and rule.voting:
+        voted = rule.predict(of_rows)
+        notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
+        predicted = before.labels, voted.labels, voted.labels[None]
+        return Outcome(rule, untuned, *predicted, before.probabilities, voted.probabilities, scaled, notes)
     recipe = Recipe(
         tuple(info["positive_labels"]),
         metric=arguments.metric,
-        method=arguments.method,
-        weights=weights if rule is None else tuple(rule.weights),
+        method=rule.method if rule and rule.method in METHODS else arguments.method,
+        weights=tuple(rule.weights) if rule else weights,
         blend=blend,
-        protected_class=protected,
+        protected_class=rule.decision.protected_class if rule and rule.decision.threshold else protected,
         seed=arguments.seed,
     )
-    if rule is not None and rule.voting is None:
-        gate = rule.decision.protected_class
-        recipe = dataclasses.replace(
-            recipe,
-            method=rule.method if rule.method in METHODS else arguments.method,
-            protected_class=protected if gate is None else gate,
+    is_given, fitted = rule is not None, rule or fit_rule(recipe, logits, labels, groups)
+    num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
+    with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
+        cross_fitted = cross_fit(
+            rule_fitter(recipe, logits, labels, groups),
+            labels,
+            groups,
+            num_labels=runs[0].num_labels,
+            positive_labels=info["positive_labels"],
+            metric=arguments.metric,
+            num_splits=NUM_SPLITS,
+            repeats=arguments.repeats,
+            seed=arguments.seed,
+            jobs=None,
+            progress=bar.update,
         )
+    if is_given:
         notes.append(
             "The decision was given and not fitted here. Its in-sample figure is optimistic as far as it was fitted on "
             f"these rows; the cross-fitted one is that of the method {recipe.method!r} fitted anew on other dialogues."
@@ -184,40 +206,12 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
             notes.append(
                 "The decision was made for other runs, weights or another blend, and applied on request."
             )
-    elif rule is None and arguments.method in VOTES:
-        voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
-        rule = dataclasses.replace(untuned, method=arguments.method, voting=voting)
-    elif rule is None:
-        rule = fit_rule(recipe, logits, labels, groups)
-        if arguments.method == "auto":
-            notes.append(
-                f"Method auto chose {rule.method} on all rows. The cross-fitted figure includes the choice: it was made "
-                "anew in every fold, and may have been another."
-            )
-    of_rows = [[run] for run in logits]
-    before, after = untuned.predict(of_rows), rule.predict(of_rows)
-    cross_fitted, scaled = after.labels[None], before.probabilities
-    if rule.voting:
-        notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
     else:
-        num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
-        with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-            cross_fitted = cross_fit(
-                rule_fitter(recipe, logits, labels, groups),
-                labels,
-                groups,
-                num_labels=runs[0].num_labels,
-                positive_labels=info["positive_labels"],
-                metric=arguments.metric,
-                num_splits=NUM_SPLITS,
-                repeats=arguments.repeats,
-                seed=arguments.seed,
-                progress=bar.update,
-            ).predictions
-        split = NUM_SPLITS, arguments.seed
-        scaled = cross_fitted_scaling(logits, labels, groups, untuned.weights, blend, *split)
-    predicted = before.labels, after.labels, cross_fitted
-    return Outcome(rule, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
+        fitted, cross_fitted, reason = choose(recipe, fitted, cross_fitted, logits, labels, groups)
+        notes.append(reason)
+    after = fitted.predict(of_rows)
+    predicted = before.labels, after.labels, cross_fitted.predictions
+    return Outcome(fitted, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
 
 
 def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Row]]:

@@ -1,10 +1,12 @@
-"""What the methods of `decoding.py` are worth: on real out-of-fold tables, on rows drawn from a known model, in seconds.
+"""What the methods of `rareturn.decisions` are worth: on real out-of-fold tables, on rows drawn from a known model, in seconds.
 
 The reference task, tf-idf tables made on the spot beside two runs and blends of them, about half an hour of one core:
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --train_file AIMH/PsyDefConv:Splits/train.json \\
         --runs outputs/probe outputs/minilm --blends probe+minilm probe+word-balanced --output result.json
 Coverage of the 95 % interval and optimism of the cross-fitted score, 100 draws from a known model:
     OMP_NUM_THREADS=1 python benchmarks/decoding.py --simulate 100 --methods argmax expected exact auto
+The same where argmax is hard to beat, with what the final choice between it and `auto` adds:
+    OMP_NUM_THREADS=1 python benchmarks/decoding.py --simulate 100 --methods argmax auto --prior 0.5
 Seconds and memory of `exact` on a million rows:
     python benchmarks/decoding.py --scale 1000000
 
@@ -35,11 +37,18 @@ from rareturn.command_line import parse_arguments, provenance  # noqa: E402
 from rareturn.data.folds import assign_folds  # noqa: E402
 from rareturn.data.label_guide import load_label_guide  # noqa: E402
 from rareturn.data.rows import load_rows  # noqa: E402
-from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, rule_fitter  # noqa: E402
+from rareturn.decisions.cross_fitting import (  # noqa: E402
+    CrossFit,
+    Recipe,
+    choose,
+    cross_fit,
+    fit_rule,
+    rule_fitter,
+)
 from rareturn.decisions.methods import METHODS, fit  # noqa: E402
 from rareturn.decisions.metrics import score  # noqa: E402
 from rareturn.decisions.probabilities import softmax  # noqa: E402
-from rareturn.decisions.rules import Decision, decide  # noqa: E402
+from rareturn.decisions.rules import Decision, Rule, decide  # noqa: E402
 from rareturn.errors import InputError  # noqa: E402
 from rareturn.files import write_json  # noqa: E402
 from rareturn.reports import tables as tables_module  # noqa: E402
@@ -80,6 +89,16 @@ class BenchmarkArguments:
     )
     num_vectors: int = field(
         default=22_000, metadata={"help": "Bias vectors of `random`; the paper's number."}
+    )
+    prior: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the log class prior in simulated logits. 1: honest probabilities, where a bias gains much; "
+            "0.5, as class weights of 1/sqrt(n) leave it: argmax is hard to beat."
+        },
+    )
+    jobs: int | None = field(
+        default=1, metadata={"help": "Processes that cross-fit at the same time; 1, so that seconds compare."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of folds, searches and draws."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
@@ -248,7 +267,6 @@ def time_search(arguments: BenchmarkArguments, table: Table) -> dict[str, float]
                 method,
                 probabilities,
                 table.labels,
-                table.groups,
                 positive_labels=table.positive_labels,
                 num_vectors=arguments.num_vectors,
                 seed=arguments.seed,
@@ -267,12 +285,12 @@ def time_search(arguments: BenchmarkArguments, table: Table) -> dict[str, float]
 
 
 def draw_rows(
-    generator: np.random.Generator, num_dialogues: int
+    generator: np.random.Generator, num_dialogues: int, prior: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Logits [n, 9], labels [n] and dialogue numbers [n] of a known model.
 
     A dialogue has 1 to 17 rows, its own leaning towards some labels (Dirichlet, 4 rows' worth) and its own shift of
-    the logits (standard deviation 0.5). A row's logits are log prior + 1.2 for its label + that shift + noise of 1.
+    the logits (standard deviation 0.5). A row's logits are `prior` * log prior + 1.2 for its label + that shift + noise of 1.
     """
     sizes = generator.integers(1, 18, num_dialogues)
     numbers = np.repeat(np.arange(num_dialogues), sizes)
@@ -280,7 +298,7 @@ def draw_rows(
     labels = (generator.random((len(numbers), 1)) > leanings[numbers]).sum(axis=1)
     labels = np.minimum(labels, len(SHARES) - 1)
     shifts = 0.5 * generator.standard_normal((num_dialogues, len(SHARES)))
-    logits = np.log(SHARES) + shifts[numbers] + generator.standard_normal((len(numbers), len(SHARES)))
+    logits = prior * np.log(SHARES) + shifts[numbers] + generator.standard_normal((len(numbers), len(SHARES)))
     logits[np.arange(len(numbers)), labels] += 1.2
     return logits, labels, numbers
 
@@ -289,22 +307,27 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Coverage of the interval and optimism of the cross-fitted score against the fitted rule's score on fresh rows.
 
     Each draw is a table of 200 dialogues (about 1,800 rows); the fresh rows are 100,000 dialogues of the same model,
-    enough that the truth is known to .001. The truth is the score on them of the very rule that was fitted to the whole table.
+    enough that the truth is known to .001. "auto or argmax" is what `choose` keeps of the two. The truth is the score on them of the very rule that was fitted to the whole table.
     """
     generator = np.random.default_rng(arguments.seed)
-    fresh_logits, fresh_labels, _ = draw_rows(generator, 100_000)
+    fresh_logits, fresh_labels, _ = draw_rows(generator, 100_000, arguments.prior)
     positive = tuple(range(1, len(SHARES)))
     found: dict[str, list[tuple[float, float, float, float, float]]] = {
-        name: [] for name in arguments.methods
+        name: []
+        for name in (*arguments.methods, *(["auto or argmax"] if "auto" in arguments.methods else []))
     }
+
+    def add(name: str, rule: Rule, fitted: CrossFit) -> None:
+        truth = score(fresh_labels, rule.predict([[fresh_logits]]).labels, 9, positive, METRIC)
+        tuned = score(labels, rule.predict([[logits]]).labels, 9, positive, METRIC)
+        found[name].append((tuned, fitted.metrics[METRIC], *fitted.interval, truth))
+
     for _draw in tqdm(range(arguments.simulate), desc="draws", unit="draw", leave=False):
-        logits, labels, groups = draw_rows(generator, 200)
+        logits, labels, groups = draw_rows(generator, 200, arguments.prior)
         table = Table([logits], labels, groups.tolist(), [], positive, 7)
         for method in arguments.methods:
             recipe = make_recipe(arguments, table, method)
             rule = fit_rule(recipe, [logits], labels, table.groups)
-            truth = score(fresh_labels, rule.predict([[fresh_logits]]).labels, 9, positive, METRIC)
-            tuned = score(labels, rule.predict([[logits]]).labels, 9, positive, METRIC)
             fitted = cross_fit(
                 rule_fitter(recipe, [logits], labels, table.groups),
                 labels,
@@ -314,8 +337,12 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
                 metric=METRIC,
                 repeats=arguments.repeats,
                 seed=arguments.seed,
+                jobs=arguments.jobs,
             )
-            found[method].append((tuned, fitted.metrics[METRIC], *fitted.interval, truth))
+            add(method, rule, fitted)
+            if method == "auto":
+                kept, fitted, _ = choose(recipe, rule, fitted, [logits], labels, table.groups)
+                add("auto or argmax", kept, fitted)
     results, cells = {}, []
     for method, values in found.items():
         tuned, crossed, low, high, truth = np.array(values).T
@@ -360,12 +387,12 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
 
 def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     """Wall seconds of `exact` on many simulated rows, and the process's peak memory in GiB, the rows included."""
-    logits, labels, groups = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
-    logits, labels, groups = logits[: arguments.scale], labels[: arguments.scale], groups[: arguments.scale]
+    logits, labels, _ = draw_rows(np.random.default_rng(arguments.seed), arguments.scale // 8 + 20)
+    logits, labels = logits[: arguments.scale], labels[: arguments.scale]
     probabilities = softmax(logits)
     del logits
     started = time.perf_counter()
-    decision = fit("exact", probabilities, labels, groups.tolist(), positive_labels=range(1, 9))
+    decision = fit("exact", probabilities, labels, positive_labels=range(1, 9))
     seconds = time.perf_counter() - started
     tuned, plain = (
         score(labels, decide(probabilities, rule), 9, range(1, 9), METRIC)

@@ -105,16 +105,16 @@ def calibrate_here(monkeypatch, capsys):
 
 def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path, calibrate_here):
     run = make_run(tmp_path / "tiny", protected_label=3)
-    flags = ("--repeats", "1", "--num_splits", "2", "--num_vectors", "50")
+    flags = ("--repeats", "1", "--num_splits", "2", "--num_vectors", "50", "--jobs")
     first = subprocess.run(
-        [sys.executable, *command_of(run, tmp_path / "one" / "decision.json", *flags)],
+        [sys.executable, *command_of(run, tmp_path / "one" / "decision.json", *flags, "2")],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert first.returncode == 0, first.stderr
-    status, _ = calibrate_here(run, tmp_path / "two.json", *flags)
+    status, _ = calibrate_here(run, tmp_path / "two.json", *flags, "1")
     written = (tmp_path / "one" / "decision.json").read_bytes()
     assert status == 0 and written == (tmp_path / "two.json").read_bytes()
 
@@ -127,6 +127,7 @@ def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path
         "revision": None,
         "weight": 1.0,
     }
+    assert content["reason"] in first.stdout and content["method"] in content["reason"]
     assert content["method"] in METHODS and content["metric"] == "macro_f1_positive"
     assert content["fold_groups"] == "dialogue" and content["blend"] == "arithmetic"
     for stage in ("argmax", "in_sample", "cross_fitted"):
@@ -169,7 +170,6 @@ def test_random_is_the_papers_search_with_its_gate(tmp_path, calibrate_here, fla
         "random",
         probabilities,
         table.label,
-        table.dialogue_id,
         positive_labels=[1, 2, 3],
         protected_class=protected,
         num_vectors=300,
@@ -213,6 +213,7 @@ def one_dialogue(logits, labels, dialogue):
         (None, ("--protected_label", "4"), "protected_label: 4 is not one of 0..3"),
         (None, ("--protected_label", "3", "--no_gate"), "--no_gate"),
         (None, ("--repeats", "0"), "--repeats: 0 is below 1"),
+        (None, ("--jobs", "0"), "--jobs: 0 is below 1"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, calibrate_here, change, flags, message):

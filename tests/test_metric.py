@@ -1,4 +1,4 @@
-"""The `evaluate` module against scikit-learn, hand-worked arrays, and its numpy twin in rareturn.decisions.metrics."""
+"""The `evaluate` module against scikit-learn, hand-worked arrays, and the function that it calls: one metric for all."""
 
 import multiprocessing
 import os
@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from rareturn.decisions.metrics import METRIC_NAMES, load_metric, score
-from rareturn.decisions.metrics import scores as numpy_scores
+from rareturn.decisions.metrics import METRIC_NAMES, score, score_predictions
+from rareturn.decisions.metrics import scores as all_scores
+from rareturn.files import packaged
+
+
+def load_metric():
+    return evaluate.load(str(packaged("metrics") / "defense_f1"), keep_in_memory=True)
 
 
 def flat(scores):
@@ -52,7 +57,7 @@ def test_defaults_are_the_nine_levels(metric):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_agrees_with_scikit_learn_and_with_decoding(metric, seed):
+def test_agrees_with_scikit_learn_and_with_the_searches(metric, seed):
     generator = np.random.default_rng(seed)
     num_labels = int(generator.integers(2, 10))
     used = generator.integers(1, num_labels + 1)  # the labels above are in no row and no prediction
@@ -83,8 +88,7 @@ def test_agrees_with_scikit_learn_and_with_decoding(metric, seed):
         }
     )
     assert flat(scores) == pytest.approx(expected, abs=1e-12)
-    twin = numpy_scores(references, predictions, num_labels, positive)
-    assert flat(twin) == pytest.approx(expected, abs=1e-12)
+    assert scores == all_scores(references, predictions, num_labels, positive)
     for name in METRIC_NAMES:
         assert score(references, predictions, num_labels, positive, name) == pytest.approx(scores[name])
 
@@ -104,10 +108,22 @@ def test_refuses_what_it_cannot_score(arguments, problem):
         load_metric().compute(**arguments)
 
 
+def test_there_is_one_metric(monkeypatch, metric):
+    """The module and `score_predictions` go through the function of the searches, and `evaluate` is not needed."""
+    asked = {"references": [0, 1, 1], "predictions": [0, 1, 0], "num_labels": 2}
+    monkeypatch.setitem(sys.modules, "evaluate", None)  # importing it fails
+    found = score_predictions(
+        np.array([0, 1, 1]), np.array([0, 1, 0]), ["a", "a", "b"], num_labels=2, positive_labels=[1]
+    )
+    interval = found.pop("interval")
+    assert found == metric.compute(**asked) and set(interval) == set(found)
+    monkeypatch.setattr(sys.modules[type(metric).__module__], "scores", lambda *_: {"called": 1})
+    assert metric.compute(**asked) == {"called": 1}
+
+
 def _load_and_score(cache, barrier, answers):
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
         del sys.modules[name]  # loaded by an earlier test, from another cache
-    load_metric.cache_clear()
     evaluate.config.HF_MODULES_CACHE = cache
     barrier.wait()
     scores = load_metric().compute(references=[0, 1], predictions=[0, 1], num_labels=2)

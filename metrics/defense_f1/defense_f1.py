@@ -6,7 +6,8 @@ The official score of PsyDefDetect (BioNLP 2026) is `macro_f1_positive` over lab
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import precision_recall_fscore_support
+
+from rareturn.decisions.metrics import scores
 
 _DESCRIPTION = """\
 Accuracy, and precision, recall and F1 as unweighted means over the positive labels. A row of another label that is
@@ -55,15 +56,4 @@ class DefenseF1(evaluate.Metric):
             if outside.any():
                 row = int(np.argmax(outside))
                 raise ValueError(f"{name}[{row}]: {int(values[row])} is not a label in 0 .. {num_labels - 1}")
-        precision, recall, f1, rows = precision_recall_fscore_support(
-            references, predictions, labels=labels, average=None, zero_division=0
-        )
-        return {
-            "accuracy": float(np.mean(np.equal(predictions, references))),
-            "macro_f1_positive": float(f1[positive].mean()),
-            "macro_precision_positive": float(precision[positive].mean()),
-            "macro_recall_positive": float(recall[positive].mean()),
-            "macro_f1": float(f1.mean()),
-            "weighted_f1": float(np.average(f1, weights=rows)),
-            "f1_per_class": f1.tolist(),
-        }
+        return scores(references, predictions, num_labels, positive)

@@ -3,61 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rareturn.decisions import metrics as metrics_module
-from rareturn.decisions import probabilities as probabilities_module
 from rareturn.decisions.methods import METHODS, TIERS, UNGATED_METHODS, fit
 from rareturn.decisions.metrics import (
     SCORE_TOLERANCE,
     bootstrap_interval,
     bootstrap_scores,
-    mean_scores,
-    score,
+    difference_interval,
+    index_groups,
+    scores,
 )
-from rareturn.decisions.probabilities import check_weights, fit_temperature, log_loss, softmax
+from rareturn.decisions.probabilities import blend, check_weights, fit_temperature, log_loss, softmax
 from rareturn.decisions.rules import Decision, Rule, decide
 from rareturn.errors import InputError
 
 
-def grouped_folds(
-    labels: np.ndarray, groups: Sequence[Hashable], num_labels: int, num_splits: int, seed: int
-) -> np.ndarray:
-    """A fold for every row, int64 [n], dialogues kept whole and labels spread evenly.
-
-    Dialogues in an order of descending spread of their label counts, ties shuffled by the seed, each go to the fold
-    that leaves the label counts most even over the folds (the greedy rule of scikit-learn's StratifiedGroupKFold).
+def grouped_folds(labels: np.ndarray, groups: Sequence[Hashable], num_splits: int, seed: int) -> np.ndarray:
+    """A fold for every row, int64 [n]: scikit-learn's StratifiedGroupKFold, at most one fold a dialogue.
 
     Raises:
-        InputError: fewer dialogues than two.
+        InputError: fewer than two dialogues, or no label with two rows.
     """
+    from sklearn.model_selection import StratifiedGroupKFold
+
     labels = np.asarray(labels)
-    group_indices, num_groups = metrics_module.index_groups(groups)
+    group_indices, num_groups = index_groups(groups)
     if num_groups < 2:
         raise InputError("dialogue_id: one dialogue only, cross-fitting needs two or more")
-    num_splits = min(num_splits, num_groups)
-    counts = np.bincount(group_indices * num_labels + labels, minlength=num_groups * num_labels)
-    counts = counts.reshape(num_groups, num_labels).astype(np.float64)
-    shares = counts / np.maximum(counts.sum(axis=0), 1)
-    order = np.random.default_rng(seed).permutation(num_groups)
-    order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
-    filled = np.zeros((num_splits, num_labels))
-    sizes = np.zeros(num_splits)
-    squares = np.zeros(num_splits)
-    fold_of_group = np.empty(num_groups, dtype=np.int64)
-    for group in order:
-        # Adding the dialogue to fold f changes that fold's sum of squared shares alone; the sums being fixed, less
-        # squares means more even.
-        growth = ((filled + shares[group]) ** 2).sum(axis=1) - squares
-        fold = int(np.lexsort((sizes, np.round(growth, 12)))[0])
-        filled[fold] += shares[group]
-        squares[fold] = (filled[fold] ** 2).sum()
-        sizes[fold] += counts[group].sum()
-        fold_of_group[group] = fold
-    return fold_of_group[group_indices]
+    num_splits = min(num_splits, num_groups, int(np.bincount(labels).max()))
+    if num_splits < 2:
+        raise InputError("label: every label has one row at most, cross-fitting needs two of one of them")
+    splitter = StratifiedGroupKFold(num_splits, shuffle=True, random_state=seed)
+    folds = np.empty(len(labels), dtype=np.int64)
+    with warnings.catch_warnings():
+        # A label with fewer rows than folds: the rule is fitted without it, which is what its score should show.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        for fold, (_, held_out) in enumerate(splitter.split(labels, labels, group_indices)):
+            folds[held_out] = fold
+    return folds
+
+
+def repeated_folds(
+    labels: np.ndarray, groups: Sequence[Hashable], num_splits: int, repeats: int, seed: int
+) -> list[np.ndarray]:
+    """`grouped_folds` of the seeds seed, seed + 1, …, one partition a repeat."""
+    return [grouped_folds(labels, groups, num_splits, seed + repeat) for repeat in range(repeats)]
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    tasks: Iterable[tuple],
+    jobs: int | None = 1,
+    progress: Callable[[], Any] | None = None,
+) -> list[Any]:
+    """What a function returns for each tuple of arguments, in their order, whatever the number of processes.
+
+    Args:
+        jobs: processes; None for one a core.
+        progress: called once a task.
+    """
+    from joblib import Parallel, cpu_count, delayed
+
+    parallel = Parallel(n_jobs=jobs or cpu_count(), batch_size=1, return_as="generator")
+    results = []
+    for result in parallel(delayed(function)(*task) for task in tasks):
+        results.append(result)
+        if progress is not None:
+            progress()
+    return results
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,28 +93,6 @@ class CrossFit:
     interval: tuple[float, float]
 
 
-def cross_fitted_predictions(
-    fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    labels: np.ndarray,
-    groups: Sequence[Hashable],
-    num_labels: int,
-    num_splits: int,
-    repeats: int,
-    seed: int,
-    progress: Callable[[], Any] | None = None,
-) -> np.ndarray:
-    """The predictions of `cross_fit`, int64 [repeats, n]."""
-    predictions = np.empty((repeats, len(labels)), dtype=np.int64)
-    for repeat in range(repeats):
-        folds = grouped_folds(labels, groups, num_labels, num_splits, seed + repeat)
-        for fold in range(int(folds.max()) + 1):
-            held_out = np.flatnonzero(folds == fold)
-            predictions[repeat, held_out] = fit_predict(np.flatnonzero(folds != fold), held_out)
-            if progress is not None:
-                progress()
-    return predictions
-
-
 def cross_fit(
     fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
     labels: np.ndarray,
@@ -108,7 +104,8 @@ def cross_fit(
     num_splits: int = 5,
     repeats: int = 5,
     seed: int = 42,
-    num_samples: int = 2000,
+    folds: Sequence[np.ndarray] | None = None,
+    jobs: int | None = 1,
     progress: Callable[[], Any] | None = None,
 ) -> CrossFit:
     """Repeated dialogue-grouped cross-fitting of anything that is fitted to rows and predicts others.
@@ -120,30 +117,36 @@ def cross_fit(
         groups: dialogue ids [n].
         num_splits: folds a repeat; no more than there are dialogues.
         repeats: partitions into folds, of seeds seed, seed + 1, …
-        num_samples: bootstrap samples of the interval.
+        folds: the partitions themselves, `repeated_folds` of these arguments, where several calls share them.
+        jobs: processes that fit at the same time, None for one a core; the result is the same.
         progress: called once a fit.
 
     Raises:
         InputError: fewer than two dialogues.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    predictions = cross_fitted_predictions(
-        fit_predict, labels, groups, num_labels, num_splits, repeats, seed, progress
-    )
-    return CrossFit(
-        predictions,
-        mean_scores(labels, predictions, num_labels, positive_labels),
-        bootstrap_interval(
-            labels,
-            predictions,
-            groups,
-            num_labels=num_labels,
-            positive_labels=positive_labels,
-            metric=metric,
-            num_samples=num_samples,
-            seed=seed,
-        ),
-    )
+    if folds is None:
+        folds = repeated_folds(labels, groups, num_splits, repeats, seed)
+    parts = [(repeat, fold == number) for repeat, fold in enumerate(folds) for number in np.unique(fold)]
+    tasks = [(np.flatnonzero(~held_out), np.flatnonzero(held_out)) for _, held_out in parts]
+    predictions = np.empty((len(folds), len(labels)), dtype=np.int64)
+    for (repeat, held_out), found in zip(parts, run_tasks(fit_predict, tasks, jobs, progress), strict=True):
+        predictions[repeat, held_out] = found
+    return _score_cross_fit(labels, predictions, groups, num_labels, positive_labels, metric, seed)
+
+
+def _score_cross_fit(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    groups: Sequence[Hashable],
+    num_labels: int,
+    positive_labels: Sequence[int],
+    metric: str,
+    seed: int,
+) -> CrossFit:
+    facts = {"num_labels": num_labels, "positive_labels": positive_labels}
+    interval = bootstrap_interval(labels, predictions, groups, **facts, metric=metric, seed=seed)
+    return CrossFit(predictions, scores(labels, predictions, **facts), interval)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +161,9 @@ class Recipe:
         protected_class: label of the gate; None for no gate. With it a rule keeps its gate only if that scores better
             when cross-fitted; only `random`, which is the paper's, searches its gate without asking.
         candidates: what "auto" chooses among. `random` is left out because `exact` searches for the same thing, and
-            finds it; `bagged` because `smooth` restrains the search in the same way, in half the time.
-        num_vectors, num_bags: as in `fit`.
+            finds it.
+        num_vectors: as in `fit`.
         num_splits: folds of the inner cross-fitting by which "auto" and the gate are decided.
-        inner_repeats: repeats of it.
         seed: of everything random.
     """
 
@@ -173,9 +175,7 @@ class Recipe:
     protected_class: int | None = None
     candidates: tuple[str, ...] = ("argmax", "vector", "expected", "prior", "smooth", "exact")
     num_vectors: int = 22_000
-    num_bags: int = 10
     num_splits: int = 5
-    inner_repeats: int = 1
     seed: int = 42
 
 
@@ -194,45 +194,37 @@ def fit_rule(
         InputError: unusable weights; one dialogue only, where something is decided by cross-fitting.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    weights = _resolve_weights(recipe, logits, labels)
+    weights = _untuned_weights(recipe, len(logits))
+    if recipe.weights == "search":
+        untempered = [softmax(run) for run in logits]
+        weights = search_weights(untempered, labels, kind=recipe.blend, seed=recipe.seed).weights
     temperature = fit_temperature(logits, labels, weights, recipe.blend)
-    probabilities = probabilities_module.blend(
-        [softmax(run, temperature) for run in logits], weights, recipe.blend
-    )
+    probabilities = blend([softmax(run, temperature) for run in logits], weights, recipe.blend)
     method, gated = recipe.method, recipe.protected_class is not None and recipe.method not in UNGATED_METHODS
     if method == "auto" or (gated and method != "random"):
-        found = select(recipe, probabilities, labels, groups)
-        method, gated = found.method, found.gated
-    decision = _fit_candidate(recipe, (method, gated), probabilities, labels, groups)
+        method, gated = select(recipe, probabilities, labels, groups)
+    decision = _fit_candidate(recipe, (method, gated), probabilities, labels)
     return Rule(dataclasses.replace(decision, temperature=temperature), weights, method, recipe.blend)
 
 
-def _resolve_weights(recipe: Recipe, logits: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    if recipe.weights == "search":
-        probabilities = [softmax(run) for run in logits]
-        return search_weights(probabilities, labels, kind=recipe.blend, seed=recipe.seed).weights
-    given = [1.0] * len(logits) if recipe.weights is None else recipe.weights
-    return check_weights(given, len(logits))
+def _untuned_weights(recipe: Recipe, num_runs: int) -> np.ndarray:
+    """The given weights, or equal ones, scaled to sum 1."""
+    given = recipe.weights if isinstance(recipe.weights, tuple) else (1.0,) * num_runs
+    return check_weights(given, num_runs)
 
 
 def _fit_candidate(
-    recipe: Recipe,
-    candidate: tuple[str, bool],
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[Hashable],
+    recipe: Recipe, candidate: tuple[str, bool], probabilities: np.ndarray, labels: np.ndarray
 ) -> Decision:
     method, gated = candidate
     return fit(
         method,
         probabilities,
         labels,
-        groups,
         positive_labels=recipe.positive_labels,
         metric=recipe.metric,
         protected_class=recipe.protected_class if gated else None,
         num_vectors=recipe.num_vectors,
-        num_bags=recipe.num_bags,
         seed=recipe.seed,
     )
 
@@ -241,7 +233,7 @@ def rule_fitter(
     recipe: Recipe, logits: Sequence[np.ndarray], labels: np.ndarray, groups: Sequence[Hashable]
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """`fit_rule` and its prediction in the form that `cross_fit` takes: everything fitted is fitted inside the folds."""
-    labels, group_indices = np.asarray(labels), metrics_module.index_groups(groups)[0]
+    labels, group_indices = np.asarray(labels), index_groups(groups)[0]
 
     def fit_predict(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         rule = fit_rule(recipe, [run[train] for run in logits], labels[train], group_indices[train].tolist())
@@ -250,19 +242,66 @@ def rule_fitter(
     return fit_predict
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Selection:
-    """What `select` chose, and the cross-fitted score of every candidate that it looked at, by (method, gated)."""
+def choose(
+    recipe: Recipe,
+    rule: Rule,
+    cross_fitted: CrossFit,
+    logits: Sequence[np.ndarray],
+    labels: np.ndarray,
+    groups: Sequence[Hashable],
+) -> tuple[Rule, CrossFit, str]:
+    """The rule that is applied in the end: the one that "auto" found, or argmax where that is not worse cross-fitted.
 
-    method: str
-    gated: bool
-    cross_fitted: dict[tuple[str, bool], float]
+    Argmax is that of the untempered blend at the given weights, or equal ones: nothing in it was fitted. A method that
+    was asked for by name is kept either way, and the reason says what it gains or loses. The better of two scores is a
+    little too good on average: by about .002 where the two are close (`benchmarks/decoding.py --simulate` measures it).
+
+    Args:
+        recipe: by which the rule was made.
+        rule: `fit_rule` of the recipe on all rows.
+        cross_fitted: `cross_fit` of the recipe.
+        logits, labels, groups: as `fit_rule` took them.
+
+    Returns:
+        The rule, its cross-fitted score, and one sentence that says what was kept and why.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    num_labels = logits[0].shape[1]
+    plain = Rule(
+        Decision(np.zeros(num_labels)), _untuned_weights(recipe, len(logits)), "argmax", recipe.blend
+    )
+    predictions = plain.predict([[run] for run in logits]).labels[None]
+    argmax = _score_cross_fit(
+        labels, predictions, groups, num_labels, recipe.positive_labels, recipe.metric, recipe.seed
+    )
+    gain = cross_fitted.metrics[recipe.metric] - argmax.metrics[recipe.metric]
+    low, high = difference_interval(
+        labels,
+        predictions,
+        cross_fitted.predictions,
+        groups,
+        num_labels=num_labels,
+        positive_labels=recipe.positive_labels,
+        metric=recipe.metric,
+        seed=recipe.seed,
+    )
+    found = rule.method if recipe.method != "auto" else f"auto ({rule.method} on all rows)"
+    figures = (
+        f"cross-fitted {recipe.metric} {cross_fitted.metrics[recipe.metric]:.4f}, argmax "
+        f"{argmax.metrics[recipe.metric]:.4f}, difference {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
+    )
+    if recipe.method != "auto":
+        return rule, cross_fitted, f"Kept {found}, as asked: {figures}."
+    if gain > SCORE_TOLERANCE:
+        doubt = ", which includes no gain" if low <= 0 else ""
+        return rule, cross_fitted, f"Kept the rule of {found}, which beats argmax: {figures}{doubt}."
+    return plain, argmax, f"Kept argmax, which {found} does not beat: {figures}."
 
 
 def select(
     recipe: Recipe, probabilities: np.ndarray, labels: np.ndarray, groups: Sequence[Hashable]
-) -> Selection:
-    """Choose a method by repeated cross-fitting, then whether it has a gate.
+) -> tuple[str, bool]:
+    """Choose a method by cross-fitting, then whether it has a gate: (method, gated).
 
     One-standard-error rule (Breiman et al., 1984): the simplest tier of `TIERS` with a candidate whose cross-fitted
     score is within one standard error of the best one's, and the best candidate of that tier. The standard error is
@@ -279,56 +318,30 @@ def select(
     Raises:
         InputError: fewer than two dialogues.
     """
+    labels = np.asarray(labels, dtype=np.int64)
+    # Other folds than those of the outer cross-fitting, which begin at the seed itself.
+    folds = grouped_folds(labels, groups, recipe.num_splits, recipe.seed + 1000)
+
+    def cross_fitted(candidate: tuple[str, bool]) -> tuple[float, np.ndarray]:
+        """The candidate's score and 300 bootstrap samples of it, paired with those of other candidates."""
+        predictions = np.empty(len(labels), dtype=np.int64)
+        for fold in range(int(folds.max()) + 1):
+            train = folds != fold
+            decision = _fit_candidate(recipe, candidate, probabilities[train], labels[train])
+            predictions[~train] = decide(probabilities[~train], decision)
+        facts = {"num_labels": probabilities.shape[1], "positive_labels": recipe.positive_labels}
+        options = {"metric": recipe.metric, "num_samples": 300, "seed": recipe.seed}
+        samples = bootstrap_scores(labels, predictions, groups, **facts, **options)
+        return scores(labels, predictions, **facts)[recipe.metric], samples
+
     methods = recipe.candidates if recipe.method == "auto" else (recipe.method,)
-    found = {
-        (method, False): _cross_fit_candidate(recipe, (method, False), probabilities, labels, groups)
-        for method in sorted(methods, key=METHODS.index)
-    }
+    found = {(method, False): cross_fitted((method, False)) for method in sorted(methods, key=METHODS.index)}
     tiers = [[(method, False) for method in tier if method in methods] for tier in TIERS]
     method = _simplest_within_one_error(found, tiers)[0]
-    gated = False
-    if recipe.protected_class is not None and method not in UNGATED_METHODS:
-        pair = [(method, False), (method, True)]
-        found[pair[1]] = _cross_fit_candidate(recipe, pair[1], probabilities, labels, groups)
-        gated = _simplest_within_one_error(found, [[candidate] for candidate in pair])[1]
-    return Selection(method, gated, {candidate: mean for candidate, (mean, _) in found.items()})
-
-
-def _cross_fit_candidate(
-    recipe: Recipe,
-    candidate: tuple[str, bool],
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[Hashable],
-) -> tuple[float, np.ndarray]:
-    """The candidate's cross-fitted score and 300 bootstrap samples of it, paired with those of other candidates."""
-    group_indices, labels = metrics_module.index_groups(groups)[0], np.asarray(labels, dtype=np.int64)
-
-    def fit_predict(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-        decision = _fit_candidate(
-            recipe, candidate, probabilities[train], labels[train], group_indices[train].tolist()
-        )
-        return decide(probabilities[held_out], decision)
-
-    counting = {
-        "num_labels": probabilities.shape[1],
-        "positive_labels": recipe.positive_labels,
-        "metric": recipe.metric,
-    }
-    # Other folds than those of the outer cross-fitting, which begin at the seed itself.
-    predictions = cross_fitted_predictions(
-        fit_predict,
-        labels,
-        groups,
-        probabilities.shape[1],
-        recipe.num_splits,
-        recipe.inner_repeats,
-        recipe.seed + 1000,
-    )
-    mean = np.mean([score(labels, row, **counting) for row in predictions])
-    return float(mean), bootstrap_scores(
-        labels, predictions, groups, **counting, num_samples=300, seed=recipe.seed
-    )
+    if recipe.protected_class is None or method in UNGATED_METHODS:
+        return method, False
+    found[method, True] = cross_fitted((method, True))
+    return _simplest_within_one_error(found, [[(method, False)], [(method, True)]])
 
 
 def _simplest_within_one_error(
@@ -386,7 +399,7 @@ def search_weights(
     trajectory: list[dict[str, Any]] = []
 
     def attempt(weights: np.ndarray) -> float:
-        loss = log_loss(probabilities_module.blend(probabilities, weights, kind), labels)
+        loss = log_loss(blend(probabilities, weights, kind), labels)
         trajectory.append({"weights": [float(weight) for weight in weights], "log_loss": loss, "kept": False})
         return loss
 
@@ -405,16 +418,10 @@ def search_weights(
     for step in range(1, max_steps + 1):
         losses = {run: attempt((chosen + np.eye(count)[run]) / step) for run in order}
         added = min(losses, key=losses.__getitem__)
+        tried = trajectory[-count:]
         del trajectory[-count:]
         chosen[added] += 1
-        trajectory.append(
-            {
-                "weights": (chosen / step).tolist(),
-                "log_loss": losses[added],
-                "added": int(added),
-                "kept": False,
-            }
-        )
+        trajectory.append(tried[list(order).index(added)] | {"added": int(added)})
     best = min(trajectory, key=lambda step: step["log_loss"])
     best["kept"] = True
     return WeightSearch(np.array(best["weights"]), trajectory)
@@ -425,17 +432,15 @@ def cross_fitted_scaling(
     labels: np.ndarray,
     groups: Sequence[str],
     weights: np.ndarray,
-    blend: str,
+    kind: str,
     num_splits: int,
     seed: int,
 ) -> np.ndarray:
     """Blended probabilities [n, c], each row's at the temperature that the other folds' dialogues ask for."""
-    folds = grouped_folds(labels, groups, logits[0].shape[1], num_splits, seed)
+    folds = grouped_folds(labels, groups, num_splits, seed)
     scaled = np.empty(logits[0].shape)
     for fold in range(int(folds.max()) + 1):
         train = folds != fold
-        temperature = fit_temperature([run[train] for run in logits], labels[train], weights, blend)
-        scaled[~train] = probabilities_module.blend(
-            [softmax(run[~train], temperature) for run in logits], weights, blend
-        )
+        temperature = fit_temperature([run[train] for run in logits], labels[train], weights, kind)
+        scaled[~train] = blend([softmax(run[~train], temperature) for run in logits], weights, kind)
     return scaled

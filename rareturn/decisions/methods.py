@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rareturn.decisions.metrics import index_groups, ratio, term
-from rareturn.decisions.probabilities import fit_vector, log_softmax, minimise, softmax
+from rareturn.decisions.metrics import ratio, term
+from rareturn.decisions.probabilities import fit_vector, log_softmax, softmax
 from rareturn.decisions.rules import Decision
 from rareturn.decisions.search import Problem, ascend, sweep_threshold
 
@@ -35,7 +35,7 @@ def _fit_random(
     problem: Problem, *, num_vectors: int, seed: int, **_: Any
 ) -> tuple[np.ndarray, float | None]:
     biases = _random_biases(num_vectors, problem.num_labels, seed)
-    bias = biases[int(np.argmax([problem.score(bias) for bias in biases]))]
+    bias = biases[int(problem.scores(biases).argmax())]
     return bias, None if problem.protected_class is None else sweep_threshold(problem, bias)[0]
 
 
@@ -52,7 +52,7 @@ def _fit_exact(problem: Problem, *, seed: int, **_: Any) -> tuple[np.ndarray, fl
     vectors = _random_biases(100, problem.num_labels, seed)
     # Small tables have flat scores, on which an ascent stops early, and many starts cost little there.
     num_random = max(2, min(30, 4000 // len(sample.labels)))
-    ranking = np.argsort([-sample.score(vector) for vector in vectors], kind="stable")
+    ranking = np.argsort(-sample.scores(vectors), kind="stable")
     starts = [-strength * problem.log_prior for strength in (0.0, 0.5, 1.0)] + list(
         vectors[ranking[:num_random]]
     )
@@ -61,30 +61,6 @@ def _fit_exact(problem: Problem, *, seed: int, **_: Any) -> tuple[np.ndarray, fl
     if sample is not problem:
         _, bias, threshold = ascend(problem, bias, threshold, max_rounds=3)
     return bias, threshold
-
-
-def _fit_bagged(
-    problem: Problem, *, group_indices: np.ndarray, num_bags: int, seed: int, **_: Any
-) -> tuple[np.ndarray, float | None]:
-    """Mean of the rules that ascents reach on bootstrap samples of the dialogues; no gate counts as threshold 1."""
-    generator = np.random.default_rng(seed)
-    num_groups = int(group_indices.max()) + 1
-    biases, thresholds = [], []
-    for _bag in range(num_bags):
-        times = np.bincount(generator.integers(num_groups, size=num_groups), minlength=num_groups)[
-            group_indices
-        ]
-        drawn = np.flatnonzero(times)
-        if len(drawn) > SAMPLE_ROWS:
-            drawn = np.sort(generator.choice(drawn, SAMPLE_ROWS, replace=False))
-        sample = problem.subset(drawn, times[drawn].astype(np.float64))
-        _, bias, threshold = ascend(sample, -0.5 * problem.log_prior)
-        biases.append(bias - bias.mean())
-        thresholds.append(1.0 if threshold is None else threshold)
-    threshold = float(np.mean(thresholds))
-    return np.mean(
-        biases, axis=0
-    ), threshold if problem.protected_class is not None and threshold < 1 else None
 
 
 def _fit_prior(problem: Problem, **_: Any) -> tuple[np.ndarray, float | None]:
@@ -145,6 +121,8 @@ def _fit_smooth(problem: Problem, **_: Any) -> tuple[np.ndarray, float | None]:
 
 def _fit_soft(problem: Problem, label_share: float, sharpness: float) -> tuple[np.ndarray, float | None]:
     """Maximise `_soft_score` on vector-scaled probabilities from two prior-adjusted starts, then search the gate."""
+    from scipy.optimize import minimize
+
     slope, offset = fit_vector(problem.log_p, problem.labels)
     log_q = log_softmax(slope * problem.log_p + offset)
     targets = (1 - label_share) * np.exp(log_q)
@@ -154,8 +132,9 @@ def _fit_soft(problem: Problem, label_share: float, sharpness: float) -> tuple[n
         value, gradient = _soft_score(log_q, targets, bias, sharpness, problem)
         return -value, -gradient
 
-    found = [minimise(objective, -strength * problem.log_prior) for strength in (0.5, 1.0)]
-    bias = (offset + min(found, key=lambda point: objective(point)[0])) / slope
+    starts = (-strength * problem.log_prior for strength in (0.5, 1.0))
+    found = [minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
+    bias = (offset + min(found, key=lambda result: result.fun).x) / slope
     return bias, None if problem.protected_class is None else sweep_threshold(problem, bias)[0]
 
 
@@ -165,19 +144,15 @@ _FITS: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
     "expected": _fit_expected,
     "prior": _fit_prior,
     "smooth": _fit_smooth,
-    "bagged": _fit_bagged,
     "exact": _fit_exact,
     "random": _fit_random,
 }
 
-
 METHODS = tuple(_FITS)
-
 
 # From the simplest to the freest, by how much is tuned on the metric itself: nothing (`vector` and `expected` see the
 # labels through the likelihood alone), one number, all numbers with something that holds them back, all numbers.
-TIERS = (("argmax", "vector", "expected"), ("prior",), ("smooth", "bagged"), ("exact", "random"))
-
+TIERS = (("argmax", "vector", "expected"), ("prior",), ("smooth",), ("exact", "random"))
 
 # Methods that have no gate to search.
 UNGATED_METHODS = ("argmax", "vector")
@@ -187,13 +162,11 @@ def fit(
     method: str,
     probabilities: np.ndarray,
     labels: np.ndarray,
-    groups: Sequence[Hashable],
     *,
     positive_labels: Sequence[int],
     metric: str = "macro_f1_positive",
     protected_class: int | None = None,
     num_vectors: int = 22_000,
-    num_bags: int = 10,
     seed: int = 42,
 ) -> Decision:
     """Fit one method's rule to out-of-fold probabilities.
@@ -202,12 +175,10 @@ def fit(
         method: one of `METHODS`.
         probabilities: [n, c]; the rule's temperature is 1 with regard to them.
         labels: int [n].
-        groups: dialogue ids [n].
         positive_labels, metric: as in `score`.
         protected_class: label of a gate that is searched with the bias; None for no gate. A gate that does not raise
             the score of these rows is left out.
         num_vectors: vectors of `random`.
-        num_bags: bootstrap samples of `bagged`.
 
     Raises:
         ValueError: an unknown method or metric.
@@ -216,12 +187,6 @@ def fit(
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     protected = None if method in UNGATED_METHODS else protected_class
     problem = Problem(probabilities, labels, positive_labels, metric, protected)
-    bias, threshold = _FITS[method](
-        problem,
-        group_indices=index_groups(groups)[0],
-        num_vectors=num_vectors,
-        num_bags=num_bags,
-        seed=seed,
-    )
+    bias, threshold = _FITS[method](problem, num_vectors=num_vectors, seed=seed)
     # Only differences matter: centred, so that rules can be compared and averaged.
     return Decision(bias - bias.mean(), None if threshold is None else protected, threshold)

@@ -6,7 +6,6 @@ one term a step and a bootstrap work on per-dialogue counts.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
 from typing import Any
@@ -14,20 +13,6 @@ from typing import Any
 import numpy as np
 
 from rareturn.errors import InputError
-from rareturn.files import packaged
-
-
-@functools.cache
-def load_metric() -> Any:
-    """The `evaluate` module in `metrics/defense_f1`, from its path: no network.
-
-    The values stay in memory, so that processes that score at the same moment share no file; evaluate copies the module
-    into its cache under a lock.
-    """
-    import evaluate  # seconds of imports, which only a script that scores should pay
-
-    return evaluate.load(str(packaged("metrics") / "defense_f1"), keep_in_memory=True)
-
 
 METRIC_NAMES = (
     "accuracy",
@@ -38,16 +23,17 @@ METRIC_NAMES = (
     "weighted_f1",
 )
 
-
 # Two scores closer than this are equal: it is far above the rounding of a mean of ratios, far below one row's worth.
 SCORE_TOLERANCE = 1e-11
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """The quotient, 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=denominator > 0)
 
 
 def term(metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Each label's term of the metric, of counts [..., c]."""
     if metric == "macro_precision_positive":
         return ratio(hits, predicted)
     if metric == "macro_recall_positive":
@@ -78,23 +64,17 @@ def _score_counts(
     metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarray, positive_labels: Sequence[int]
 ) -> np.ndarray:
     """The metric of counts [..., c]; leading axes are kept."""
-    return (term_weights(metric, support, positive_labels) * term(metric, hits, support, predicted)).sum(
-        axis=-1
-    )
+    weights = term_weights(metric, support, positive_labels)
+    return (weights * term(metric, hits, support, predicted)).sum(axis=-1)
 
 
 def count_rows(
-    labels: np.ndarray, predictions: np.ndarray, num_labels: int, weights: np.ndarray | None = None
+    labels: np.ndarray, predictions: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hits, support, predicted), float64 [num_labels] each, rows counting `weights` (1 by default)."""
-    right = labels == predictions
-    return (
-        np.bincount(labels[right], None if weights is None else weights[right], num_labels).astype(
-            np.float64
-        ),
-        np.bincount(labels, weights, num_labels).astype(np.float64),
-        np.bincount(predictions, weights, num_labels).astype(np.float64),
-    )
+    """(hits, support, predicted), float64 [num_labels] each."""
+    rows = (labels[labels == predictions], labels, predictions)
+    hits, support, predicted = (np.bincount(of, minlength=num_labels).astype(np.float64) for of in rows)
+    return hits, support, predicted
 
 
 def score(
@@ -112,75 +92,115 @@ def score(
         positive_labels: what the `_positive` metrics average over; a label with no row and no prediction counts 0.
         metric: one of `METRIC_NAMES`.
     """
-    return float(
-        _score_counts(
-            metric, *count_rows(np.asarray(labels), np.asarray(predictions), num_labels), positive_labels
-        )
-    )
+    counts = count_rows(np.asarray(labels), np.asarray(predictions), num_labels)
+    return float(_score_counts(metric, *counts, positive_labels))
 
 
 def scores(
     labels: np.ndarray, predictions: np.ndarray, num_labels: int, positive_labels: Sequence[int]
 ) -> dict[str, Any]:
-    """Every metric of DESIGN 9 by name, and `f1_per_class` (a list, one number a label)."""
-    counts = count_rows(np.asarray(labels), np.asarray(predictions), num_labels)
+    """Every metric of DESIGN 9 by name, and `f1_per_class` (a list, one number a label).
+
+    Args:
+        labels: int [n].
+        predictions: int [n], or [repeats, n]: then every score is the mean over the repeats.
+        num_labels, positive_labels: as in `score`.
+    """
+    labels, repeats = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
+    counts = np.stack([count_rows(labels, row, num_labels) for row in repeats], axis=1)
     result: dict[str, Any] = {
-        name: float(_score_counts(name, *counts, positive_labels)) for name in METRIC_NAMES
+        name: float(_score_counts(name, *counts, positive_labels).mean()) for name in METRIC_NAMES
     }
-    result["f1_per_class"] = [float(value) for value in term("macro_f1", *counts)]
+    result["f1_per_class"] = term("macro_f1", *counts).mean(axis=0).tolist()
     return result
-
-
-def mean_scores(
-    labels: np.ndarray, predictions: np.ndarray, num_labels: int, positive_labels: Sequence[int]
-) -> dict[str, Any]:
-    """`scores`, the mean over repeats, of predictions [repeats, n]."""
-    each = [scores(labels, row, num_labels, positive_labels) for row in predictions]
-    return {
-        name: np.mean([result[name] for result in each], axis=0).tolist()
-        if name == "f1_per_class"
-        else float(np.mean([result[name] for result in each]))
-        for name in each[0]
-    }
 
 
 def index_groups(groups: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     """Each row's group as 0..g-1 in order of first appearance, and g."""
     numbers: dict[Hashable, int] = {}
-    indices = np.fromiter(
-        (numbers.setdefault(group, len(numbers)) for group in groups), np.int64, len(groups)
-    )
-    return indices, len(numbers)
+    indices = [numbers.setdefault(group, len(numbers)) for group in groups]
+    return np.array(indices, dtype=np.int64), len(numbers)
 
 
-def _group_counts(
-    labels: np.ndarray, predictions: np.ndarray, group_indices: np.ndarray, num_groups: int, num_labels: int
-) -> np.ndarray:
-    """Hits, support and predicted counts of each dialogue, float64 [num_groups, 3 * num_labels]."""
-    right = labels == predictions
-    size = num_groups * num_labels
-    cells = (
-        np.bincount(group_indices[right] * num_labels + labels[right], minlength=size),
-        np.bincount(group_indices * num_labels + labels, minlength=size),
-        np.bincount(group_indices * num_labels + predictions, minlength=size),
-    )
-    return np.concatenate([cell.reshape(num_groups, num_labels) for cell in cells], axis=1).astype(np.float64)
+class _Bootstrap:
+    """Counts of whole dialogues on bootstrap samples, drawn once for every score of the predictions.
 
+    The samples depend on the seed and the number of dialogues alone, so two of them on the same rows are paired.
 
-def _resampled_counts(group_counts: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Summed counts of `num_samples` bootstrap samples of the groups, [num_samples, columns]."""
-    num_groups = len(group_counts)
-    generator = np.random.default_rng(seed)
-    sums = np.empty((num_samples, group_counts.shape[1]))
-    step = max(1, 4_000_000 // num_groups)
-    for start in range(0, num_samples, step):
-        size = min(step, num_samples - start)
-        draws = (
-            generator.integers(num_groups, size=(size, num_groups)) + np.arange(size)[:, None] * num_groups
+    Attributes:
+        samples: hits, support and predicted counts [3, num_samples, repeats, c], float64.
+        estimate: those of all dialogues, [3, 1, repeats, c].
+        left_out: those of all dialogues but one, [3, dialogues, repeats, c].
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        predictions: np.ndarray,
+        groups: Sequence[Hashable],
+        num_labels: int,
+        num_samples: int,
+        seed: int,
+    ):
+        labels, predictions = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
+        group_indices, num_groups = index_groups(groups)
+        cells, size = group_indices * num_labels, num_groups * num_labels
+        counted = [
+            np.bincount(place, minlength=size).reshape(num_groups, num_labels)
+            for row in predictions
+            for place in ((cells + labels)[labels == row], cells + labels, cells + row)
+        ]
+        counts = np.concatenate(counted, axis=1).astype(np.float64)
+        generator = np.random.default_rng(seed)
+        sums = np.empty((num_samples, counts.shape[1]))
+        step = max(1, 4_000_000 // num_groups)
+        for start in range(0, num_samples, step):
+            block = min(step, num_samples - start)
+            draws = generator.integers(num_groups, size=(block, num_groups))
+            draws += np.arange(block)[:, None] * num_groups
+            times = np.bincount(draws.ravel(), minlength=block * num_groups).reshape(block, num_groups)
+            sums[start : start + block] = times @ counts
+        total = counts.sum(axis=0)
+        self.samples, self.estimate, self.left_out = (
+            np.moveaxis(some.reshape(len(some), -1, 3, num_labels), 2, 0)
+            for some in (sums, total[None], total - counts)
         )
-        times = np.bincount(draws.ravel(), minlength=size * num_groups).reshape(size, num_groups)
-        sums[start : start + size] = times @ group_counts
-    return sums
+
+    def apply(self, score_of: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """The score on the samples, on all dialogues, and with each dialogue left out; the mean over the repeats."""
+        return [score_of(counts).mean(axis=1) for counts in (self.samples, self.estimate, self.left_out)]
+
+    def metric(self, metric: str, positive_labels: Sequence[int]) -> list[np.ndarray]:
+        """`apply` of a metric by name."""
+        return self.apply(lambda counts: _score_counts(metric, *counts, positive_labels))
+
+
+def _accelerated_interval(
+    samples: np.ndarray, estimate: np.ndarray, left_out: np.ndarray
+) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % interval (Efron, 1987) of a score.
+
+    Our own rather than scipy's, which draws anew for every score and cannot pair two systems.
+
+    Args:
+        samples: the score on bootstrap samples, [s].
+        estimate: the score itself, [1].
+        left_out: the score with one dialogue left out, [g].
+    """
+    normal = NormalDist()
+    below = (samples < estimate - SCORE_TOLERANCE).mean() + (samples <= estimate + SCORE_TOLERANCE).mean()
+    edge = 0.5 / len(samples)
+    bias = normal.inv_cdf(float(np.clip(below / 2, edge, 1 - edge)))
+    spread = left_out.mean() - left_out
+    squares = float((spread**2).sum())
+    acceleration = float((spread**3).sum()) / (6 * squares**1.5) if squares > SCORE_TOLERANCE**2 else 0.0
+    quantiles = []
+    for tail in (0.025, 0.975):
+        shifted = bias + normal.inv_cdf(tail)
+        # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
+        quantiles.append(normal.cdf(bias + shifted / max(1 - acceleration * shifted, 0.05)))
+    low, high = np.quantile(samples, quantiles)
+    return float(low), float(high)
 
 
 def bootstrap_scores(
@@ -196,8 +216,7 @@ def bootstrap_scores(
 ) -> np.ndarray:
     """The metric on bootstrap samples of whole dialogues, float64 [num_samples].
 
-    The samples depend on the seed and the number of dialogues alone, so two calls on the same rows are paired and their
-    difference is the bootstrap of the paired difference.
+    Two calls on the same rows are paired: their difference is the bootstrap of the difference.
 
     Args:
         labels: int [n].
@@ -205,30 +224,8 @@ def bootstrap_scores(
         groups: dialogue ids [n].
         num_samples: bootstrap samples.
     """
-    counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
-    return score_of(_resampled_counts(counts, num_samples, seed))
-
-
-def _dialogue_counts(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    groups: Sequence[Hashable],
-    num_labels: int,
-    positive_labels: Sequence[int],
-    metric: str,
-) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Each dialogue's counts [num_groups, k], and the metric of sums of such counts [samples, k] -> [samples]."""
-    labels, predictions = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
-    group_indices, num_groups = index_groups(groups)
-    counts = np.concatenate(
-        [_group_counts(labels, row, group_indices, num_groups, num_labels) for row in predictions], axis=1
-    )
-
-    def score_of(sums: np.ndarray) -> np.ndarray:
-        hits, support, predicted = np.moveaxis(sums.reshape(len(sums), -1, 3, num_labels), 2, 0)
-        return _score_counts(metric, hits, support, predicted, positive_labels).mean(axis=1)
-
-    return counts, score_of
+    drawn = _Bootstrap(labels, predictions, groups, num_labels, num_samples, seed)
+    return drawn.metric(metric, positive_labels)[0]
 
 
 def bootstrap_interval(
@@ -241,15 +238,14 @@ def bootstrap_interval(
     metric: str = "macro_f1_positive",
     num_samples: int = 2000,
     seed: int = 42,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`.
+    """95 % interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`.
 
-    Bias-corrected and accelerated (Efron, 1987): macro F1 of few rows is a biased and skewed statistic, and plain
-    percentiles miss a truth above them five times as often as one below them (docs/LOG.md).
+    Bias-corrected and accelerated: macro F1 of few rows is a biased and skewed statistic, and plain percentiles miss a
+    truth above them five times as often as one below them (docs/LOG.md).
     """
-    counts, score_of = _dialogue_counts(labels, predictions, groups, num_labels, positive_labels, metric)
-    return _accelerated_interval(counts, score_of, num_samples, seed, level)
+    drawn = _Bootstrap(labels, predictions, groups, num_labels, num_samples, seed)
+    return _accelerated_interval(*drawn.metric(metric, positive_labels))
 
 
 def difference_interval(
@@ -263,50 +259,17 @@ def difference_interval(
     metric: str = "macro_f1_positive",
     num_samples: int = 2000,
     seed: int = 42,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
+    """95 % interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
 
     Arguments as `bootstrap_scores`; `first` and `second` may have different numbers of repeats.
     """
-    rest = (groups, num_labels, positive_labels, metric)
-    first_counts, first_score = _dialogue_counts(labels, first, *rest)
-    second_counts, second_score = _dialogue_counts(labels, second, *rest)
-    border = first_counts.shape[1]
-    return _accelerated_interval(
-        np.concatenate([first_counts, second_counts], axis=1),
-        lambda sums: second_score(sums[:, border:]) - first_score(sums[:, :border]),
-        num_samples,
-        seed,
-        level,
+    of_first, of_second = (
+        _Bootstrap(labels, rows, groups, num_labels, num_samples, seed).metric(metric, positive_labels)
+        for rows in (first, second)
     )
-
-
-def _accelerated_interval(
-    counts: np.ndarray,
-    score_of: Callable[[np.ndarray], np.ndarray],
-    num_samples: int,
-    seed: int,
-    level: float,
-) -> tuple[float, float]:
-    """BCa interval of a score of summed counts, the dialogues' being `counts` [g, k]."""
-    total = counts.sum(axis=0)
-    samples = score_of(_resampled_counts(counts, num_samples, seed))
-    estimate, left_out = float(score_of(total[None])[0]), score_of(total - counts)
-    normal = NormalDist()
-    below = (samples < estimate - SCORE_TOLERANCE).mean() + (samples <= estimate + SCORE_TOLERANCE).mean()
-    edge = 0.5 / len(samples)
-    bias = normal.inv_cdf(float(np.clip(below / 2, edge, 1 - edge)))
-    spread = left_out.mean() - left_out
-    squares = float((spread**2).sum())
-    acceleration = float((spread**3).sum()) / (6 * squares**1.5) if squares > SCORE_TOLERANCE**2 else 0.0
-    quantiles = []
-    for tail in ((1 - level) / 2, (1 + level) / 2):
-        shifted = bias + normal.inv_cdf(tail)
-        # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
-        quantiles.append(normal.cdf(bias + shifted / max(1 - acceleration * shifted, 0.05)))
-    low, high = np.quantile(samples, quantiles)
-    return float(low), float(high)
+    differences = (after - before for before, after in zip(of_first, of_second, strict=True))
+    return _accelerated_interval(*differences)
 
 
 def check_labels(
@@ -349,37 +312,26 @@ def score_predictions(
 ) -> dict[str, Any]:
     """Every score of DESIGN 9 and, under `interval`, its 95 % interval by bootstrap over dialogues.
 
-    Rows of one dialogue say nothing of others: then `interval` is empty.
+    `interval` is empty where all rows are of one dialogue.
 
     Args:
         labels: int [n].
         predictions: int [n], or [repeats, n]: repeated cross-fitting; then each score is the mean over the repeats.
         groups: dialogue ids [n].
     """
-    repeats = [
-        load_metric().compute(
-            predictions=row, references=labels, positive_labels=list(positive_labels), num_labels=num_labels
-        )
-        for row in np.atleast_2d(predictions)
-    ]
-    scores: dict[str, Any] = {
-        name: float(np.mean([repeat[name] for repeat in repeats])) for name in METRIC_NAMES
-    }
-    scores["f1_per_class"] = np.mean([repeat["f1_per_class"] for repeat in repeats], axis=0).tolist()
-    scores["interval"] = {}
+    result = scores(labels, predictions, num_labels, positive_labels)
+    result["interval"] = {}
     if len(set(groups)) < 2:
-        return scores
-    options = {"num_labels": num_labels, "positive_labels": positive_labels, "seed": seed}
-    scores["interval"] = {
-        name: list(bootstrap_interval(labels, predictions, groups, metric=name, **options))
-        for name in METRIC_NAMES
+        return result
+    drawn = _Bootstrap(labels, predictions, groups, num_labels, 2000, seed)
+    result["interval"] = {
+        name: list(_accelerated_interval(*drawn.metric(name, positive_labels))) for name in METRIC_NAMES
     }
-    options["metric"] = "macro_f1_positive"  # with one positive label it is that label's F1
-    scores["interval"]["f1_per_class"] = [
-        list(bootstrap_interval(labels, predictions, groups, **options | {"positive_labels": [label]}))
-        for label in range(num_labels)
-    ]
-    return scores
+    per_class = zip(
+        *(values.T for values in drawn.apply(lambda counts: term("macro_f1", *counts))), strict=True
+    )
+    result["interval"]["f1_per_class"] = [list(_accelerated_interval(*values)) for values in per_class]
+    return result
 
 
 def cohens_kappa(first: np.ndarray, second: np.ndarray, num_labels: int) -> float:
@@ -387,7 +339,8 @@ def cohens_kappa(first: np.ndarray, second: np.ndarray, num_labels: int) -> floa
 
     1 where both are the same label throughout, for which the formula has no value.
     """
-    observed = float(np.mean(first == second))
-    shares = [np.bincount(labels, minlength=num_labels) / len(labels) for labels in (first, second)]
-    chance = float(shares[0] @ shares[1])
-    return 1.0 if chance == 1.0 else (observed - chance) / (1 - chance)
+    from sklearn.metrics import cohen_kappa_score
+
+    if (first == second).all():
+        return 1.0
+    return float(cohen_kappa_score(first, second, labels=range(num_labels)))

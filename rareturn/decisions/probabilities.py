@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from rareturn.errors import InputError
 # The logit of a label that a run was not trained on: finite, so that tables and averages stay finite.
 OUT_OF_SCOPE_LOGIT = -1e4
 
-
 BLENDS = ("arithmetic", "geometric")
-
 
 # Probabilities below this are raised to it before a logarithm is taken: softmax of float32 logits underflows to 0, and a
 # label outside a specialist's scope has probability 0.
@@ -43,8 +41,7 @@ def check_logits(logits: np.ndarray, source: str) -> None:
     """Refuse logits [n, c] from which no decision can be made.
 
     Raises:
-        InputError: no rows, a NaN or an infinite value (with the first row's position), or the same value everywhere
-            within every row, `source` being named in each.
+        InputError: no rows, a NaN or an infinite value, or logits that do not vary; the message names `source`.
     """
     logits = np.asarray(logits)
     if logits.ndim != 2 or logits.shape[0] == 0 or logits.shape[1] < 2:
@@ -70,11 +67,9 @@ def check_weights(weights: Sequence[float], count: int) -> np.ndarray:
     if array.shape != (count,):
         raise InputError(f"weights: {array.size} given for {count} run(s)")
     if not np.isfinite(array).all() or (array < 0).any():
-        raise InputError(
-            f"weights: {[float(weight) for weight in array]}: every weight must be finite and not negative"
-        )
+        raise InputError(f"weights: {array.tolist()}: every weight must be finite and not negative")
     if array.sum() <= 0:
-        raise InputError(f"weights: {[float(weight) for weight in array]}: they sum to zero")
+        raise InputError(f"weights: {array.tolist()}: they sum to zero")
     return array / array.sum()
 
 
@@ -102,57 +97,6 @@ def blend(
     if kind == "geometric":
         return softmax(sum(weight * log_probabilities(array) for weight, array in used))
     raise ValueError(f"blend: {kind!r} is not one of {', '.join(BLENDS)}")
-
-
-def test_probabilities(folds: Sequence[np.ndarray], temperature: float) -> np.ndarray:
-    """One run's probabilities [n, c] of test rows: the mean over its folds' models (DESIGN 8)."""
-    return np.mean([softmax(logits, temperature) for logits in folds], axis=0)
-
-
-def minimise(
-    objective: Callable[[np.ndarray], tuple[float, np.ndarray]], start: np.ndarray, max_steps: int = 200
-) -> np.ndarray:
-    """L-BFGS (memory 8) with a backtracking line search (Nocedal and Wright, algorithms 7.4 and 3.1).
-
-    `objective` returns value and gradient [k]; `start` is [k], and so is the result.
-    """
-    point = np.array(start, dtype=np.float64)
-    value, gradient = objective(point)
-    memory: list[tuple[np.ndarray, np.ndarray]] = []
-    for _ in range(max_steps):
-        direction = _two_loop(gradient, memory)
-        slope = float(gradient @ direction)
-        if slope >= 0:
-            memory, direction = [], -gradient
-            slope = float(gradient @ direction)
-        # The first step has no curvature to go by, so it is kept to length 1.
-        step = 1.0 if memory else 1.0 / max(1.0, float(np.linalg.norm(gradient)))
-        while True:
-            candidate = point + step * direction
-            new_value, new_gradient = objective(candidate)
-            if new_value <= value + 1e-4 * step * slope or step < 1e-8:
-                break
-            step /= 2
-        if not new_value < value - 1e-9 * max(1.0, abs(value)):
-            break
-        move, change = candidate - point, new_gradient - gradient
-        if move @ change > 1e-12:
-            memory = [*memory[-7:], (move, change)]
-        point, value, gradient = candidate, new_value, new_gradient
-    return point
-
-
-def _two_loop(gradient: np.ndarray, memory: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    direction, coefficients = -gradient, []
-    for move, change in reversed(memory):
-        coefficients.append((move @ direction) / (move @ change))
-        direction = direction - coefficients[-1] * change
-    if memory:
-        move, change = memory[-1]
-        direction = direction * (move @ change) / (change @ change)
-    for (move, change), coefficient in zip(memory, reversed(coefficients), strict=True):
-        direction = direction + move * (coefficient - (change @ direction) / (move @ change))
-    return direction
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -189,42 +133,33 @@ def fit_temperature(
     weights: Sequence[float] | None = None,
     kind: str = "arithmetic",
 ) -> float:
-    """The one temperature for every run's logits that makes their blend's log loss least (Guo et al., 2017).
-
-    Golden-section search over its logarithm, between 1/20 and 20.
+    """The one temperature, between 1/20 and 20, at which the runs' blend has the least log loss (Guo et al., 2017).
 
     Args:
         logits: one array [n, c] a run.
         labels: int [n].
         weights, kind: as in `blend`.
     """
+    from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
-        return log_loss(
-            blend([softmax(run, math.exp(log_temperature)) for run in logits], weights, kind), labels
-        )
+        temperature = math.exp(log_temperature)
+        return log_loss(blend([softmax(run, temperature) for run in logits], weights, kind), labels)
 
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = -math.log(20), math.log(20)
-    inner = [high - ratio * (high - low), low + ratio * (high - low)]
-    losses = [loss(inner[0]), loss(inner[1])]
-    while high - low > 1e-4:
-        if losses[0] <= losses[1]:
-            high, inner[1], losses[1] = inner[1], inner[0], losses[0]
-            inner[0] = high - ratio * (high - low)
-            losses[0] = loss(inner[0])
-        else:
-            low, inner[0], losses[0] = inner[0], inner[1], losses[1]
-            inner[1] = low + ratio * (high - low)
-            losses[1] = loss(inner[1])
-    return math.exp((low + high) / 2)
+    bounds = (-math.log(20), math.log(20))
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-5}).x)
 
 
 def fit_vector(log_p: np.ndarray, labels: np.ndarray, penalty: float = 0.1) -> tuple[float, np.ndarray]:
-    """Vector scaling with one slope (Guo et al., 2017): (a, b [c]) of softmax(a log p + b), least log loss.
+    """Vector scaling with one slope (Guo et al., 2017): a and b [c] of least log loss in softmax(a log p + b).
 
-    The penalty on b (squared, summed; against a log loss summed over rows) matters for labels without rows only.
+    Args:
+        log_p: log probabilities [n, c].
+        labels: int [n].
+        penalty: times the sum of b squared, beside a log loss summed over the rows. It bounds labels without rows.
     """
+    from scipy.optimize import minimize
+
     rows = np.arange(len(labels))
     seen = np.bincount(labels, minlength=log_p.shape[1])
 
@@ -237,6 +172,7 @@ def fit_vector(log_p: np.ndarray, labels: np.ndarray, penalty: float = 0.1) -> t
         gradient = np.concatenate([[slope_gradient], q.sum(axis=0) - seen + 2 * penalty * offset])
         return value / len(labels), gradient / len(labels)
 
-    parameters = minimise(objective, np.concatenate([[1.0], np.zeros(log_p.shape[1])]))
-    # A slope of zero or below says that the probabilities tell nothing; the bias would be without bound.
+    start = np.concatenate([[1.0], np.zeros(log_p.shape[1])])
+    parameters = minimize(objective, start, jac=True, method="L-BFGS-B").x
+    # A slope of zero or less means that the probabilities carry no information; the bias would be unbounded.
     return max(float(parameters[0]), 0.05), parameters[1:]

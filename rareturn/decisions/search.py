@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rareturn.decisions import metrics
-from rareturn.decisions.metrics import SCORE_TOLERANCE, count_rows, term
+from rareturn.decisions.metrics import SCORE_TOLERANCE, count_rows, term, term_weights
 from rareturn.decisions.probabilities import log_probabilities
 
 
 class Problem:
-    """Rows on which a rule is searched: log probabilities, labels, row weights, the metric and the class of the gate."""
+    """Rows on which a rule is searched: log probabilities, labels, the metric and the class of the gate."""
 
     def __init__(
         self,
@@ -21,28 +20,25 @@ class Problem:
         positive_labels: Sequence[int],
         metric: str,
         protected_class: int | None = None,
-        weights: np.ndarray | None = None,
     ):
         self.probabilities = np.asarray(probabilities, dtype=np.float64)
         self.log_p = log_probabilities(self.probabilities)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.positive_labels, self.metric, self.protected_class = positive_labels, metric, protected_class
         self.num_labels = self.log_p.shape[1]
-        self.weights = np.ones(len(self.labels)) if weights is None else np.asarray(weights, dtype=np.float64)
-        self.support = np.bincount(self.labels, self.weights, self.num_labels)
-        self.term_weights = np.array(metrics.term_weights(metric, self.support, positive_labels))
+        self.support = np.bincount(self.labels, minlength=self.num_labels).astype(np.float64)
+        self.term_weights = np.array(term_weights(metric, self.support, positive_labels))
         shares = self.support + 0.5
         self.log_prior = np.log(shares / shares.sum())
 
-    def subset(self, rows: np.ndarray, weights: np.ndarray | None = None) -> Problem:
-        """The problem on some rows, with other weights if given."""
+    def subset(self, rows: np.ndarray) -> Problem:
+        """The problem on some rows."""
         return Problem(
             self.probabilities[rows],
             self.labels[rows],
             self.positive_labels,
             self.metric,
             self.protected_class,
-            self.weights[rows] if weights is None else weights,
         )
 
     def score(self, bias: np.ndarray, threshold: float | None = None) -> float:
@@ -50,14 +46,42 @@ class Problem:
         predictions = (self.log_p + bias).argmax(axis=1)
         if threshold is not None:
             predictions[self.probabilities[:, self.protected_class] >= threshold] = self.protected_class
-        counts = count_rows(self.labels, predictions, self.num_labels, self.weights)
+        counts = count_rows(self.labels, predictions, self.num_labels)
         return float((self.term_weights * term(self.metric, *counts)).sum())
+
+    def scores(self, biases: np.ndarray) -> np.ndarray:
+        """`score` of many biases [v, c] without a gate, float64 [v]: one label at a time, a block of biases at once."""
+        order = np.argsort(self.labels, kind="stable")
+        ends = np.searchsorted(self.labels[order], np.arange(self.num_labels + 1))
+        columns = np.ascontiguousarray(self.log_p[order].T)
+        code = np.min_scalar_type(self.num_labels).type
+        found = np.empty(len(biases))
+        step = max(1, 60_000 // len(order))  # a block of this size stays in the processor's cache
+        for start in range(0, len(biases), step):
+            block = biases[start : start + step]
+            best = columns[0] + block[:, :1]
+            values, better = np.empty_like(best), np.empty(best.shape, dtype=bool)
+            predictions = np.zeros(best.shape, dtype=code)
+            for label in range(1, self.num_labels):
+                np.add(columns[label], block[:, label : label + 1], out=values)
+                np.greater(values, best, out=better)
+                np.maximum(best, values, out=best)
+                np.maximum(
+                    predictions, better * code(label), out=predictions
+                )  # labels ascend: the last one stands
+            hits, predicted = np.empty((2, len(block), self.num_labels))
+            for label in range(self.num_labels):
+                chosen = predictions == label
+                predicted[:, label] = np.count_nonzero(chosen, axis=1)
+                hits[:, label] = np.count_nonzero(chosen[:, ends[label] : ends[label + 1]], axis=1)
+            terms = term(self.metric, hits, np.broadcast_to(self.support, hits.shape), predicted)
+            found[start : start + step] = (self.term_weights * terms).sum(axis=1)
+        return found
 
 
 def _sweep_scores(
     problem: Problem,
     labels: np.ndarray,
-    weights: np.ndarray,
     origin: np.ndarray,
     target: int,
     counts: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -68,38 +92,35 @@ def _sweep_scores(
     at once.
 
     Args:
-        labels, weights, origin: of the rows that move, in order, [m]; no origin is `target`.
+        labels, origin: of the rows that move, in order, [m]; no origin is `target`.
         counts: hits, support and predicted before the first move, [c] each.
 
     Returns:
         float64 [m + 1].
     """
     hits, support, predicted = counts
-    metric, term_weights = problem.metric, problem.term_weights
-    moved = np.concatenate([[0.0], np.cumsum(weights)])
-    moved_hits = np.concatenate([[0.0], np.cumsum(weights * (labels == target))])
+    metric, weights = problem.metric, problem.term_weights
+    moved = np.arange(len(labels) + 1.0)
+    moved_hits = np.concatenate([[0.0], np.cumsum(labels == target)])
     gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
     # Grouped by origin, each group in order: what a label has lost is a cumulative sum less its value at the group's
     # start.
     grouped = np.argsort(origin.astype(np.int16), kind="stable")
-    own, lost_rows = origin[grouped], weights[grouped]
-    lost_hits = lost_rows * (labels[grouped] == own)
+    own = origin[grouped]
+    lost_hits = (labels[grouped] == own).astype(np.float64)
     starts = np.searchsorted(own, np.arange(problem.num_labels))
-    all_rows, all_hits = np.cumsum(lost_rows), np.cumsum(lost_hits)
-    left_rows = (predicted + np.append(0.0, all_rows)[starts])[own] - all_rows
+    all_hits = np.cumsum(lost_hits)
+    left_rows = (predicted + starts)[own] - moved[1:]
     left_hits = (hits + np.append(0.0, all_hits)[starts])[own] - all_hits
     own_support = support[own]
     changes = np.empty(len(labels))
-    changes[grouped] = term_weights[own] * (
+    changes[grouped] = weights[own] * (
         term(metric, left_hits, own_support, left_rows)
-        - term(metric, left_hits + lost_hits, own_support, left_rows + lost_rows)
+        - term(metric, left_hits + lost_hits, own_support, left_rows + 1)
     )
-    rest = (
-        float((term_weights * term(metric, hits, support, predicted)).sum())
-        - term_weights[target] * gained[0]
-    )
-    swept = term_weights[target] * gained
-    swept += rest
+    before = float((weights * term(metric, hits, support, predicted)).sum())
+    swept = weights[target] * gained
+    swept += before - swept[0]
     swept[1:] += np.cumsum(changes)
     return swept
 
@@ -127,13 +148,10 @@ def _sweep_bias(
     A row that the gate leaves free goes to `label` once its bias passes the row's breakpoint: the best other label's
     log p + bias, less the row's own log p. Below the first and above the last breakpoint, 1 nat of distance is kept.
     """
-    log_p, labels, weights = problem.log_p, problem.labels, problem.weights
-    gated_hits = gated_rows = 0.0
+    log_p, labels, protected = problem.log_p, problem.labels, problem.protected_class
     if threshold is not None:
-        gated = problem.probabilities[:, problem.protected_class] >= threshold
-        gated_hits = weights[gated & (labels == problem.protected_class)].sum()
-        gated_rows = weights[gated].sum()
-        log_p, labels, weights = log_p[~gated], labels[~gated], weights[~gated]
+        gated = problem.probabilities[:, protected] >= threshold
+        gated_labels, log_p, labels = labels[gated], log_p[~gated], labels[~gated]
     if not len(labels):
         return float(bias[label]), problem.score(bias, threshold)
     others = log_p + bias
@@ -141,14 +159,12 @@ def _sweep_bias(
     origin = others.argmax(axis=1)
     breakpoints = others[np.arange(len(origin)), origin] - log_p[:, label]
     del others
-    hits, _, predicted = count_rows(labels, origin, problem.num_labels, weights)
+    hits, _, predicted = count_rows(labels, origin, problem.num_labels)
     if threshold is not None:
-        hits[problem.protected_class] += gated_hits
-        predicted[problem.protected_class] += gated_rows
+        hits[protected] += (gated_labels == protected).sum()
+        predicted[protected] += len(gated_labels)
     order = np.argsort(breakpoints)
-    swept = _sweep_scores(
-        problem, labels[order], weights[order], origin[order], label, (hits, problem.support, predicted)
-    )
+    swept = _sweep_scores(problem, labels[order], origin[order], label, (hits, problem.support, predicted))
     breakpoints = breakpoints[order]
     edges = np.concatenate([[breakpoints[0] - 2.0], breakpoints, [breakpoints[-1] + 2.0]])
     best = _best_interval(edges, swept)
@@ -160,14 +176,12 @@ def sweep_threshold(problem: Problem, bias: np.ndarray) -> tuple[float | None, f
     """Best threshold of the gate at this bias, and its score; None where having no gate is as good."""
     protected = problem.protected_class
     predictions = (problem.log_p + bias).argmax(axis=1)
-    counts = count_rows(problem.labels, predictions, problem.num_labels, problem.weights)
+    counts = count_rows(problem.labels, predictions, problem.num_labels)
     moving = np.flatnonzero(predictions != protected)
     probability = problem.probabilities[moving, protected]
     order = np.argsort(probability)[::-1]
     moving, probability = moving[order], probability[order]
-    swept = _sweep_scores(
-        problem, problem.labels[moving], problem.weights[moving], predictions[moving], protected, counts
-    )
+    swept = _sweep_scores(problem, problem.labels[moving], predictions[moving], protected, counts)
     # Thresholds in ascending order: the k-th interval lets all rows but the k least likely ones through the gate.
     best = _best_interval(np.concatenate([[0.0], probability[::-1]]), swept[:0:-1]) if len(moving) else None
     if best is None or best[1] <= swept[0] + SCORE_TOLERANCE:
