@@ -41,7 +41,8 @@ from rareturn.decisions.cross_fitting import (
 )
 from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
-from rareturn.decisions.probabilities import BLENDS, (
+from rareturn.decisions.probabilities import (
+    BLENDS,
     check_logits,
     fit_temperature,
     probability_quality,
