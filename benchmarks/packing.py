@@ -11,6 +11,7 @@ their best batch size, and packed rows. A step has 16 rows on average everywhere
 each, for several rounds; a CPU's time is the processor's, not the wall's, so that a shared machine favours none.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import functools
@@ -34,22 +35,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # this file's own folder has a packing.py too
 
-from rareturn.command_line import (  # noqa: E402
-    REQUIRED,
-    flag,
-    parse_arguments,
-    provenance,
-    run,
-    start_logging,
-)
-from rareturn.data.label_guide import LabelGuide, load_label_guide  # noqa: E402
-from rareturn.data.rendering import Renderer, render_instruction, render_turn  # noqa: E402
-from rareturn.data.rows import Row, Turn, load_rows  # noqa: E402
-from rareturn.errors import InputError  # noqa: E402
-from rareturn.files import write_json  # noqa: E402
-from rareturn.models.loading import add_lora  # noqa: E402
-from rareturn.models.packing import PackedBatches, accept_packed  # noqa: E402
-from rareturn.models.training import RowBatches, Step  # noqa: E402
+from rareturn.command_line import REQUIRED, flag, parse_arguments, provenance, run, start_logging
+from rareturn.data.label_guide import LabelGuide, load_label_guide
+from rareturn.data.rendering import Renderer, render_instruction, render_turn
+from rareturn.data.rows import Row, Turn, load_rows
+from rareturn.errors import InputError
+from rareturn.files import write_json
+from rareturn.models.loading import add_lora
+from rareturn.models.packing import PackedBatches, accept_packed
+from rareturn.models.training import RowBatches, Step
 
 ON_GPU = torch.cuda.is_available()
 ROWS_PER_STEP = 16
@@ -96,9 +90,7 @@ class ScriptArguments:
     num_dialogues: int = flag(6, "Dialogues to take, drawn by the seed; 6 take minutes on one core.")
     batch_sizes: list[int] = flag([2, 4, 8], "Rows of an unpacked forward pass to try: divisors of 16.")
     tokens_per_batch: int = flag(2048, "Tokens of a packed pass: the baseline's two rows of 1,024.")
-    turns: list[int] = flag(
-        [25, 50, 100, 200, 400], "Turns of the made-up dialogues that show how the cost grows."
-    )
+    turns: list[int] = flag([25, 50, 100, 200, 400], "Lengths of made-up dialogues, which show the growth.")
     repeats: int = flag(3, "Rounds; medians are reported, and three leave out an outlier.")
     seed: int = flag(42, "Of the weights, the choice of dialogues and the order.")
     output: str = flag("packing.json", "JSON file for all figures.")
@@ -171,11 +163,9 @@ def make_model(shape: str, num_labels: int, seed: int, nf4: bool) -> nn.Module:
         pad_token_id=0,
         use_cache=False,
     )
-    dtype = torch.bfloat16 if nf4 else torch.float32
+    options = {"dtype": torch.bfloat16 if nf4 else torch.float32, "attn_implementation": "sdpa"}
     with torch.device("cuda" if ON_GPU else "cpu"):
-        model = AutoModelForSequenceClassification.from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
+        model = AutoModelForSequenceClassification.from_config(config, **options)
     model.score.float()
     if nf4:
         to_nf4(model.model.layers)
