@@ -44,6 +44,8 @@ import compare_runs  # noqa: E402
 NAMES = ["none", "acting out", "denial"]
 GUIDE = {
     "task": "Say which.",
+    "speakers": ["seeker", "supporter"],
+    "target_speaker": "seeker",
     "labels": [{"number": number, "name": name, "definition": "."} for number, name in enumerate(NAMES)],
     "positive": [1, 2],
     "protected": 1,
@@ -354,7 +356,7 @@ def test_votes(place: Path, capsys):
     assert "--method vote counts every run once" in capsys.readouterr().err
     (place / "c/run.json").write_text(json.dumps(specialist | {"label_scope": [7]}))
     assert call(*words, "x", "--method", "vote") == 2
-    assert "c: label_scope: [7] is not a list of labels 0 to 2" in capsys.readouterr().err
+    assert "c: run.json: label_scope: numbers of 0..2 expected, not [7]" in capsys.readouterr().err
     assert not Path("x").exists()
 
 
