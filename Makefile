@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OUT := outputs
 DEMO := data/demo/train.json
 DEMO_TEST := data/demo/test.json
+GUIDE := data/demo/label_guide.yaml
 
 .PHONY: setup demo test soak quality style clean
 
@@ -16,9 +17,9 @@ $(VENV)/.installed: requirements.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python augment.py --train_file $(DEMO) --labels 2 5 8 --k 2 --output_file $(OUT)/demo-augmented.jsonl
+	$(BIN)/python augment.py --label_guide $(GUIDE) --train_file $(DEMO) --labels 2 5 8 --k 2 --output_file $(OUT)/demo-augmented.jsonl
 	$(BIN)/python linear_probe.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
-	    --train_file $(DEMO) --test_file $(DEMO_TEST) --output_dir $(OUT)/demo-probe
+	    --label_guide $(GUIDE) --train_file $(DEMO) --test_file $(DEMO_TEST) --output_dir $(OUT)/demo-probe
 	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl
 	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl \
 	    --seed 20260407 --output_dir $(OUT)/demo-minilm-b
