@@ -56,6 +56,8 @@ from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
 
+Quality = dict[str, dict[str, float]]  # stage, name of the figure
+
 
 @dataclass
 class CalibrationArguments:
@@ -141,15 +143,11 @@ def find_protected(arguments: CalibrationArguments, run: Run) -> int | None:
 
 def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe]:
     """What the table compares, the method asked for last: with `auto` every method, the gate left to `auto`."""
-    protected, options = find_protected(arguments, run), (arguments.num_vectors, arguments.num_splits)
-    others = METHODS if arguments.method == "auto" else ("argmax",)
-    methods = [*(method for method in others if method != arguments.method), arguments.method]
-    recipes = {}
-    for method in methods:
-        gate = protected if method in ("random", arguments.method) else None
-        num_vectors, num_splits = options
-        recipes[method] = Recipe(method, protected_class=gate, num_vectors=num_vectors, num_splits=num_splits)
-    return recipes
+    protected, asked = find_protected(arguments, run), arguments.method
+    methods = [*METHODS, "auto"] if asked == "auto" else list(dict.fromkeys(("argmax", asked)))
+    gates = {method: protected if method in ("random", asked) else None for method in methods}
+    options = {"num_vectors": arguments.num_vectors, "num_splits": arguments.num_splits}
+    return {method: Recipe(method, protected_class=gate, **options) for method, gate in gates.items()}
 
 
 def timed_fit(recipe: Recipe, logits: list[np.ndarray], truth: Truth) -> tuple[Rule, float]:
@@ -180,7 +178,7 @@ def fit_rows(
     return rows
 
 
-def temperature_quality(run: Run, folds: np.ndarray) -> dict[str, dict[str, float]]:
+def temperature_quality(run: Run, folds: np.ndarray) -> Quality:
     """Log loss, Brier score and ECE before a temperature, after it, and after one fitted on the other dialogues."""
     logits, labels = run.oof.logits, run.oof.label
     scaled = cross_fitted_scaling([logits], labels, np.ones(1), BLENDS[0], folds)
@@ -203,11 +201,7 @@ def describe(rule: Rule, label_names: Sequence[str]) -> str:
 
 
 def print_tables(
-    rows: Sequence[Row],
-    quality: dict[str, dict[str, float]],
-    run: Run,
-    truth: Truth,
-    arguments: CalibrationArguments,
+    rows: Sequence[Row], quality: Quality, run: Run, truth: Truth, arguments: CalibrationArguments
 ) -> None:
     """The methods' table and the one of the probabilities."""
     cells = []
@@ -232,12 +226,7 @@ def print_tables(
 
 
 def decision_content(
-    rows: Sequence[Row],
-    chosen: Row,
-    reason: str,
-    quality: dict[str, dict[str, float]],
-    run: Run,
-    truth: Truth,
+    rows: Sequence[Row], chosen: Row, reason: str, quality: Quality, run: Run, truth: Truth
 ) -> dict[str, Any]:
     """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
     metrics = {
