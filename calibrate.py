@@ -16,7 +16,6 @@ one fit. Argmax is kept where `auto` does not beat it.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from rareturn.decisions.cross_fitting import (
     run_tasks,
 )
 from rareturn.decisions.methods import METHODS
-from rareturn.decisions.metrics import METRIC_NAMES, check_labels, score, score_predictions
+from rareturn.decisions.metrics import METRIC_NAMES, Truth, check_labels, score_predictions
 from rareturn.decisions.probabilities import (
     BLENDS,
     check_logits,
@@ -56,6 +55,8 @@ from rareturn.runs.decision_file import saved_decision
 from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
+
+Quality = dict[str, dict[str, float]]  # stage, name of the figure
 
 
 @dataclass
@@ -115,11 +116,11 @@ class Row:
     cross_fitted: CrossFit
     seconds: float
 
-    def figures(self, run: Run, metric: str) -> dict[str, Any]:
+    def figures(self, truth: Truth) -> dict[str, Any]:
         """The row's scores: `in_sample`, `cross_fitted` and the latter's 95 % `interval`."""
         return {
-            "in_sample": score(run.oof.label, self.in_sample, run.num_labels, run.positive_labels, metric),
-            "cross_fitted": self.cross_fitted.metrics[metric],
+            "in_sample": truth.scores(self.in_sample)[truth.metric],
+            "cross_fitted": self.cross_fitted.metrics[truth.metric],
             "interval": list(self.cross_fitted.interval),
         }
 
@@ -142,66 +143,45 @@ def find_protected(arguments: CalibrationArguments, run: Run) -> int | None:
 
 def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe]:
     """What the table compares, the method asked for last: with `auto` every method, the gate left to `auto`."""
-    asked = Recipe(
-        tuple(run.positive_labels),
-        metric=arguments.metric,
-        method=arguments.method,
-        protected_class=find_protected(arguments, run),
-        num_vectors=arguments.num_vectors,
-        num_splits=arguments.num_splits,
-        seed=arguments.seed,
-    )
-    others = METHODS if arguments.method == "auto" else ("argmax",)
-    recipes = {
-        method: dataclasses.replace(
-            asked, method=method, protected_class=asked.protected_class if method == "random" else None
-        )
-        for method in others
-    }
-    recipes.pop(arguments.method, None)
-    return {**recipes, arguments.method: asked}
+    protected, asked = find_protected(arguments, run), arguments.method
+    methods = [*METHODS, "auto"] if asked == "auto" else list(dict.fromkeys(("argmax", asked)))
+    gates = {method: protected if method in ("random", asked) else None for method in methods}
+    options = {"num_vectors": arguments.num_vectors, "num_splits": arguments.num_splits}
+    return {method: Recipe(method, protected_class=gate, **options) for method, gate in gates.items()}
 
 
-def timed_fit(recipe: Recipe, run: Run) -> tuple[Rule, float]:
+def timed_fit(recipe: Recipe, logits: list[np.ndarray], truth: Truth) -> tuple[Rule, float]:
     """The rule fitted on all rows, and the seconds that took."""
     started = time.perf_counter()
-    rule = fit_rule(recipe, [run.oof.logits], run.oof.label, run.oof.dialogue_id)
+    rule = fit_rule(recipe, logits, truth)
     return rule, time.perf_counter() - started
 
 
-def fit_rows(recipes: dict[str, Recipe], run: Run, arguments: CalibrationArguments) -> list[Row]:
+def fit_rows(
+    recipes: dict[str, Recipe],
+    logits: list[np.ndarray],
+    truth: Truth,
+    folds: list[np.ndarray],
+    jobs: int | None,
+) -> list[Row]:
     """Fit every recipe on all rows, score it there, and cross-fit it."""
-    logits, labels, groups = [run.oof.logits], run.oof.label, run.oof.dialogue_id
-    folds = repeated_folds(labels, groups, arguments.num_splits, arguments.repeats, arguments.seed)
     num_fits = 1 + sum(len(np.unique(partition)) for partition in folds)
     with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
-        tasks = [(recipe, run) for recipe in recipes.values()]
-        fitted = run_tasks(timed_fit, tasks, arguments.jobs, bar.update)
+        tasks = [(recipe, logits, truth) for recipe in recipes.values()]
+        fitted = run_tasks(timed_fit, tasks, jobs, bar.update)
         rows = []
         for (name, recipe), (rule, seconds) in zip(recipes.items(), fitted, strict=True):
             bar.set_postfix_str(name)
-            cross_fitted = cross_fit(
-                rule_fitter(recipe, logits, labels, groups),
-                labels,
-                groups,
-                num_labels=run.num_labels,
-                positive_labels=run.positive_labels,
-                metric=recipe.metric,
-                seed=arguments.seed,
-                folds=folds,
-                jobs=arguments.jobs,
-                progress=bar.update,
-            )
+            fitter = rule_fitter(recipe, logits, truth)
+            cross_fitted = cross_fit(fitter, truth, folds, jobs, bar.update)
             rows.append(Row(name, rule, rule.predict([logits]).labels, cross_fitted, seconds))
     return rows
 
 
-def temperature_quality(run: Run, arguments: CalibrationArguments) -> dict[str, dict[str, float]]:
+def temperature_quality(run: Run, folds: np.ndarray) -> Quality:
     """Log loss, Brier score and ECE before a temperature, after it, and after one fitted on the other dialogues."""
     logits, labels = run.oof.logits, run.oof.label
-    scaled = cross_fitted_scaling(
-        [logits], labels, run.oof.dialogue_id, np.ones(1), BLENDS[0], arguments.num_splits, arguments.seed
-    )
+    scaled = cross_fitted_scaling([logits], labels, np.ones(1), BLENDS[0], folds)
     temperature = fit_temperature([logits], labels)
     return {
         "before_temperature": probability_quality(softmax(logits), labels),
@@ -221,70 +201,43 @@ def describe(rule: Rule, label_names: Sequence[str]) -> str:
 
 
 def print_tables(
-    rows: Sequence[Row], quality: dict[str, dict[str, float]], run: Run, arguments: CalibrationArguments
+    rows: Sequence[Row], quality: Quality, run: Run, truth: Truth, arguments: CalibrationArguments
 ) -> None:
     """The methods' table and the one of the probabilities."""
-    metric = arguments.metric
     cells = []
     for row in rows:
-        figures = row.figures(run, metric)
+        figures = row.figures(truth)
+        in_sample, crossed = figures["in_sample"], figures["cross_fitted"]
         name = row.name if row.name != "auto" else f"auto ({row.rule.method})"
-        cells.append(
-            (
-                name + (" + gate" if row.rule.decision.threshold is not None else ""),
-                f"{figures['in_sample']:.4f}",
-                interval_text(figures["cross_fitted"], figures["interval"]),
-                f"{figures['in_sample'] - figures['cross_fitted']:+.4f}",
-                f"{row.seconds:.2f}",
-            )
-        )
+        name += " + gate" if row.rule.decision.threshold is not None else ""
+        score = interval_text(crossed, figures["interval"])
+        cells.append((name, f"{in_sample:.4f}", score, f"{in_sample - crossed:+.4f}", f"{row.seconds:.2f}"))
     note = (
         f"Rows {len(run.oof)}, dialogues {len(set(run.oof.dialogue_id))}; the run has "
         f"{FOLD_TEXTS[run.info['fold_groups']]}. Cross-fitted by dialogue, {arguments.repeats} times "
         f"{arguments.num_splits} folds; what a row chooses (method, gate, temperature) is chosen inside the folds."
     )
     header = ("method", "in-sample", "cross-fitted (95 %)", "optimism", "seconds")
-    print(Table(f"{SCORE_TITLES[metric]}: {run.reference}", header, cells, note).text())
-    stages = {
-        "before": quality["before_temperature"],
-        "after, in-sample": quality["after_temperature_in_sample"],
-        "after, cross-fitted": quality["after_temperature_cross_fitted"],
-    }
-    numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages.items()]
+    print(Table(f"{SCORE_TITLES[truth.metric]}: {run.reference}", header, cells, note).text())
+    stages = zip(("before", "after, in-sample", "after, cross-fitted"), quality.values(), strict=True)
+    numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages]
     print()
     print(Table("Probabilities, temperature", ("", "log loss", "Brier", "ECE"), numbers).text())
 
 
 def decision_content(
-    rows: Sequence[Row],
-    chosen: Row,
-    reason: str,
-    quality: dict[str, dict[str, float]],
-    run: Run,
-    arguments: CalibrationArguments,
+    rows: Sequence[Row], chosen: Row, reason: str, quality: Quality, run: Run, truth: Truth
 ) -> dict[str, Any]:
     """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
-    argmax = run.oof.logits.argmax(axis=1)
-    stages = {
-        "argmax": argmax,
-        "in_sample": chosen.in_sample,
-        "cross_fitted": chosen.cross_fitted.predictions,
-    }
     metrics = {
-        stage: score_predictions(
-            run.oof.label,
-            predictions,
-            run.oof.dialogue_id,
-            num_labels=run.num_labels,
-            positive_labels=run.positive_labels,
-            seed=arguments.seed,
-        )
-        for stage, predictions in stages.items()
+        "argmax": score_predictions(truth, run.oof.logits.argmax(axis=1)),
+        "in_sample": score_predictions(truth, chosen.in_sample),
+        "cross_fitted": score_predictions(truth, chosen.cross_fitted.predictions),
     }
     return {
-        **saved_decision(chosen.rule, [run], metrics, metric=arguments.metric, seed=arguments.seed),
+        **saved_decision(chosen.rule, [run], metrics, metric=truth.metric, seed=truth.seed),
         "reason": reason,
-        "methods": {row.name: row.figures(run, arguments.metric) for row in rows},
+        "methods": {row.name: row.figures(truth) for row in rows},
         "probabilities": quality,
     }
 
@@ -299,25 +252,24 @@ def main() -> None:
     # Data
     run = read_run(arguments.run)
     check_logits(run.oof.logits, run.reference)
-    check_labels(run.oof.label, run.oof.dialogue_id, run.label_names, run.positive_labels, run.reference)
+    logits, truth = [run.oof.logits], run.truth(arguments.metric, arguments.seed)
+    check_labels(truth, run.label_names, run.reference)
 
     # Decide
     recipes = table_recipes(arguments, run)
-    rows = fit_rows(recipes, run, arguments)
-    logits, last = [run.oof.logits], rows[-1]
-    asked = recipes[arguments.method]
-    rule, cross_fitted, reason = choose(
-        asked, last.rule, last.cross_fitted, logits, run.oof.label, run.oof.dialogue_id
-    )
+    folds = repeated_folds(truth, arguments.num_splits, arguments.repeats)
+    rows = fit_rows(recipes, logits, truth, folds, arguments.jobs)
+    last = rows[-1]
+    rule, cross_fitted, reason = choose(recipes[last.name], last.rule, last.cross_fitted, logits, truth)
     chosen = Row(last.name, rule, rule.predict([logits]).labels, cross_fitted, last.seconds)
 
     # Evaluate
-    quality = temperature_quality(run, arguments)
-    print_tables(rows, quality, run, arguments)
+    quality = temperature_quality(run, folds[0])
+    print_tables(rows, quality, run, truth, arguments)
     print(f"\n{reason}\n{describe(rule, run.label_names)}")
 
     # Save
-    write_json(arguments.output, decision_content(rows, chosen, reason, quality, run, arguments))
+    write_json(arguments.output, decision_content(rows, chosen, reason, quality, run, truth))
     logger.info("wrote %s", arguments.output)
 
 

@@ -36,6 +36,7 @@ from rareturn.decisions.cross_fitting import (
     cross_fit,
     cross_fitted_scaling,
     fit_rule,
+    repeated_folds,
     rule_fitter,
     search_weights,
 )
@@ -134,7 +135,7 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
     if arguments.decision_from_other_runs:
         if saved.vote:
             raise InputError(f"{path}: a vote counts the runs that it names and cannot be applied to others")
-        weights = check_weights(weights or (1.0,) * len(runs), len(runs))
+        weights = check_weights(weights, len(runs))
         return dataclasses.replace(saved.rule(), weights=weights, blend=arguments.blend or BLENDS[0])
     rule = saved.rule_for(runs, path)
     if weights is not None and not np.allclose(check_weights(weights, len(runs)), rule.weights):
@@ -150,20 +151,20 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
 
 def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray]) -> Outcome:
     """Fit or apply the rule, and predict every out-of-fold row in the ways that the report compares."""
-    labels, groups, info, notes = runs[0].oof.label, runs[0].oof.dialogue_id, runs[0].info, []
+    truth, notes = runs[0].truth(arguments.metric, arguments.seed), []
     weights, protected = parse_weights(arguments.weights, len(runs)), protected_label(runs[0])
     rule = given_rule(arguments, runs) if arguments.decision else None
     blend = rule.blend if rule else arguments.blend or BLENDS[0]
     given = None if weights in (None, "search") else weights
-    untuned_weights = rule.weights if rule else check_weights(given or [1.0] * len(runs), len(runs))
+    untuned_weights = rule.weights if rule else check_weights(given, len(runs))
     untuned = Rule(Decision(np.zeros(runs[0].num_labels)), untuned_weights, "argmax", blend)
     if given and abs(sum(given) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
-    of_rows, split = [[run] for run in logits], (NUM_SPLITS, arguments.seed)
+    of_rows, folds = [[run] for run in logits], repeated_folds(truth, NUM_SPLITS, arguments.repeats)
     before = untuned.predict(of_rows)
-    scaled = cross_fitted_scaling(logits, labels, groups, untuned.weights, blend, *split)
+    scaled = cross_fitted_scaling(logits, truth.labels, untuned.weights, blend, folds[0])
     if rule is None and arguments.method in VOTES:
         voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
         rule = dataclasses.replace(untuned, method=arguments.method, voting=voting)
@@ -173,30 +174,15 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
         predicted = before.labels, voted.labels, voted.labels[None]
         return Outcome(rule, untuned, *predicted, before.probabilities, voted.probabilities, scaled, notes)
     recipe = Recipe(
-        tuple(info["positive_labels"]),
-        metric=arguments.metric,
         method=rule.method if rule and rule.method in METHODS else arguments.method,
         weights=tuple(rule.weights) if rule else weights,
         blend=blend,
         protected_class=rule.decision.protected_class if rule and rule.decision.threshold else protected,
-        seed=arguments.seed,
     )
-    is_given, fitted = rule is not None, rule or fit_rule(recipe, logits, labels, groups)
-    num_fits = arguments.repeats * min(NUM_SPLITS, len(set(groups)))
+    is_given, fitted = rule is not None, rule or fit_rule(recipe, logits, truth)
+    num_fits = arguments.repeats * min(NUM_SPLITS, truth.num_groups)
     with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-        cross_fitted = cross_fit(
-            rule_fitter(recipe, logits, labels, groups),
-            labels,
-            groups,
-            num_labels=runs[0].num_labels,
-            positive_labels=info["positive_labels"],
-            metric=arguments.metric,
-            num_splits=NUM_SPLITS,
-            repeats=arguments.repeats,
-            seed=arguments.seed,
-            jobs=None,
-            progress=bar.update,
-        )
+        cross_fitted = cross_fit(rule_fitter(recipe, logits, truth), truth, folds, None, bar.update)
     if is_given:
         notes.append(
             "The decision was given and not fitted here. Its in-sample figure is optimistic as far as it was fitted on "
@@ -207,7 +193,7 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
                 "The decision was made for other runs, weights or another blend, and applied on request."
             )
     else:
-        fitted, cross_fitted, reason = choose(recipe, fitted, cross_fitted, logits, labels, groups)
+        fitted, cross_fitted, reason = choose(recipe, fitted, cross_fitted, logits, truth)
         notes.append(reason)
     after = fitted.predict(of_rows)
     predicted = before.labels, after.labels, cross_fitted.predictions
@@ -320,9 +306,7 @@ def main() -> None:
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
     logits, first = align_runs(runs), runs[0]
-    check_labels(
-        first.oof.label, first.oof.dialogue_id, first.label_names, first.positive_labels, first.reference
-    )
+    check_labels(first.truth(), first.label_names, first.reference)
     if arguments.test_file:
         records, rows = read_test(arguments, runs)
         test_folds = align_test(runs, rows, arguments.test_file)
@@ -349,8 +333,8 @@ def main() -> None:
         print(f"\n{note}")
     if arguments.weights == ["search"]:
         probabilities = [softmax(run) for run in logits]
-        search = search_weights(probabilities, first.oof.label, kind=outcome.rule.blend, seed=arguments.seed)
-        metrics["weight_search"] = search.trajectory
+        found = search_weights(probabilities, first.oof.label, outcome.rule.blend, arguments.seed)
+        metrics["weight_search"] = found[1]
 
     # Save
     infos = [run.info for run in runs]

@@ -43,10 +43,11 @@ from rareturn.decisions.cross_fitting import (  # noqa: E402
     choose,
     cross_fit,
     fit_rule,
+    repeated_folds,
     rule_fitter,
 )
 from rareturn.decisions.methods import METHODS, fit  # noqa: E402
-from rareturn.decisions.metrics import score  # noqa: E402
+from rareturn.decisions.metrics import Truth, score  # noqa: E402
 from rareturn.decisions.probabilities import softmax  # noqa: E402
 from rareturn.decisions.rules import Decision, Rule, decide  # noqa: E402
 from rareturn.errors import InputError  # noqa: E402
@@ -119,6 +120,10 @@ class Table:
     positive_labels: tuple[int, ...]
     protected: int | None
 
+    def truth(self, seed: int) -> Truth:
+        """What predictions of the rows are scored against."""
+        return Truth(self.labels, self.groups, self.logits[0].shape[1], self.positive_labels, METRIC, seed)
+
 
 # ---------------------------------------------------------------------------------------------------------------- tables
 
@@ -181,37 +186,21 @@ def blend_table(name: str, tables: dict[str, Table]) -> Table:
 
 def make_recipe(arguments: BenchmarkArguments, table: Table, method: str) -> Recipe:
     """The recipe that `calibrate.py` has for the method: the gate is `auto`'s to choose, and the paper's always there."""
-    return Recipe(
-        table.positive_labels,
-        METRIC,
-        method,
-        protected_class=table.protected if method in ("auto", "random") else None,
-        num_vectors=arguments.num_vectors,
-        seed=arguments.seed,
-    )
+    protected = table.protected if method in ("auto", "random") else None
+    return Recipe(method, protected_class=protected, num_vectors=arguments.num_vectors)
 
 
 def measure_table(arguments: BenchmarkArguments, table: Table, method: str, bar: tqdm) -> dict[str, Any]:
     """In-sample and cross-fitted score of a method on a table, and the processor seconds of one fit."""
-    recipe = make_recipe(arguments, table, method)
+    recipe, truth = make_recipe(arguments, table, method), table.truth(arguments.seed)
     started = time.process_time()
-    rule = fit_rule(recipe, table.logits, table.labels, table.groups)
+    rule = fit_rule(recipe, table.logits, truth)
     seconds = time.process_time() - started
-    num_labels = table.logits[0].shape[1]
-    fitted = cross_fit(
-        rule_fitter(recipe, table.logits, table.labels, table.groups),
-        table.labels,
-        table.groups,
-        num_labels=num_labels,
-        positive_labels=table.positive_labels,
-        metric=METRIC,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-        progress=bar.update,
-    )
+    fitter, folds = rule_fitter(recipe, table.logits, truth), repeated_folds(truth, repeats=arguments.repeats)
+    fitted = cross_fit(fitter, truth, folds, progress=bar.update)
     in_sample = rule.predict([[run] for run in table.logits]).labels
     return {
-        "in_sample": score(table.labels, in_sample, num_labels, table.positive_labels, METRIC),
+        "in_sample": truth.scores(in_sample)[METRIC],
         "cross_fitted": fitted.metrics[METRIC],
         "interval": list(fitted.interval),
         "chosen": rule.method,
@@ -263,14 +252,7 @@ def time_search(arguments: BenchmarkArguments, table: Table) -> dict[str, float]
     for _take in range(3):
         for method, taken in seconds.items():
             started = time.process_time()
-            fit(
-                method,
-                probabilities,
-                table.labels,
-                positive_labels=table.positive_labels,
-                num_vectors=arguments.num_vectors,
-                seed=arguments.seed,
-            )
+            fit(method, probabilities, table.truth(arguments.seed), num_vectors=arguments.num_vectors)
             taken.append(time.process_time() - started)
     medians = {method: statistics.median(taken) for method, taken in seconds.items()}
     medians["ratio"] = medians["random"] / medians["exact"]
@@ -325,23 +307,15 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
     for _draw in tqdm(range(arguments.simulate), desc="draws", unit="draw", leave=False):
         logits, labels, groups = draw_rows(generator, 200, arguments.prior)
         table = Table([logits], labels, groups.tolist(), [], positive, 7)
+        data = ([logits], table.truth(arguments.seed))
+        folds = repeated_folds(data[1], repeats=arguments.repeats)
         for method in arguments.methods:
             recipe = make_recipe(arguments, table, method)
-            rule = fit_rule(recipe, [logits], labels, table.groups)
-            fitted = cross_fit(
-                rule_fitter(recipe, [logits], labels, table.groups),
-                labels,
-                table.groups,
-                num_labels=9,
-                positive_labels=positive,
-                metric=METRIC,
-                repeats=arguments.repeats,
-                seed=arguments.seed,
-                jobs=arguments.jobs,
-            )
+            rule = fit_rule(recipe, *data)
+            fitted = cross_fit(rule_fitter(recipe, *data), data[1], folds, arguments.jobs)
             add(method, rule, fitted)
             if method == "auto":
-                kept, fitted, _ = choose(recipe, rule, fitted, [logits], labels, table.groups)
+                kept, fitted, _ = choose(recipe, rule, fitted, *data)
                 add("auto or argmax", kept, fitted)
     results, cells = {}, []
     for method, values in found.items():
@@ -392,7 +366,7 @@ def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     probabilities = softmax(logits)
     del logits
     started = time.perf_counter()
-    decision = fit("exact", probabilities, labels, positive_labels=range(1, 9))
+    decision = fit("exact", probabilities, Truth(labels, range(len(labels)), 9, range(1, 9)))
     seconds = time.perf_counter() - started
     tuned, plain = (
         score(labels, decide(probabilities, rule), 9, range(1, 9), METRIC)

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn import command_line
 from rareturn.data.folds import FOLD_GROUPS
-from rareturn.decisions.metrics import METRIC_NAMES, difference_interval
-from rareturn.decisions.metrics import scores as all_scores
+from rareturn.decisions.metrics import METRIC_NAMES, Truth, difference_interval
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 from rareturn.reports.tables import Table
@@ -122,10 +121,9 @@ def compare(first: System, second: System, metric: str, seed: int) -> Comparison
     labels, groups = first.table.label, first.table.dialogue_id
     both = first.predictions, second.predictions[:, positions]
     num_labels, positive = len(first.info["label_names"]), first.info["positive_labels"]
-    scores = tuple(all_scores(labels, rows, num_labels, positive)[metric] for rows in both)
-    interval = difference_interval(
-        labels, *both, groups, num_labels=num_labels, positive_labels=positive, metric=metric, seed=seed
-    )
+    truth = Truth(labels, groups, num_labels, positive, metric, seed)
+    scores = tuple(truth.scores(rows)[metric] for rows in both)
+    interval = difference_interval(truth, *both)
     a, b = both[0][0], both[1][0]
     pairs = Counter(zip(a[a != b].tolist(), b[a != b].tolist(), strict=True))
     flips = []

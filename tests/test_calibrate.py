@@ -166,14 +166,7 @@ def test_random_is_the_papers_search_with_its_gate(tmp_path, calibrate_here, fla
     assert content["method"] == "random" and set(content["methods"]) == {"argmax", "random"}
     table = read_run(run).oof
     probabilities = softmax(table.logits, content["temperature"])
-    expected = fit(
-        "random",
-        probabilities,
-        table.label,
-        positive_labels=[1, 2, 3],
-        protected_class=protected,
-        num_vectors=300,
-    )
+    expected = fit("random", probabilities, read_run(run).truth(), protected, num_vectors=300)
     assert content["bias"] == pytest.approx(list(expected.bias))
     assert (
         content["threshold"] == expected.threshold and content["protected_class"] == expected.protected_class

@@ -21,12 +21,14 @@ from rareturn.decisions.cross_fitting import (
     cross_fit,
     fit_rule,
     grouped_folds,
+    repeated_folds,
     rule_fitter,
     search_weights,
 )
 from rareturn.decisions.methods import METHODS, _random_biases, _soft_score, fit
 from rareturn.decisions.metrics import (
     METRIC_NAMES,
+    Truth,
     bootstrap_interval,
     bootstrap_scores,
     check_labels,
@@ -62,6 +64,11 @@ def draw(seed, rows=120, num_labels=4, num_groups=20, ties=False):
         logits = np.round(logits)
     groups = [f"d{group}" for group in generator.integers(num_groups, size=rows)]
     return softmax(logits), labels, groups
+
+
+def alone(labels, num_labels, positive, metric="macro_f1_positive"):
+    """The truth of rows that are a dialogue each: a search asks for no dialogues."""
+    return Truth(labels, range(len(labels)), num_labels, positive, metric)
 
 
 def brute_decide(probabilities, bias, protected=None, threshold=None):
@@ -114,27 +121,16 @@ def test_an_unknown_metric_is_refused():
 def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
     probabilities, labels, groups = draw(0)
     predictions = probabilities.argmax(1)
-    found = bootstrap_scores(
-        labels, predictions, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
-    )
+    truth = Truth(labels, groups, 4, [0, 1, 2], seed=3)
+    found = bootstrap_scores(truth, predictions, 30)
     names = list(dict.fromkeys(groups))
     draws = np.random.default_rng(3).integers(len(names), size=(30, len(names)))
     for value, sample in zip(found, draws, strict=True):
         rows = [row for group in sample for row in range(len(labels)) if groups[row] == names[group]]
         assert value == pytest.approx(score(labels[rows], predictions[rows], 4, [0, 1, 2]))
     # Repeats are averaged within a sample.
-    twice = bootstrap_scores(
-        labels,
-        np.stack([predictions, labels]),
-        groups,
-        num_labels=4,
-        positive_labels=[0, 1, 2],
-        num_samples=30,
-        seed=3,
-    )
-    perfect = bootstrap_scores(
-        labels, labels, groups, num_labels=4, positive_labels=[0, 1, 2], num_samples=30, seed=3
-    )
+    twice = bootstrap_scores(truth, np.stack([predictions, labels]), 30)
+    perfect = bootstrap_scores(truth, labels, 30)
     assert twice == pytest.approx((found + perfect) / 2)
 
 
@@ -145,8 +141,8 @@ def test_the_interval_is_that_of_scipy(repeats):
     predictions = np.stack(
         [(np.log(probabilities) + 0.3 * generator.standard_normal(4)).argmax(1) for _ in range(repeats)]
     )
-    facts = {"num_labels": 4, "positive_labels": [0, 1, 2]}
-    low, high = bootstrap_interval(labels, predictions, groups, **facts, num_samples=20_000)
+    truth = Truth(labels, groups, 4, [0, 1, 2])
+    low, high = bootstrap_interval(truth, predictions, 20_000)
     names = np.array(sorted(set(groups)))
     rows_of = [np.flatnonzero(np.array(groups) == name) for name in names]
 
@@ -158,28 +154,26 @@ def test_the_interval_is_that_of_scipy(repeats):
         (np.arange(len(names)),), statistic, n_resamples=4_000, vectorized=False, method="BCa", rng=1
     ).confidence_interval
     assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.003)
-    plain = np.quantile(
-        bootstrap_scores(labels, predictions, groups, **facts, num_samples=20_000), [0.025, 0.975]
-    )
+    plain = np.quantile(bootstrap_scores(truth, predictions, 20_000), [0.025, 0.975])
     assert abs(plain - [low, high]).max() > 0.005  # another interval, or this test would show nothing
 
 
 def test_the_interval_of_a_difference_is_paired():
     probabilities, labels, groups = draw(3, rows=300, num_groups=40)
-    first, facts = probabilities.argmax(1), {"num_labels": 4, "positive_labels": [0, 1, 2]}
-    assert difference_interval(labels, first, first, groups, **facts) == (0, 0)
+    first, truth = probabilities.argmax(1), Truth(labels, groups, 4, [0, 1, 2])
+    assert difference_interval(truth, first, first) == (0, 0)
     # Against predictions that are always wrong, which score 0 on every sample, it is the interval of the score alone.
     wrong = np.where(labels == 3, 2, 3)
-    alone = bootstrap_interval(labels, first, groups, **facts)
-    assert difference_interval(labels, wrong, first, groups, **facts) == pytest.approx(alone)
+    alone = bootstrap_interval(truth, first)
+    assert difference_interval(truth, wrong, first) == pytest.approx(alone)
     twice = np.stack([first, first])
-    assert difference_interval(labels, wrong, twice, groups, **facts) == pytest.approx(alone)
-    assert difference_interval(labels, first, wrong, groups, **facts)[1] < 0
+    assert difference_interval(truth, wrong, twice) == pytest.approx(alone)
+    assert difference_interval(truth, first, wrong)[1] < 0
 
 
 def test_the_interval_of_what_cannot_vary_is_a_point():
     labels, groups = np.array([0, 1, 1, 0]), ["a", "a", "b", "b"]
-    assert bootstrap_interval(labels, labels, groups, num_labels=2, positive_labels=[0, 1]) == (1, 1)
+    assert bootstrap_interval(Truth(labels, groups, 2, [0, 1]), labels) == (1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rule
@@ -217,7 +211,7 @@ def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ti
         probabilities, labels, _ = draw(seed, rows=40, num_labels=5, ties=ties)
         labels[labels == 1] = 2  # a label without rows
         positive = [1, 2, 4]
-        problem = Problem(probabilities, labels, positive, metric, 4)
+        problem = Problem(probabilities, alone(labels, 5, positive, metric), 4)
         bias = np.random.default_rng(seed).standard_normal(5)
         for label, threshold in itertools.product(range(5), (None, 0.6)):
             value, claimed = _sweep_bias(problem, bias, threshold, label)
@@ -245,7 +239,7 @@ def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ti
 def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric, ties):
     for seed in range(6):
         probabilities, labels, _ = draw(seed, rows=40, ties=ties)
-        problem = Problem(probabilities, labels, [0, 1, 2], metric, 3)
+        problem = Problem(probabilities, alone(labels, 4, [0, 1, 2], metric), 3)
         bias = np.random.default_rng(seed).standard_normal(4)
         threshold, claimed = sweep_threshold(problem, bias)
         assert problem.score(bias, threshold) == pytest.approx(claimed, abs=1e-12)
@@ -260,7 +254,7 @@ def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric,
 def test_a_sweep_takes_the_middle_of_the_widest_best_interval():
     # Label 1 is right for rows 0 and 1 only: every bias between the breakpoints 2 and 5 is best, and 3.5 its middle.
     log_p = np.log(softmax(np.array([[1.0, 0.0], [2.0, 0.0], [5.0, 0.0]])))
-    problem = Problem(np.exp(log_p), np.array([1, 1, 0]), [0, 1], "accuracy")
+    problem = Problem(np.exp(log_p), alone(np.array([1, 1, 0]), 2, [0, 1], "accuracy"))
     value, best = _sweep_bias(problem, np.zeros(2), None, 1)
     assert value == pytest.approx(3.5) and best == 1.0
 
@@ -270,7 +264,7 @@ def test_a_sweep_takes_the_middle_of_the_widest_best_interval():
 def test_many_biases_at_once_score_as_one_by_one(metric, ties):
     probabilities, labels, _ = draw(5, rows=60, num_labels=5, ties=ties)
     labels[labels == 2] = 3  # a label without rows
-    problem = Problem(probabilities, labels, [0, 1], metric)
+    problem = Problem(probabilities, alone(labels, 5, [0, 1], metric))
     biases = np.random.default_rng(0).standard_normal((1500, 5))  # more than one block of them
     biases[:20] = np.round(biases[:20])
     assert problem.scores(biases).tolist() == [problem.score(bias) for bias in biases]
@@ -280,7 +274,7 @@ def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule():
     # With two labels one difference of biases decides: every distinct rule can be tried.
     for seed in range(5):
         probabilities, labels, _ = draw(seed, rows=50, num_labels=2)
-        decision = fit("exact", probabilities, labels, positive_labels=[0])
+        decision = fit("exact", probabilities, alone(labels, 2, [0]))
         margins = np.log(probabilities[:, 1] / probabilities[:, 0])
         candidates = [-np.inf, *np.sort(margins)]
         best = max(score(labels, (margins > edge).astype(int), 2, [0]) for edge in candidates)
@@ -294,21 +288,15 @@ def test_exact_is_never_below_random_on_the_rows_of_both(seed, ties, rows, gate)
     probabilities, labels, _ = draw(seed, rows=rows, num_labels=5, ties=ties)
     found = {}
     for method in ("argmax", "random", "exact"):
-        decision = fit(
-            method,
-            probabilities,
-            labels,
-            positive_labels=[0, 1, 2, 3],
-            protected_class=4 if gate else None,
-            num_vectors=500,
-        )
+        truth = alone(labels, 5, [0, 1, 2, 3])
+        decision = fit(method, probabilities, truth, 4 if gate else None, num_vectors=500)
         found[method] = score(labels, decide(probabilities, decision), 5, [0, 1, 2, 3])
     assert found["exact"] >= found["random"] - 1e-12 >= found["argmax"] - 2e-12
 
 
 def test_random_is_the_best_of_its_vectors():
     probabilities, labels, _ = draw(1)
-    decision = fit("random", probabilities, labels, positive_labels=[0, 1, 2], num_vectors=50)
+    decision = fit("random", probabilities, alone(labels, 4, [0, 1, 2]), num_vectors=50)
     vectors = _random_biases(50, 4, 42)
     each = [score(labels, brute_decide(probabilities, vector), 4, [0, 1, 2]) for vector in vectors]
     assert not vectors[0].any()
@@ -324,18 +312,8 @@ def test_random_is_the_best_of_its_vectors():
 def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     probabilities, labels, _ = draw(2, rows=80)
     labels[labels == 0] = 1
-    rules = [
-        fit(
-            method,
-            probabilities,
-            labels,
-            positive_labels=[0, 1],
-            metric=metric,
-            protected_class=3,
-            num_vectors=20,
-        )
-        for _ in range(2)
-    ]
+    truth = alone(labels, 4, [0, 1], metric)
+    rules = [fit(method, probabilities, truth, 3, num_vectors=20) for _ in range(2)]
     assert rules[0].to_dict() == rules[1].to_dict()
     assert np.isfinite(rules[0].bias).all() and rules[0].bias.sum() == pytest.approx(0, abs=1e-9)
     assert (rules[0].threshold is None) == (rules[0].protected_class is None)
@@ -344,7 +322,7 @@ def test_every_method_takes_every_metric_and_empty_labels(method, metric):
 @pytest.mark.parametrize("metric", METRIC_NAMES)
 def test_the_gradient_of_the_soft_score(metric):
     probabilities, labels, _ = draw(3, rows=30)
-    problem = Problem(probabilities, labels, [0, 1, 2], metric)
+    problem = Problem(probabilities, alone(labels, 4, [0, 1, 2], metric))
     targets = np.eye(4)[labels]
     bias = np.array([0.3, -0.2, 0.1, 0.0])
     _, gradient = _soft_score(problem.log_p, targets, bias, 3.0, problem)
@@ -393,20 +371,25 @@ def test_temperature_undoes_a_scale_and_quality_is_measured():
 
 def test_folds_keep_dialogues_whole_and_labels_even():
     _, labels, groups = draw(6, rows=600, num_groups=80)
-    folds = grouped_folds(labels, groups, 5, seed=0)
+    truth = Truth(labels, groups, 4, [0, 1, 2])
+    folds = grouped_folds(truth, 5, seed=0)
     for group in set(groups):
         assert len({fold for fold, of in zip(folds, groups, strict=True) if of == group}) == 1
     for label in range(4):
         per_fold = np.bincount(folds[labels == label], minlength=5)
         assert per_fold.max() <= 1.5 * per_fold.mean() + 1
-    assert (folds != grouped_folds(labels, groups, 5, seed=1)).any()
-    assert (folds == grouped_folds(labels, groups, 5, seed=0)).all()
-    assert grouped_folds(np.array([0, 1, 1]), ["a", "b", "b"], 5, 0).max() == 1
-    assert len(set(grouped_folds(np.arange(3) % 2, ["a", "b", "c"], 5, 0))) == 2  # no label fills more folds
+    assert (folds != grouped_folds(truth, 5, seed=1)).any()
+    assert (folds == grouped_folds(truth, 5, seed=0)).all()
+
+    def small(labels, groups):
+        return grouped_folds(Truth(labels, groups, 4, [0, 1, 2]), 5, 0)
+
+    assert small([0, 1, 1], ["a", "b", "b"]).max() == 1
+    assert len(set(small([0, 1, 0], ["a", "b", "c"]))) == 2  # no label fills more folds
     with pytest.raises(InputError, match="one row at most"):
-        grouped_folds(np.arange(3), ["a", "b", "c"], 5, 0)
+        small([0, 1, 2], ["a", "b", "c"])
     with pytest.raises(InputError, match="one dialogue only"):
-        grouped_folds(labels, ["a"] * 600, 5, 0)
+        small(labels, ["a"] * 600)
 
 
 def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
@@ -419,16 +402,8 @@ def test_cross_fit_never_predicts_a_dialogue_that_it_was_fitted_on():
         assert sorted([*train, *held_out]) == list(range(len(labels)))
         return labels[held_out]
 
-    found = cross_fit(
-        fit_predict,
-        labels,
-        groups.tolist(),
-        num_labels=4,
-        positive_labels=[0, 1, 2],
-        num_splits=4,
-        repeats=3,
-        progress=lambda: calls.append(1),
-    )
+    truth = Truth(labels, groups.tolist(), 4, [0, 1, 2])
+    found = cross_fit(fit_predict, truth, repeated_folds(truth, 4, 3), progress=lambda: calls.append(1))
     assert len(calls) == 12 and found.predictions.shape == (3, len(labels))
     assert found.metrics["macro_f1_positive"] == 1 and found.interval == (1.0, 1.0)
 
@@ -440,16 +415,15 @@ def losing_table():
 
 def fitted_auto(method="auto"):
     probabilities, labels, groups = losing_table()
-    data = ([np.log(probabilities)], labels, groups)
-    recipe = Recipe(positive_labels=(0, 1, 2), method=method)
-    facts = {"num_labels": 4, "positive_labels": [0, 1, 2], "repeats": 2}
-    fitted = cross_fit(rule_fitter(recipe, *data), labels, groups, **facts)
+    data = ([np.log(probabilities)], Truth(labels, groups, 4, [0, 1, 2]))
+    recipe = Recipe(method)
+    fitted = cross_fit(rule_fitter(recipe, *data), data[1], repeated_folds(data[1], repeats=2))
     return recipe, fit_rule(recipe, *data), fitted, data
 
 
 def test_argmax_is_kept_where_auto_loses_to_it_cross_fitted():
     recipe, rule, fitted, data = fitted_auto()
-    probabilities, labels, groups = losing_table()
+    probabilities, labels, _ = losing_table()
     argmax = score(labels, probabilities.argmax(1), 4, [0, 1, 2])
     assert (
         rule.method != "argmax" and fitted.metrics["macro_f1_positive"] < argmax
@@ -460,9 +434,7 @@ def test_argmax_is_kept_where_auto_loses_to_it_cross_fitted():
     # The score reported is that of what is applied, and its predictions too.
     assert cross_fitted.metrics["macro_f1_positive"] == pytest.approx(argmax)
     assert (cross_fitted.predictions == probabilities.argmax(1)).all()
-    low, high = difference_interval(
-        labels, probabilities.argmax(1), fitted.predictions, groups, num_labels=4, positive_labels=[0, 1, 2]
-    )
+    low, high = difference_interval(data[1], probabilities.argmax(1), fitted.predictions)
     assert "Kept argmax" in reason and rule.method in reason and f"{low:+.4f} to {high:+.4f}" in reason
 
 
@@ -471,30 +443,21 @@ def test_a_method_asked_for_by_name_is_kept_and_a_winner_too():
     kept, cross_fitted, reason = choose(recipe, rule, fitted, *data)
     assert kept is rule and cross_fitted is fitted and reason.startswith("Kept exact, as asked: ")
     tilted = [data[0][0] + np.array([0.0, 0.0, 0.0, 6.0])]  # argmax says the last label throughout
-    recipe = Recipe(positive_labels=(0, 1, 2))
-    facts = {"num_labels": 4, "positive_labels": [0, 1, 2], "repeats": 1}
-    fitted = cross_fit(rule_fitter(recipe, tilted, *data[1:]), *data[1:], **facts)
-    rule = fit_rule(recipe, tilted, *data[1:])
-    kept, cross_fitted, reason = choose(recipe, rule, fitted, tilted, *data[1:])
+    recipe, data = Recipe(), (tilted, data[1])
+    fitted = cross_fit(rule_fitter(recipe, *data), data[1], repeated_folds(data[1], repeats=1))
+    rule = fit_rule(recipe, *data)
+    kept, cross_fitted, reason = choose(recipe, rule, fitted, *data)
     assert kept is rule and cross_fitted is fitted and "beats argmax" in reason
 
 
 def test_the_number_of_processes_changes_nothing():
     probabilities, labels, groups = draw(12, rows=100)
-    recipe = Recipe(positive_labels=(0, 1, 2), method="smooth")
-    facts = {"num_labels": 4, "positive_labels": [0, 1, 2], "repeats": 2}
-    calls = []
-    alone, together = (
-        cross_fit(
-            rule_fitter(recipe, [np.log(probabilities)], labels, groups),
-            labels,
-            groups,
-            **facts,
-            jobs=jobs,
-            progress=lambda: calls.append(1),
-        )
-        for jobs in (1, 2)
+    truth, calls = Truth(labels, groups, 4, [0, 1, 2]), []
+    fitter, folds = (
+        rule_fitter(Recipe("smooth"), [np.log(probabilities)], truth),
+        repeated_folds(truth, repeats=2),
     )
+    alone, together = (cross_fit(fitter, truth, folds, jobs, lambda: calls.append(1)) for jobs in (1, 2))
     assert len(calls) == 20 and alone.metrics == together.metrics and alone.interval == together.interval
     assert (alone.predictions == together.predictions).all()
 
@@ -521,26 +484,19 @@ def test_the_cross_fitted_score_is_true_and_its_interval_covers(prior):
     generator = np.random.default_rng(5)
     fresh_logits, fresh_labels, _ = draw_dialogues(generator, 20_000)
     positive, covered, optimism, kept = (1, 2, 3), np.zeros(2), [], set()
-    recipe = Recipe(positive_labels=positive, method="expected")
+    recipe = Recipe("expected")
     for _ in range(20):
         logits, labels, dialogue = draw_dialogues(generator, 80)
-        data = ([logits], labels, dialogue.tolist())
+        data = ([logits], truth := Truth(labels, dialogue.tolist(), 4, positive))
         rule = fit_rule(recipe, *data)
-        fitted = cross_fit(
-            rule_fitter(recipe, *data),
-            labels,
-            data[2],
-            num_labels=4,
-            positive_labels=positive,
-            repeats=1,
-        )
+        fitted = cross_fit(rule_fitter(recipe, *data), truth, repeated_folds(truth, repeats=1))
         final = choose(dataclasses.replace(recipe, method="auto"), rule, fitted, *data)
         kept.add(final[0].method)
         of_both = []
         for number, (applied, found) in enumerate(((rule, fitted), final[:2])):
-            truth = score(fresh_labels, applied.predict([[fresh_logits]]).labels, 4, positive)
-            covered[number] += found.interval[0] <= truth <= found.interval[1]
-            of_both.append(found.metrics["macro_f1_positive"] - truth)
+            fresh = score(fresh_labels, applied.predict([[fresh_logits]]).labels, 4, positive)
+            covered[number] += found.interval[0] <= fresh <= found.interval[1]
+            of_both.append(found.metrics["macro_f1_positive"] - fresh)
         optimism.append(of_both)
     assert (covered >= 16).all()  # of 20 at 95 %: fewer by chance once in 400
     assert (abs(np.mean(optimism, axis=0)) < 3 * np.std(optimism, axis=0) / np.sqrt(20) + 0.005).all()
@@ -553,18 +509,9 @@ def test_a_method_that_learns_nothing_is_not_flattered():
     labels = generator.integers(0, 5, 300)
     probabilities = softmax(generator.standard_normal((300, 5)))
     groups = [f"d{row // 5}" for row in range(300)]
-    recipe = Recipe(positive_labels=(0, 1, 2, 3, 4), method="exact")
-    in_sample = (
-        fit_rule(recipe, [np.log(probabilities)], labels, groups).predict([[np.log(probabilities)]]).labels
-    )
-    fitted = cross_fit(
-        rule_fitter(recipe, [np.log(probabilities)], labels, groups),
-        labels,
-        groups,
-        num_labels=5,
-        positive_labels=range(5),
-        repeats=2,
-    )
+    recipe, logits, truth = Recipe("exact"), np.log(probabilities), Truth(labels, groups, 5, range(5))
+    in_sample = fit_rule(recipe, [logits], truth).predict([[logits]]).labels
+    fitted = cross_fit(rule_fitter(recipe, [logits], truth), truth, repeated_folds(truth, repeats=2))
     assert score(labels, in_sample, 5, range(5)) > fitted.metrics["macro_f1_positive"] + 0.03
     assert fitted.metrics["macro_f1_positive"] < 0.22
     assert fitted.interval[0] < fitted.metrics["macro_f1_positive"] < fitted.interval[1]
@@ -576,10 +523,10 @@ def test_auto_keeps_argmax_where_nothing_helps_and_leaves_it_where_much_does():
     groups = [f"d{row % 24}" for row in range(240)]
     sharp = generator.standard_normal((240, 4))
     sharp[np.arange(240), labels] += 3.0
-    recipe = Recipe(positive_labels=(0, 1, 2, 3), candidates=("argmax", "prior", "exact"))
-    assert fit_rule(recipe, [sharp], labels, groups).method == "argmax"
+    recipe, truth = Recipe(candidates=("argmax", "prior", "exact")), Truth(labels, groups, 4, range(4))
+    assert fit_rule(recipe, [sharp], truth).method == "argmax"
     tilted = sharp + np.array([0.0, -4.0, 0.0, 4.0])
-    rule = fit_rule(recipe, [tilted], labels, groups)
+    rule = fit_rule(recipe, [tilted], truth)
     assert rule.method == "exact"
     assert score(labels, rule.predict([[tilted]]).labels, 4, range(4)) > 0.8
 
@@ -633,32 +580,24 @@ def test_weight_search_prefers_the_runs_that_know_something(count):
     probabilities, labels, _ = draw(10, rows=400)
     generator = np.random.default_rng(0)
     useless = [softmax(generator.standard_normal((400, 4))) for _ in range(count - 1)]
-    found = search_weights([*useless, probabilities], labels, seed=0)
-    assert found.weights.argmax() == count - 1 and found.weights.sum() == pytest.approx(1)
-    assert found.weights[-1] > 0.6
-    losses = [step["log_loss"] for step in found.trajectory]
-    kept = [step for step in found.trajectory if step["kept"]]
-    assert len(kept) == 1 and kept[0]["log_loss"] == min(losses) and kept[0]["weights"] == list(found.weights)
-    again = search_weights([*useless, probabilities], labels, seed=0)
-    assert again.trajectory == found.trajectory
-    json.dumps(found.trajectory)
+    weights, trajectory = search_weights([*useless, probabilities], labels, seed=0)
+    assert weights.argmax() == count - 1 and weights.sum() == pytest.approx(1)
+    assert weights[-1] > 0.6
+    losses = [step["log_loss"] for step in trajectory]
+    kept = [step for step in trajectory if step["kept"]]
+    assert len(kept) == 1 and kept[0]["log_loss"] == min(losses) and kept[0]["weights"] == list(weights)
+    assert search_weights([*useless, probabilities], labels, seed=0)[1] == trajectory
+    json.dumps(trajectory)
 
 
 def test_searched_weights_are_cross_fitted_with_the_rule():
     probabilities, labels, groups = draw(11, rows=300)
     noise = np.random.default_rng(1).standard_normal(probabilities.shape)
     runs = [np.log(probabilities), noise]
-    recipe = Recipe(positive_labels=(0, 1, 2), method="prior", weights="search")
-    rule = fit_rule(recipe, runs, labels, groups)
+    recipe, truth = Recipe("prior", weights="search"), Truth(labels, groups, 4, [0, 1, 2])
+    rule = fit_rule(recipe, runs, truth)
     assert rule.weights[0] > rule.weights[1] and rule.method == "prior"
-    fitted = cross_fit(
-        rule_fitter(recipe, runs, labels, groups),
-        labels,
-        groups,
-        num_labels=4,
-        positive_labels=[0, 1, 2],
-        repeats=1,
-    )
+    fitted = cross_fit(rule_fitter(recipe, runs, truth), truth, repeated_folds(truth, repeats=1))
     assert 0 < fitted.metrics["macro_f1_positive"] < 1
 
 
@@ -722,14 +661,14 @@ def test_unusable_logits_and_labels():
     ]:
         with pytest.raises(InputError, match=message):
             check_logits(logits, "x")
-    check_labels(np.array([0, 1]), ["a", "b"], ["n", "p"], [1], "x")
+    check_labels(Truth([0, 1], ["a", "b"], 2, [1]), ["n", "p"], "x")
     for labels, groups, message in [
         ([0, 0], ["a", "b"], r"label 1 \(p\) has no row"),
         ([0, -1], ["a", "b"], "row 1 has none"),
         ([0, 1], ["a", "a"], "one dialogue only"),
     ]:
         with pytest.raises(InputError, match=message):
-            check_labels(np.array(labels), groups, ["n", "p"], [1], "x")
+            check_labels(Truth(labels, groups, 2, [1]), ["n", "p"], "x")
 
 
 def test_softmax_of_extreme_logits():

@@ -22,7 +22,7 @@ from sklearn.metrics import cohen_kappa_score
 import ensemble
 from rareturn.data.folds import write_folds
 from rareturn.decisions import metrics as metrics_module
-from rareturn.decisions.cross_fitting import Recipe, cross_fit, rule_fitter, search_weights
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, repeated_folds, rule_fitter, search_weights
 from rareturn.decisions.metrics import bootstrap_interval, cohens_kappa, score
 from rareturn.decisions.probabilities import softmax
 from rareturn.decisions.rules import Decision, decide
@@ -220,7 +220,7 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         assert archive.read("prediction.json") == (out / "prediction.json").read_bytes()
 
     runs = [read_run(name) for name in "ab"]
-    labels, groups = runs[0].oof.label, runs[0].oof.dialogue_id
+    labels, truth = runs[0].oof.label, runs[0].truth()
     blended = 0.3 * softmax(runs[0].oof.logits) + 0.7 * softmax(runs[1].oof.logits)
     rule = Decision(np.array(RULE["bias"]), 1, 0.5)
     metrics, decision, bundle = (read(out / f"{name}.json") for name in ("metrics", "decision", "ensemble"))
@@ -231,13 +231,10 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         for name, value in metrics_module.scores(labels, predictions, 3, [1, 2]).items():
             assert metrics[stage][name] == pytest.approx(value), (stage, name)
             assert decision["metrics"][stage][name] == metrics[stage][name]
-        assert metrics[stage]["interval"]["macro_f1_positive"] == list(
-            bootstrap_interval(labels, predictions, groups, num_labels=3, positive_labels=[1, 2])
-        )
-    recipe = Recipe((1, 2), method="prior", weights=(0.3, 0.7), protected_class=1)
+        assert metrics[stage]["interval"]["macro_f1_positive"] == list(bootstrap_interval(truth, predictions))
+    recipe = Recipe("prior", weights=(0.3, 0.7), protected_class=1)
     logits = [run.oof.logits for run in runs]
-    fitter = rule_fitter(recipe, logits, labels, groups)
-    again = cross_fit(fitter, labels, groups, num_labels=3, positive_labels=[1, 2], repeats=2)
+    again = cross_fit(rule_fitter(recipe, logits, truth), truth, repeated_folds(truth, repeats=2))
     assert metrics["cross_fitted"]["macro_f1_positive"] == pytest.approx(again.metrics["macro_f1_positive"])
     assert read(out / "oof_predictions.json")["predictions"] == again.predictions.tolist()
     assert "test" not in metrics
@@ -314,10 +311,10 @@ def test_searched_weights(place: Path, capsys):
     assert call(*words) == 0
     runs = [read_run(name) for name in "ab"]
     probabilities = [softmax(run.oof.logits) for run in runs]
-    search = search_weights(probabilities, runs[0].oof.label)
+    weights, trajectory = search_weights(probabilities, runs[0].oof.label)
     metrics = read("out/metrics.json")
-    assert [run["weight"] for run in read("out/decision.json")["runs"]] == search.weights.tolist()
-    assert metrics["weight_search"] == search.trajectory
+    assert [run["weight"] for run in read("out/decision.json")["runs"]] == weights.tolist()
+    assert metrics["weight_search"] == trajectory
     # Argmax is the figure that nothing was tuned for: equal weights.
     equal = np.mean(probabilities, axis=0).argmax(axis=1)
     assert metrics["argmax"]["accuracy"] == pytest.approx(np.mean(equal == runs[0].oof.label))

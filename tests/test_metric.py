@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from rareturn.decisions.metrics import METRIC_NAMES, score, score_predictions
+from rareturn.decisions.metrics import METRIC_NAMES, Truth, score, score_predictions
 from rareturn.decisions.metrics import scores as all_scores
 from rareturn.files import packaged
 
@@ -112,9 +112,7 @@ def test_there_is_one_metric(monkeypatch, metric):
     """The module and `score_predictions` go through the function of the searches, and `evaluate` is not needed."""
     asked = {"references": [0, 1, 1], "predictions": [0, 1, 0], "num_labels": 2}
     monkeypatch.setitem(sys.modules, "evaluate", None)  # importing it fails
-    found = score_predictions(
-        np.array([0, 1, 1]), np.array([0, 1, 0]), ["a", "a", "b"], num_labels=2, positive_labels=[1]
-    )
+    found = score_predictions(Truth([0, 1, 1], ["a", "a", "b"], 2, [1]), np.array([0, 1, 0]))
     interval = found.pop("interval")
     assert found == metric.compute(**asked) and set(interval) == set(found)
     monkeypatch.setattr(sys.modules[type(metric).__module__], "scores", lambda *_: {"called": 1})

@@ -6,7 +6,8 @@ one term a step and a bootstrap work on per-dialogue counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -60,21 +61,15 @@ def term_weights(metric: str, support: np.ndarray, positive_labels: Sequence[int
     return np.broadcast_to(weights, support.shape)
 
 
-def _score_counts(
-    metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarray, positive_labels: Sequence[int]
-) -> np.ndarray:
-    """The metric of counts [..., c]; leading axes are kept."""
-    weights = term_weights(metric, support, positive_labels)
-    return (weights * term(metric, hits, support, predicted)).sum(axis=-1)
+def _score_counts(metric: str, counts: np.ndarray, positive_labels: Sequence[int]) -> np.ndarray:
+    """The metric of hits, support and predicted counts [3, ..., c]; the middle axes are kept."""
+    return (term_weights(metric, counts[1], positive_labels) * term(metric, *counts)).sum(axis=-1)
 
 
-def count_rows(
-    labels: np.ndarray, predictions: np.ndarray, num_labels: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hits, support, predicted), float64 [num_labels] each."""
+def count_rows(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
+    """Hits, support and predicted, float64 [3, num_labels]."""
     rows = (labels[labels == predictions], labels, predictions)
-    hits, support, predicted = (np.bincount(of, minlength=num_labels).astype(np.float64) for of in rows)
-    return hits, support, predicted
+    return np.stack([np.bincount(of, minlength=num_labels) for of in rows]).astype(np.float64)
 
 
 def score(
@@ -84,16 +79,12 @@ def score(
     positive_labels: Sequence[int],
     metric: str = "macro_f1_positive",
 ) -> float:
-    """One metric of DESIGN 9.
+    """One metric of DESIGN 9, by its name in `METRIC_NAMES`, of labels and predictions [n].
 
-    Args:
-        labels, predictions: int [n] label indices.
-        num_labels: c.
-        positive_labels: what the `_positive` metrics average over; a label with no row and no prediction counts 0.
-        metric: one of `METRIC_NAMES`.
+    A positive label with no row and no prediction counts 0.
     """
     counts = count_rows(np.asarray(labels), np.asarray(predictions), num_labels)
-    return float(_score_counts(metric, *counts, positive_labels))
+    return float(_score_counts(metric, counts, positive_labels))
 
 
 def scores(
@@ -101,78 +92,80 @@ def scores(
 ) -> dict[str, Any]:
     """Every metric of DESIGN 9 by name, and `f1_per_class` (a list, one number a label).
 
-    Args:
-        labels: int [n].
-        predictions: int [n], or [repeats, n]: then every score is the mean over the repeats.
-        num_labels, positive_labels: as in `score`.
+    Of predictions [repeats, n] every score is the mean over the repeats.
     """
     labels, repeats = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
     counts = np.stack([count_rows(labels, row, num_labels) for row in repeats], axis=1)
     result: dict[str, Any] = {
-        name: float(_score_counts(name, *counts, positive_labels).mean()) for name in METRIC_NAMES
+        name: float(_score_counts(name, counts, positive_labels).mean()) for name in METRIC_NAMES
     }
     result["f1_per_class"] = term("macro_f1", *counts).mean(axis=0).tolist()
     return result
 
 
-def index_groups(groups: Sequence[Hashable]) -> tuple[np.ndarray, int]:
-    """Each row's group as 0..g-1 in order of first appearance, and g."""
-    numbers: dict[Hashable, int] = {}
-    indices = [numbers.setdefault(group, len(numbers)) for group in groups]
-    return np.array(indices, dtype=np.int64), len(numbers)
-
-
-class _Bootstrap:
-    """Counts of whole dialogues on bootstrap samples, drawn once for every score of the predictions.
-
-    The samples depend on the seed and the number of dialogues alone, so two of them on the same rows are paired.
+@dataclass(eq=False)
+class Truth:
+    """What predictions of n rows are scored against, and how.
 
     Attributes:
-        samples: hits, support and predicted counts [3, num_samples, repeats, c], float64.
-        estimate: those of all dialogues, [3, 1, repeats, c].
-        left_out: those of all dialogues but one, [3, dialogues, repeats, c].
+        labels: int64 [n].
+        groups: dialogue ids [n]; here 0..g-1 in order of first appearance.
+        positive_labels: what the `_positive` metrics average over.
+        seed: of folds, searches and bootstraps.
     """
 
-    def __init__(
-        self,
-        labels: np.ndarray,
-        predictions: np.ndarray,
-        groups: Sequence[Hashable],
-        num_labels: int,
-        num_samples: int,
-        seed: int,
-    ):
-        labels, predictions = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
-        group_indices, num_groups = index_groups(groups)
-        cells, size = group_indices * num_labels, num_groups * num_labels
-        counted = [
-            np.bincount(place, minlength=size).reshape(num_groups, num_labels)
-            for row in predictions
-            for place in ((cells + labels)[labels == row], cells + labels, cells + row)
-        ]
-        counts = np.concatenate(counted, axis=1).astype(np.float64)
-        generator = np.random.default_rng(seed)
-        sums = np.empty((num_samples, counts.shape[1]))
-        step = max(1, 4_000_000 // num_groups)
-        for start in range(0, num_samples, step):
-            block = min(step, num_samples - start)
-            draws = generator.integers(num_groups, size=(block, num_groups))
-            draws += np.arange(block)[:, None] * num_groups
-            times = np.bincount(draws.ravel(), minlength=block * num_groups).reshape(block, num_groups)
-            sums[start : start + block] = times @ counts
-        total = counts.sum(axis=0)
-        self.samples, self.estimate, self.left_out = (
-            np.moveaxis(some.reshape(len(some), -1, 3, num_labels), 2, 0)
-            for some in (sums, total[None], total - counts)
-        )
+    labels: np.ndarray
+    groups: Sequence[Hashable] | np.ndarray
+    num_labels: int
+    positive_labels: Sequence[int]
+    metric: str = "macro_f1_positive"
+    seed: int = 42
 
-    def apply(self, score_of: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-        """The score on the samples, on all dialogues, and with each dialogue left out; the mean over the repeats."""
-        return [score_of(counts).mean(axis=1) for counts in (self.samples, self.estimate, self.left_out)]
+    def __post_init__(self) -> None:
+        numbers: dict[Hashable, int] = {}
+        self.groups = np.array([numbers.setdefault(group, len(numbers)) for group in self.groups], np.int64)
+        self.labels, self.num_groups = np.asarray(self.labels, dtype=np.int64), len(numbers)
 
-    def metric(self, metric: str, positive_labels: Sequence[int]) -> list[np.ndarray]:
-        """`apply` of a metric by name."""
-        return self.apply(lambda counts: _score_counts(metric, *counts, positive_labels))
+    def subset(self, rows: np.ndarray) -> Truth:
+        """The truth of some rows."""
+        return replace(self, labels=self.labels[rows], groups=self.groups[rows])
+
+    def scores(self, predictions: np.ndarray) -> dict[str, Any]:
+        """`scores` of predictions [n] or [repeats, n]."""
+        return scores(self.labels, predictions, self.num_labels, self.positive_labels)
+
+
+def _resample(truth: Truth, predictions: np.ndarray, num_samples: int = 2000) -> list[np.ndarray]:
+    """Hits, support and predicted counts [3, s, repeats, c]: s bootstrap samples of whole dialogues, all, all but one.
+
+    The samples depend on the seed and the number of dialogues alone, so two calls on the same rows are paired.
+    """
+    num_groups, num_labels = truth.num_groups, truth.num_labels
+    cells, size = truth.groups * num_labels, num_groups * num_labels
+    counted = [
+        np.bincount(place, minlength=size).reshape(num_groups, num_labels)
+        for row in np.atleast_2d(np.asarray(predictions))
+        for place in ((cells + truth.labels)[truth.labels == row], cells + truth.labels, cells + row)
+    ]
+    counts = np.concatenate(counted, axis=1).astype(np.float64)
+    generator = np.random.default_rng(truth.seed)
+    sums = np.empty((num_samples, counts.shape[1]))
+    step = max(1, 4_000_000 // num_groups)
+    for start in range(0, num_samples, step):
+        block = min(step, num_samples - start)
+        draws = generator.integers(num_groups, size=(block, num_groups))
+        draws += np.arange(block)[:, None] * num_groups
+        times = np.bincount(draws.ravel(), minlength=block * num_groups).reshape(block, num_groups)
+        sums[start : start + block] = times @ counts
+    total = counts.sum(axis=0)
+    drawn = (sums, total[None], total - counts)
+    return [np.moveaxis(some.reshape(len(some), -1, 3, num_labels), 2, 0) for some in drawn]
+
+
+def _metric_of(truth: Truth, drawn: Sequence[np.ndarray], metric: str | None = None) -> list[np.ndarray]:
+    """The metric of each of what `_resample` gives, the mean over the repeats: [s] each."""
+    name = metric or truth.metric
+    return [_score_counts(name, counts, truth.positive_labels).mean(axis=1) for counts in drawn]
 
 
 def _accelerated_interval(
@@ -194,142 +187,69 @@ def _accelerated_interval(
     spread = left_out.mean() - left_out
     squares = float((spread**2).sum())
     acceleration = float((spread**3).sum()) / (6 * squares**1.5) if squares > SCORE_TOLERANCE**2 else 0.0
-    quantiles = []
-    for tail in (0.025, 0.975):
-        shifted = bias + normal.inv_cdf(tail)
-        # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
-        quantiles.append(normal.cdf(bias + shifted / max(1 - acceleration * shifted, 0.05)))
+    shifted = [bias + normal.inv_cdf(tail) for tail in (0.025, 0.975)]
+    # The denominator reaches 0 for a handful of dialogues only, where no interval is worth much.
+    quantiles = [normal.cdf(bias + shift / max(1 - acceleration * shift, 0.05)) for shift in shifted]
     low, high = np.quantile(samples, quantiles)
     return float(low), float(high)
 
 
-def bootstrap_scores(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    groups: Sequence[Hashable],
-    *,
-    num_labels: int,
-    positive_labels: Sequence[int],
-    metric: str = "macro_f1_positive",
-    num_samples: int = 2000,
-    seed: int = 42,
-) -> np.ndarray:
+def bootstrap_scores(truth: Truth, predictions: np.ndarray, num_samples: int = 2000) -> np.ndarray:
     """The metric on bootstrap samples of whole dialogues, float64 [num_samples].
 
-    Two calls on the same rows are paired: their difference is the bootstrap of the difference.
-
-    Args:
-        labels: int [n].
-        predictions: int [n], or [repeats, n]: then each sample's value is the mean over the repeats.
-        groups: dialogue ids [n].
-        num_samples: bootstrap samples.
+    Two calls on the same rows are paired: their difference is the bootstrap of the difference. Of predictions
+    [repeats, n] each sample's value is the mean over the repeats.
     """
-    drawn = _Bootstrap(labels, predictions, groups, num_labels, num_samples, seed)
-    return drawn.metric(metric, positive_labels)[0]
+    return _metric_of(truth, _resample(truth, predictions, num_samples))[0]
 
 
-def bootstrap_interval(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    groups: Sequence[Hashable],
-    *,
-    num_labels: int,
-    positive_labels: Sequence[int],
-    metric: str = "macro_f1_positive",
-    num_samples: int = 2000,
-    seed: int = 42,
-) -> tuple[float, float]:
-    """95 % interval of a metric, by bootstrap over dialogues; arguments as `bootstrap_scores`.
+def bootstrap_interval(truth: Truth, predictions: np.ndarray, num_samples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the metric of predictions [n] or [repeats, n], by bootstrap over dialogues.
 
     Bias-corrected and accelerated: macro F1 of few rows is a biased and skewed statistic, and plain percentiles miss a
     truth above them five times as often as one below them (docs/LOG.md).
     """
-    drawn = _Bootstrap(labels, predictions, groups, num_labels, num_samples, seed)
-    return _accelerated_interval(*drawn.metric(metric, positive_labels))
+    return _accelerated_interval(*_metric_of(truth, _resample(truth, predictions, num_samples)))
 
 
-def difference_interval(
-    labels: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    groups: Sequence[Hashable],
-    *,
-    num_labels: int,
-    positive_labels: Sequence[int],
-    metric: str = "macro_f1_positive",
-    num_samples: int = 2000,
-    seed: int = 42,
-) -> tuple[float, float]:
+def difference_interval(truth: Truth, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
     """95 % interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
 
-    Arguments as `bootstrap_scores`; `first` and `second` may have different numbers of repeats.
+    `first` and `second` are [n] or [repeats, n], with any numbers of repeats.
     """
-    of_first, of_second = (
-        _Bootstrap(labels, rows, groups, num_labels, num_samples, seed).metric(metric, positive_labels)
-        for rows in (first, second)
-    )
-    differences = (after - before for before, after in zip(of_first, of_second, strict=True))
-    return _accelerated_interval(*differences)
+    before, after = (_metric_of(truth, _resample(truth, rows)) for rows in (first, second))
+    return _accelerated_interval(*(b - a for a, b in zip(before, after, strict=True)))
 
 
-def check_labels(
-    labels: np.ndarray,
-    groups: Sequence[Hashable],
-    label_names: Sequence[str],
-    positive_labels: Sequence[int],
-    source: str,
-) -> None:
+def check_labels(truth: Truth, label_names: Sequence[str], source: str) -> None:
     """Refuse labels on which no rule can be fitted and scored.
 
     Raises:
         InputError: a row without a label, a positive label without rows, or fewer than two dialogues.
     """
-    labels = np.asarray(labels)
-    if (labels < 0).any() or (labels >= len(label_names)).any():
-        raise InputError(
-            f"{source}: label: row {int(((labels < 0) | (labels >= len(label_names))).argmax())} has none"
-        )
-    empty = [label for label in positive_labels if not (labels == label).any()]
+    outside = (truth.labels < 0) | (truth.labels >= len(label_names))
+    if outside.any():
+        raise InputError(f"{source}: label: row {int(outside.argmax())} has none")
+    empty = [label for label in truth.positive_labels if label not in truth.labels]
     if empty:
-        raise InputError(
-            *(
-                f"{source}: label {label} ({label_names[label]}) has no row: its F1 is not defined"
-                for label in empty
-            )
-        )
-    if len(set(groups)) < 2:
+        problem = "has no row: its F1 is not defined"
+        raise InputError(*(f"{source}: label {label} ({label_names[label]}) {problem}" for label in empty))
+    if truth.num_groups < 2:
         raise InputError(f"{source}: dialogue_id: one dialogue only, cross-fitting needs two or more")
 
 
-def score_predictions(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    groups: Sequence[Hashable],
-    *,
-    num_labels: int,
-    positive_labels: Sequence[int],
-    seed: int = 42,
-) -> dict[str, Any]:
-    """Every score of DESIGN 9 and, under `interval`, its 95 % interval by bootstrap over dialogues.
+def score_predictions(truth: Truth, predictions: np.ndarray) -> dict[str, Any]:
+    """Every score of DESIGN 9 of predictions [n] or [repeats, n] and, under `interval`, its 95 % interval.
 
     `interval` is empty where all rows are of one dialogue.
-
-    Args:
-        labels: int [n].
-        predictions: int [n], or [repeats, n]: repeated cross-fitting; then each score is the mean over the repeats.
-        groups: dialogue ids [n].
     """
-    result = scores(labels, predictions, num_labels, positive_labels)
-    result["interval"] = {}
-    if len(set(groups)) < 2:
+    result = truth.scores(predictions) | {"interval": {}}
+    if truth.num_groups < 2:
         return result
-    drawn = _Bootstrap(labels, predictions, groups, num_labels, 2000, seed)
-    result["interval"] = {
-        name: list(_accelerated_interval(*drawn.metric(name, positive_labels))) for name in METRIC_NAMES
-    }
-    per_class = zip(
-        *(values.T for values in drawn.apply(lambda counts: term("macro_f1", *counts))), strict=True
-    )
+    drawn = _resample(truth, predictions)
+    for name in METRIC_NAMES:
+        result["interval"][name] = list(_accelerated_interval(*_metric_of(truth, drawn, name)))
+    per_class = zip(*(term("macro_f1", *counts).mean(axis=1).T for counts in drawn), strict=True)
     result["interval"]["f1_per_class"] = [list(_accelerated_interval(*values)) for values in per_class]
     return result
 

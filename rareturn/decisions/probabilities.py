@@ -41,29 +41,28 @@ def check_logits(logits: np.ndarray, source: str) -> None:
     """Refuse logits [n, c] from which no decision can be made.
 
     Raises:
-        InputError: no rows, a NaN or an infinite value, or logits that do not vary; the message names `source`.
+        InputError: no rows, a NaN or an infinite value, or logits that do not vary.
     """
     logits = np.asarray(logits)
     if logits.ndim != 2 or logits.shape[0] == 0 or logits.shape[1] < 2:
         raise InputError(f"{source}: logits have shape {list(logits.shape)}, expected [rows, labels >= 2]")
     bad = ~np.isfinite(logits).all(axis=1)
     if bad.any():
-        raise InputError(
-            f"{source}: logits: {bad.sum()} row(s) with NaN or infinity, first at row {int(bad.argmax())}"
-        )
+        problem = f"{bad.sum()} row(s) with NaN or infinity, first at row {int(bad.argmax())}"
+        raise InputError(f"{source}: logits: {problem}")
     if (logits == logits[:, :1]).all():
         raise InputError(f"{source}: logits: constant, every label has the same logit in every row")
     if (logits == logits[:1]).all() and len(logits) > 1:
         raise InputError(f"{source}: logits: constant, every row has the same logits")
 
 
-def check_weights(weights: Sequence[float], count: int) -> np.ndarray:
-    """Blend weights scaled to sum 1, float64 [count].
+def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
+    """Blend weights, equal ones for None, scaled to sum 1: float64 [count].
 
     Raises:
         InputError: another count, a negative or non-finite weight, or a sum of zero.
     """
-    array = np.asarray(weights, dtype=np.float64)
+    array = np.asarray([1.0] * count if weights is None else weights, dtype=np.float64)
     if array.shape != (count,):
         raise InputError(f"weights: {array.size} given for {count} run(s)")
     if not np.isfinite(array).all() or (array < 0).any():
@@ -76,21 +75,16 @@ def check_weights(weights: Sequence[float], count: int) -> np.ndarray:
 def blend(
     probabilities: Sequence[np.ndarray], weights: Sequence[float] | None = None, kind: str = "arithmetic"
 ) -> np.ndarray:
-    """Weighted mean of runs' probabilities.
+    """Weighted mean of runs' probabilities [n, c], float64 [n, c].
 
     Args:
-        probabilities: one array [n, c] a run.
         weights: one a run, scaled to sum 1; equal by default.
         kind: "arithmetic" (sum of w_r p_r) or "geometric" (exp of the sum of w_r log p_r, scaled to sum 1 a row).
 
-    Returns:
-        float64 [n, c].
-
     Raises:
         InputError: weights that `check_weights` refuses.
-        ValueError: an unknown kind.
     """
-    weights = check_weights([1.0] * len(probabilities) if weights is None else weights, len(probabilities))
+    weights = check_weights(weights, len(probabilities))
     used = [(weight, array) for weight, array in zip(weights, probabilities, strict=True) if weight > 0]
     if kind == "arithmetic":
         return sum(weight * np.asarray(array, dtype=np.float64) for weight, array in used)
@@ -131,15 +125,9 @@ def fit_temperature(
     logits: Sequence[np.ndarray],
     labels: np.ndarray,
     weights: Sequence[float] | None = None,
-    kind: str = "arithmetic",
+    kind: str = BLENDS[0],
 ) -> float:
-    """The one temperature, between 1/20 and 20, at which the runs' blend has the least log loss (Guo et al., 2017).
-
-    Args:
-        logits: one array [n, c] a run.
-        labels: int [n].
-        weights, kind: as in `blend`.
-    """
+    """The one temperature, between 1/20 and 20, at which the runs' blend has the least log loss (Guo et al., 2017)."""
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
@@ -151,11 +139,9 @@ def fit_temperature(
 
 
 def fit_vector(log_p: np.ndarray, labels: np.ndarray, penalty: float = 0.1) -> tuple[float, np.ndarray]:
-    """Vector scaling with one slope (Guo et al., 2017): a and b [c] of least log loss in softmax(a log p + b).
+    """Vector scaling with one slope (Guo et al., 2017): a and b [c] of least log loss in softmax(a log p + b) of log p [n, c].
 
     Args:
-        log_p: log probabilities [n, c].
-        labels: int [n].
         penalty: times the sum of b squared, beside a log loss summed over the rows. It bounds labels without rows.
     """
     from scipy.optimize import minimize

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from rareturn.decisions.metrics import SCORE_TOLERANCE, count_rows, term, term_weights
+from rareturn.decisions.metrics import SCORE_TOLERANCE, Truth, count_rows, term, term_weights
 from rareturn.decisions.probabilities import log_probabilities
 
 
 class Problem:
-    """Rows on which a rule is searched: log probabilities, labels, the metric and the class of the gate."""
+    """Rows on which a rule is searched: probabilities [n, c], the truth, and the class of the gate, if any."""
 
-    def __init__(
-        self,
-        probabilities: np.ndarray,
-        labels: np.ndarray,
-        positive_labels: Sequence[int],
-        metric: str,
-        protected_class: int | None = None,
-    ):
+    def __init__(self, probabilities: np.ndarray, truth: Truth, protected_class: int | None = None):
         self.probabilities = np.asarray(probabilities, dtype=np.float64)
         self.log_p = log_probabilities(self.probabilities)
-        self.labels = np.asarray(labels, dtype=np.int64)
-        self.positive_labels, self.metric, self.protected_class = positive_labels, metric, protected_class
+        self.truth, self.labels, self.metric = truth, truth.labels, truth.metric
+        self.protected_class = protected_class
         self.num_labels = self.log_p.shape[1]
         self.support = np.bincount(self.labels, minlength=self.num_labels).astype(np.float64)
-        self.term_weights = np.array(term_weights(metric, self.support, positive_labels))
+        self.term_weights = np.array(term_weights(truth.metric, self.support, truth.positive_labels))
         shares = self.support + 0.5
         self.log_prior = np.log(shares / shares.sum())
 
     def subset(self, rows: np.ndarray) -> Problem:
         """The problem on some rows."""
-        return Problem(
-            self.probabilities[rows],
-            self.labels[rows],
-            self.positive_labels,
-            self.metric,
-            self.protected_class,
-        )
+        return Problem(self.probabilities[rows], self.truth.subset(rows), self.protected_class)
 
     def score(self, bias: np.ndarray, threshold: float | None = None) -> float:
         """The metric of a rule on these rows."""
@@ -66,9 +51,8 @@ class Problem:
                 np.add(columns[label], block[:, label : label + 1], out=values)
                 np.greater(values, best, out=better)
                 np.maximum(best, values, out=best)
-                np.maximum(
-                    predictions, better * code(label), out=predictions
-                )  # labels ascend: the last one stands
+                # Labels ascend: the last one stands.
+                np.maximum(predictions, better * code(label), out=predictions)
             hits, predicted = np.empty((2, len(block), self.num_labels))
             for label in range(self.num_labels):
                 chosen = predictions == label
@@ -80,11 +64,7 @@ class Problem:
 
 
 def _sweep_scores(
-    problem: Problem,
-    labels: np.ndarray,
-    origin: np.ndarray,
-    target: int,
-    counts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    problem: Problem, labels: np.ndarray, origin: np.ndarray, target: int, counts: np.ndarray
 ) -> np.ndarray:
     """Scores after moving 0, 1, … m rows, in the order given, from the label `origin` that predicts them to `target`.
 
@@ -93,7 +73,7 @@ def _sweep_scores(
 
     Args:
         labels, origin: of the rows that move, in order, [m]; no origin is `target`.
-        counts: hits, support and predicted before the first move, [c] each.
+        counts: hits, support and predicted before the first move, [3, c].
 
     Returns:
         float64 [m + 1].
@@ -103,8 +83,7 @@ def _sweep_scores(
     moved = np.arange(len(labels) + 1.0)
     moved_hits = np.concatenate([[0.0], np.cumsum(labels == target)])
     gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
-    # Grouped by origin, each group in order: what a label has lost is a cumulative sum less its value at the group's
-    # start.
+    # Grouped by origin, each in order: what a label has lost is a cumulative sum less its value at the group's start.
     grouped = np.argsort(origin.astype(np.int16), kind="stable")
     own = origin[grouped]
     lost_hits = (labels[grouped] == own).astype(np.float64)
@@ -159,12 +138,11 @@ def _sweep_bias(
     origin = others.argmax(axis=1)
     breakpoints = others[np.arange(len(origin)), origin] - log_p[:, label]
     del others
-    hits, _, predicted = count_rows(labels, origin, problem.num_labels)
+    counts = count_rows(labels, origin, problem.num_labels)
     if threshold is not None:
-        hits[protected] += (gated_labels == protected).sum()
-        predicted[protected] += len(gated_labels)
+        counts += count_rows(gated_labels, np.full_like(gated_labels, protected), problem.num_labels)
     order = np.argsort(breakpoints)
-    swept = _sweep_scores(problem, labels[order], origin[order], label, (hits, problem.support, predicted))
+    swept = _sweep_scores(problem, labels[order], origin[order], label, counts)
     breakpoints = breakpoints[order]
     edges = np.concatenate([[breakpoints[0] - 2.0], breakpoints, [breakpoints[-1] + 2.0]])
     best = _best_interval(edges, swept)
@@ -173,8 +151,10 @@ def _sweep_bias(
 
 
 def sweep_threshold(problem: Problem, bias: np.ndarray) -> tuple[float | None, float]:
-    """Best threshold of the gate at this bias, and its score; None where having no gate is as good."""
+    """Best threshold of the gate at this bias, and its score; None where having no gate is as good, or it has no class."""
     protected = problem.protected_class
+    if protected is None:
+        return None, problem.score(bias)
     predictions = (problem.log_p + bias).argmax(axis=1)
     counts = count_rows(problem.labels, predictions, problem.num_labels)
     moving = np.flatnonzero(predictions != protected)
@@ -202,15 +182,17 @@ def ascend(
     idle = 0
     for step in range(max_rounds * num_coordinates):
         coordinate = step % num_coordinates
+        of_gate = coordinate == problem.num_labels
+        value, value_score = (
+            sweep_threshold(problem, bias) if of_gate else _sweep_bias(problem, bias, threshold, coordinate)
+        )
         idle += 1
-        if coordinate < problem.num_labels:
-            value, value_score = _sweep_bias(problem, bias, threshold, coordinate)
-            if value_score > current + SCORE_TOLERANCE:
-                bias[coordinate], current, idle = value, value_score, 0
-        else:
-            value, value_score = sweep_threshold(problem, bias)
-            if value_score > current + SCORE_TOLERANCE:
-                threshold, current, idle = value, value_score, 0
+        if value_score > current + SCORE_TOLERANCE:
+            current, idle = value_score, 0
+            if of_gate:
+                threshold = value
+            else:
+                bias[coordinate] = value
         if idle == num_coordinates:
             break
     return current, bias, threshold

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.rows import NO_LABEL, Row
-from rareturn.decisions.metrics import cohens_kappa, score, score_predictions
+from rareturn.decisions.metrics import Truth, cohens_kappa, score, score_predictions
 from rareturn.decisions.probabilities import probability_quality
 from rareturn.decisions.rules import Outcome, Rule, decide
 from rareturn.reports import figures
@@ -92,9 +92,9 @@ def score_test(
     if not known.any():
         return {}
     groups = [row.dialogue_id for row, use in zip(rows, known, strict=True) if use]
-    facts = {"num_labels": len(info["label_names"]), "positive_labels": info["positive_labels"], "seed": seed}
+    truth = Truth(labels[known], groups, len(info["label_names"]), info["positive_labels"], seed=seed)
     scores = {
-        stage: score_predictions(labels[known], of_stage[known], groups, **facts)
+        stage: score_predictions(truth, of_stage[known])
         for stage, of_stage in (("argmax", argmax), ("decision", predicted))
     }
     return {"test": {"rows": int(known.sum()), **scores}}

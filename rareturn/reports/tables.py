@@ -67,14 +67,7 @@ def measure_predictions(run: Run, predictions: np.ndarray, seed: int = 42) -> di
         predictions: int [n] or [repeats, n], in the row order of `run.oof`.
         seed: of the bootstrap.
     """
-    return score_predictions(
-        run.oof.label,
-        predictions,
-        run.oof.dialogue_id,
-        num_labels=run.num_labels,
-        positive_labels=run.positive_labels,
-        seed=seed,
-    )
+    return score_predictions(run.truth(seed=seed), predictions)
 
 
 def measure_run(run: Run) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.folds import read_folds
+from rareturn.decisions.metrics import Truth
 from rareturn.errors import InputError
 from rareturn.files import read_json
 from rareturn.runs.publish import pull_run
@@ -50,6 +51,12 @@ class Run:
     @property
     def positive_labels(self) -> list[int]:
         return self.info["positive_labels"]
+
+    def truth(self, metric: str = "macro_f1_positive", seed: int = 42) -> Truth:
+        """What predictions of the out-of-fold rows are scored against."""
+        return Truth(
+            self.oof.label, self.oof.dialogue_id, self.num_labels, self.positive_labels, metric, seed
+        )
 
 
 def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run:
