@@ -125,10 +125,10 @@ def load_rows(
         fields = _fields(record, columns)
         found = list(_field_problems(fields, label_guide, require_labels))
         name = f"row {number}" if any(field == "id" for field, _ in found) else fields["id"]
-        if not found and name in seen:
-            found.append(("id", "duplicate id"))
         problems += [f"{where}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
         if not found:
+            if name in seen:
+                problems.append(f"{where}: {name}: {columns.id}: duplicate id")
             seen.add(name)
             turns = (Turn(turn["text"], turn["speaker"]) for turn in fields["dialogue"])
             turns = tuple(shared.setdefault(turn, turn) for turn in turns)
