@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Columns, DataArguments, Row, load_rows
+from rareturn.data.variants import augment_text
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -86,8 +86,6 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
 
 def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     """At most `k` variants of the source, the selected row of that running number."""
-    from rareturn.data.variants import augment_text
-
     *context, target = source.turns
     texts = augment_text(target.text, number, k, f"{seed}/{source.id}")
     turns = [(*context, target._replace(text=text)) for text in texts]
@@ -97,23 +95,21 @@ def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     ]
 
 
-def to_record(row: Row, columns: Columns) -> dict[str, Any]:
-    return {
-        columns.id: row.id,
-        columns.dialogue_id: row.dialogue_id,
-        columns.dialogue: [turn._asdict() for turn in row.turns],
-        columns.current_text: row.turns[-1].text,
-        columns.label: row.label,
-        "augmented_from": row.augmented_from,
-    }
-
-
 def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
     """The output file; equal rows give equal bytes."""
-    records = [to_record(row, columns) for row in rows]
+    records = [
+        {
+            columns.id: row.id,
+            columns.dialogue_id: row.dialogue_id,
+            columns.dialogue: [turn._asdict() for turn in row.turns],
+            columns.current_text: row.turns[-1].text,
+            columns.label: row.label,
+            "augmented_from": row.augmented_from,
+        }
+        for row in rows
+    ]
     if suffix == ".jsonl":
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    import pyarrow
     import pyarrow.parquet
 
     sink = pyarrow.BufferOutputStream()
