@@ -87,12 +87,9 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
 def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     """At most `k` variants of the source, the selected row of that running number."""
     *context, target = source.turns
-    texts = augment_text(target.text, number, k, f"{seed}/{source.id}")
-    turns = [(*context, target._replace(text=text)) for text in texts]
-    return [
-        replace(source, id=f"{source.id}#aug{j}", turns=changed, augmented_from=source.id)
-        for j, changed in enumerate(turns)
-    ]
+    texts = enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}"))
+    turns = {f"{source.id}#aug{j}": (*context, target._replace(text=text)) for j, text in texts}
+    return [replace(source, id=name, turns=said, augmented_from=source.id) for name, said in turns.items()]
 
 
 def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
@@ -123,17 +120,14 @@ def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, 
 
     before = Counter(row.label for row in rows)
     added = Counter(source.label for source, found in made for _ in found)
-    cells = [
-        (f"{label.number} {label.name}", before[label.number], added[label.number]) for label in guide.labels
-    ]
+    cells = [(f"{number} {name}", before[number], added[number]) for number, name in enumerate(guide.names)]
     cells.append(("total", before.total(), added.total()))
     lines = [(name, str(had), str(new), str(had + new)) for name, had, new in cells]
     table = Table("Rows before and after", ("label", "before", "variants", "after"), lines)
     few = [f"{source.id} ({len(found)})" for source, found in made if len(found) < k]
-    listed = (
-        (": " if few else "") + ", ".join(few[:20]) + (f" and {len(few) - 20} more" if len(few) > 20 else "")
-    )
-    return f"{table.text()}\n{len(few)} of {len(made)} sources gave fewer than {k} variants{listed}"
+    listed = f": {', '.join(few[:20])}" if few else ""
+    more = f" and {len(few) - 20} more" if len(few) > 20 else ""
+    return f"{table.text()}\n{len(few)} of {len(made)} sources gave fewer than {k} variants{listed}{more}"
 
 
 def card(rows: Sequence[Row], guide: LabelGuide) -> str:
@@ -152,21 +146,14 @@ def card(rows: Sequence[Row], guide: LabelGuide) -> str:
 
 
 def push(rows: Sequence[Row], kept_in: str, columns: Columns, hub: HubArguments, guide: LabelGuide) -> None:
-    """Push the variants, and nothing else, as a dataset; `load_rows` and `datasets.load_dataset` read it.
-
-    Raises:
-        InputError: a name that no repo can have.
-        PushError: the Hub does not take it; the output file stays.
-    """
+    """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
     from rareturn.runs.references import check_name
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    files = {
-        "augmented.parquet": file_bytes(rows, columns, ".parquet"),
-        "README.md": card(rows, guide).encode(),
-    }
+    table, readme = file_bytes(rows, columns, ".parquet"), card(rows, guide).encode()
+    files = {"augmented.parquet": table, "README.md": readme}
     options = {"repo_type": "dataset", "private": hub.hub_private_repo}
     sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", kept_in=kept_in, **options)
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")

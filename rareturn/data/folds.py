@@ -33,7 +33,7 @@ FOLD_GROUPS = get_args(FoldGroups)
 
 
 class FoldsFile(BaseModel):
-    """What a `folds.json` holds: how the folds were made, and the fold of each row."""
+    """What a `folds.json` holds: how the folds were made, and the fold of each row by its id."""
 
     num_folds: Annotated[StrictInt, Field(ge=2)]
     fold_seed: StrictInt
@@ -152,13 +152,9 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         return load_rows(source, guide, columns=arguments.columns, **options) if source else []
 
     originals = read(arguments.train_file)
-    problems = [
-        f"{arguments.train_file}: {row.id}: augmented_from: variants belong in --augmented_file"
-        for row in originals
-        if row.augmented_from
-    ]
-    if problems:
-        raise InputError(*problems)
+    misplaced = "augmented_from: variants belong in --augmented_file"
+    if variants := [row.id for row in originals if row.augmented_from]:
+        raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = read(arguments.augmented_file, sources_of_augmented=originals)
     test = read(arguments.test_file, require_labels=False, split="test")
     path = run_dir / "folds.json"
@@ -256,11 +252,7 @@ def limit_rows(rows: Sequence[Row], max_samples: int | None) -> list[Row]:
 
 
 def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int]:
-    """Label numbers from words such as `1-8` or `2`; all labels for None.
-
-    Raises:
-        InputError: a word that is neither, a label outside the guide, or a scope of fewer than two labels.
-    """
+    """Two or more label numbers of the guide from words such as `1-8` or `2`; all labels for None."""
     if scope is None:
         return set(guide.numbers)
     labels: set[int] = set()
@@ -282,11 +274,7 @@ def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
 
 
 def read_folds(path: str | os.PathLike) -> dict[str, Any]:
-    """What a `folds.json` holds: `num_folds`, `fold_seed`, `fold_groups`, and `folds` (row id to fold).
-
-    Raises:
-        InputError: unreadable, or one line for each key that is missing or wrong.
-    """
+    """A `FoldsFile` as a dict; an InputError has a line for each key that is missing or wrong."""
     return check_content(FoldsFile, read_json(path), str(path)).model_dump()
 
 
@@ -308,10 +296,7 @@ def write_folds(run_dir: str | os.PathLike, folds: Mapping[str, int], **split: A
     counts, as long as it covers the same rows.
 
     Args:
-        split: `num_folds`, `fold_seed` and `fold_groups`, as `FoldDataArguments.split` has them.
-
-    Raises:
-        InputError: the file covers other rows, or was made with another split.
+        split: as `FoldDataArguments.split` has it; a file of another split, or of other rows, is an InputError.
     """
     path = Path(run_dir) / "folds.json"
     write_json(path, {**split, "folds": dict(folds)}, overwrite=False)

@@ -44,7 +44,6 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         license, language, dataset: of the corpus, in the Hub's words; None where the guide does not say.
-        speakers: the speakers that a turn may have.
         target_speaker: the speaker whose turns are classified.
         positive: the labels that the macro scores average over; all of them by default.
         protected: the label that a decision's gate protects (the majority class), or None.
@@ -132,11 +131,7 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 
 def load_label_guide(path: str | os.PathLike) -> LabelGuide:
-    """Read a label guide; a relative path is looked up here first, then among the guides of this project.
-
-    Raises:
-        InputError: no such file, or a guide that `parse_label_guide` refuses.
-    """
+    """Read and check a guide; a relative path is looked up here first, then among the guides of this project."""
     place = Path(path)
     if not place.is_absolute() and not place.exists():
         place = packaged(place)
@@ -150,9 +145,5 @@ def load_label_guide(path: str | os.PathLike) -> LabelGuide:
 
 
 def parse_label_guide(content: Any, where: str) -> LabelGuide:
-    """Check a guide's content (from YAML, or from a run's or a bundle's JSON).
-
-    Raises:
-        InputError: one line for each key that is missing, unknown or wrong.
-    """
+    """Check a guide's content, from YAML, a run or a bundle; an InputError has a line for each bad key."""
     return check_content(LabelGuide, content, where)

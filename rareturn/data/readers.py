@@ -77,10 +77,8 @@ def _read_json(path: Path) -> Iterator[Any]:
 
 
 def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """A JSON file in pieces that cut no escape, with U+FFFE for each half of a character (a lone surrogate).
-
-    ijson's parser would turn it into "?" without a word; a text that holds U+FFFE is refused with its row.
-    """
+    """A JSON file in pieces that cut no escape. U+FFFE, which is refused with its row, stands for each half of a
+    character (a lone surrogate), of which ijson would silently make "?"."""
     while piece := file.read(1 << 16):
         while b"\\" in piece[-12:] and (more := file.read(1 << 6)):
             piece += more

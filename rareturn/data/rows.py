@@ -6,7 +6,6 @@ A row is one utterance to classify (the target, the last turn) with the turns be
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
@@ -60,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of a row's fields in the file."""
+    """What a file calls the fields of a row."""
 
     id: str = "id"
     dialogue_id: str = "dialogue_id"
@@ -86,8 +85,7 @@ class DataArguments:
 
     @property
     def columns(self) -> Columns:
-        names = (item.name for item in dataclasses.fields(Columns))
-        return Columns(**{name: getattr(self, f"{name}_column") for name in names})
+        return Columns(**{name: getattr(self, f"{name}_column") for name in vars(Columns())})
 
 
 def load_rows(
@@ -154,7 +152,7 @@ def _augmentation_problems(
                 yield f"{place}: augmented_from: missing in a file of augmented rows"
             continue
         source = origin.get(row.augmented_from)
-        if source is None or source.augmented_from is not None:
+        if source is None or source.augmented_from:
             yield f"{place}: augmented_from: no original row {row.augmented_from!r}"
         elif source.dialogue_id != row.dialogue_id:
             there = f"{row.augmented_from!r} is in dialogue {source.dialogue_id!r}"
