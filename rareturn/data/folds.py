@@ -143,7 +143,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     Raises:
         InputError: what `load_rows`, `read_folds` and `check_folds` refuse; a variant among the originals.
     """
-    if arguments.train_file is None:
+    if not arguments.train_file:
         raise InputError("--train_file is missing; give it here or in the recipe")
     guide = load_label_guide(arguments.label_guide)
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
@@ -214,8 +214,7 @@ def check_folds(
         where: what error lines begin with: the file that the folds come from.
 
     Raises:
-        InputError: a row without a fold, a fold of an unknown or augmented row, a dialogue in two folds, an empty
-            fold, or a class that is missing from a training part.
+        InputError: folds of other rows, a dialogue in two folds, an empty fold, a class that no model is trained on.
     """
     originals = [row for row in rows if row.augmented_from is None]
     _check_coverage([row.id for row in originals], folds, where)
