@@ -19,11 +19,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Columns, DataArguments, Row, load_rows
+from rareturn.data.variants import augment_text
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -45,16 +45,13 @@ The rows hold dialogue text, so the licence of the source data applies to them.
 class ScriptArguments:
     _argument_group_name = "Augmentation"
 
-    train_file: str = flag(
-        REQUIRED, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
-    )
+    train_file: str = flag(REQUIRED, "Labelled rows: file, folder or Hub dataset ORG/NAME[:path][@revision].")
     output_file: str = flag("augmented.jsonl", "Where the variants go: .jsonl or .parquet.")
     labels: list[str] = flag(
-        ["rare"],
-        "Numbers of the labels to augment, or the word rare: those with fewer rows than --rare_below.",
+        ["rare"], "Label numbers, or the word rare: those with fewer rows than --rare_below."
     )
     rare_below: int = flag(
-        90, "A label with fewer rows is rare. 90 gives the paper's labels 2, 4, 5 and 8, without 3."
+        90, "A label of fewer rows is rare. 90 gives the paper's labels 2, 4, 5 and 8, without 3."
     )
     k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
     seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
@@ -63,26 +60,21 @@ class ScriptArguments:
         if self.k < 1:
             raise ValueError(f"--k must be at least 1, not {self.k}")
         if self.labels != ["rare"] and not all(label.isdecimal() for label in self.labels):
-            raise ValueError(
-                f"--labels takes label numbers, or the one word rare, not {' '.join(self.labels)}"
-            )
+            given = " ".join(self.labels)
+            raise ValueError(f"--labels takes label numbers, or the one word rare, not {given}")
         if Path(self.output_file).suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"--output_file must end with .jsonl or .parquet, not {self.output_file}")
 
 
 def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: LabelGuide) -> list[int]:
-    """The labels to augment, ascending.
-
-    Raises:
-        InputError: a label outside the guide, or none that has a row.
-    """
+    """The labels to augment; an InputError where one is outside the guide, or has no row."""
     counts = Counter(row.label for row in rows)
     if arguments.labels == ["rare"]:
         labels = [label for label in guide.numbers if 0 < counts[label] < arguments.rare_below]
         if not labels:
             raise InputError(f"{arguments.train_file}: no label has fewer than {arguments.rare_below} rows")
         return labels
-    labels = sorted({int(label) for label in arguments.labels})
+    labels = sorted(set(map(int, arguments.labels)))
     unknown = [
         f"--labels: {label} is not in the label guide" for label in labels if label not in guide.numbers
     ]
@@ -94,37 +86,27 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
 
 def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     """At most `k` variants of the source, the selected row of that running number."""
-    from rareturn.data.variants import augment_text
-
-    target = source.turns[-1]
-    return [
-        replace(
-            source,
-            id=f"{source.id}#aug{j}",
-            turns=(*source.turns[:-1], target._replace(text=text)),
-            augmented_from=source.id,
-        )
-        for j, text in enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}"))
-    ]
-
-
-def to_record(row: Row, columns: Columns) -> dict[str, Any]:
-    return {
-        columns.id: row.id,
-        columns.dialogue_id: row.dialogue_id,
-        columns.dialogue: [turn._asdict() for turn in row.turns],
-        columns.current_text: row.turns[-1].text,
-        columns.label: row.label,
-        "augmented_from": row.augmented_from,
-    }
+    *context, target = source.turns
+    texts = enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}"))
+    turns = {f"{source.id}#aug{j}": (*context, target._replace(text=text)) for j, text in texts}
+    return [replace(source, id=name, turns=said, augmented_from=source.id) for name, said in turns.items()]
 
 
 def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
     """The output file; equal rows give equal bytes."""
-    records = [to_record(row, columns) for row in rows]
+    records = [
+        {
+            columns.id: row.id,
+            columns.dialogue_id: row.dialogue_id,
+            columns.dialogue: [turn._asdict() for turn in row.turns],
+            columns.current_text: row.turns[-1].text,
+            columns.label: row.label,
+            "augmented_from": row.augmented_from,
+        }
+        for row in rows
+    ]
     if suffix == ".jsonl":
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    import pyarrow
     import pyarrow.parquet
 
     sink = pyarrow.BufferOutputStream()
@@ -137,20 +119,15 @@ def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, 
     from rareturn.reports.tables import Table
 
     before = Counter(row.label for row in rows)
-    added = Counter(variant.label for _, found in made for variant in found)
-    cells = [
-        (f"{label.number} {label.name}", before[label.number], added[label.number]) for label in guide.labels
-    ]
-    cells.append(("total", len(rows), added.total()))
-    table = Table(
-        "Rows before and after",
-        ("label", "before", "variants", "after"),
-        [(name, str(had), str(new), str(had + new)) for name, had, new in cells],
-    )
+    added = Counter(source.label for source, found in made for _ in found)
+    cells = [(f"{number} {name}", before[number], added[number]) for number, name in enumerate(guide.names)]
+    cells.append(("total", before.total(), added.total()))
+    lines = [(name, str(had), str(new), str(had + new)) for name, had, new in cells]
+    table = Table("Rows before and after", ("label", "before", "variants", "after"), lines)
     few = [f"{source.id} ({len(found)})" for source, found in made if len(found) < k]
-    listed = ", ".join(few[:20]) + (f" and {len(few) - 20} more" if len(few) > 20 else "")
-    line = f"{len(few)} of {len(made)} sources gave fewer than {k} variants"
-    return f"{table.text()}\n{line}" + (f": {listed}" if few else "")
+    listed = f": {', '.join(few[:20])}" if few else ""
+    more = f" and {len(few) - 20} more" if len(few) > 20 else ""
+    return f"{table.text()}\n{len(few)} of {len(made)} sources gave fewer than {k} variants{listed}{more}"
 
 
 def card(rows: Sequence[Row], guide: LabelGuide) -> str:
@@ -168,29 +145,17 @@ def card(rows: Sequence[Row], guide: LabelGuide) -> str:
     return str(DatasetCard.from_template(data, template_str=CARD, corpus=guide.dataset, **numbers)) + "\n"
 
 
-def push(
-    rows: Sequence[Row], arguments: ScriptArguments, data: DataArguments, hub: HubArguments, guide: LabelGuide
-) -> None:
-    """Push the variants, and nothing else, as a dataset; `load_rows` and `datasets.load_dataset` read it.
-
-    Raises:
-        InputError: a name that no repo can have.
-        PushError: the Hub does not take it; the output file stays.
-    """
+def push(rows: Sequence[Row], kept_in: str, columns: Columns, hub: HubArguments, guide: LabelGuide) -> None:
+    """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
     from rareturn.runs.references import check_name
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    table = file_bytes(rows, data.columns, ".parquet")
-    sha = push_files(
-        repo_id,
-        {"augmented.parquet": table, "README.md": card(rows, guide).encode()},
-        message=f"{len(rows)} augmented rows",
-        kept_in=arguments.output_file,
-        repo_type="dataset",
-        private=hub.hub_private_repo,
-    )
+    table, readme = file_bytes(rows, columns, ".parquet"), card(rows, guide).encode()
+    files = {"augmented.parquet": table, "README.md": readme}
+    options = {"repo_type": "dataset", "private": hub.hub_private_repo}
+    sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", kept_in=kept_in, **options)
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")
 
 
@@ -202,45 +167,35 @@ def main() -> None:
     # Data
     guide = load_label_guide(data.label_guide)
     if guide.language and guide.language.lower().split("-")[0] not in ("en", "eng", "english"):
-        raise InputError(
-            f"{data.label_guide}: language: {guide.language!r}, but the patterns of augment.py are English"
-        )
-    rows = load_rows(arguments.train_file, guide, columns=data.columns)
+        but = "but the patterns of augment.py are English"
+        raise InputError(f"{data.label_guide}: language: {guide.language!r}, {but}")
+    train_file, output_file = arguments.train_file, arguments.output_file
+    rows = load_rows(train_file, guide, columns=data.columns)
     originals = [row for row in rows if row.augmented_from is None]
     if hub.push_only:
-        variants = load_rows(
-            arguments.output_file, guide, columns=data.columns, sources_of_augmented=originals
-        )
-        push(variants, arguments, data, hub, guide)
-        return
+        variants = load_rows(output_file, guide, columns=data.columns, sources_of_augmented=originals)
+        return push(variants, output_file, data.columns, hub, guide)
     labels = selected_labels(arguments, originals, guide)
     sources = [row for row in originals if row.label in labels]
 
     # Variants
-    made = [
-        (source, variants_of(source, number, arguments.k, arguments.seed))
-        for number, source in enumerate(sources)
-    ]
+    numbered = enumerate(sources)
+    made = [(source, variants_of(source, number, arguments.k, arguments.seed)) for number, source in numbered]
     variants = [variant for _, found in made for variant in found]
     taken = sorted({row.id for row in rows} & {variant.id for variant in variants})
     if taken:
-        raise InputError(
-            *(f"{arguments.train_file}: {name}: the file has this variant already" for name in taken)
-        )
+        raise InputError(*(f"{train_file}: {name}: the file has this variant already" for name in taken))
     if not variants:
-        raise InputError(
-            f"{arguments.train_file}: no pattern finds anything to change in {len(sources)} rows"
-        )
+        raise InputError(f"{train_file}: no pattern finds anything to change in {len(sources)} rows")
 
     # Save
-    content = file_bytes(variants, data.columns, Path(arguments.output_file).suffix)
-    write_bytes(arguments.output_file, content)
+    write_bytes(output_file, file_bytes(variants, data.columns, Path(output_file).suffix))
     print(summary(originals, made, arguments.k, guide))
-    print(f"wrote {len(variants)} variants to {arguments.output_file}")
+    print(f"wrote {len(variants)} variants to {output_file}")
 
     # Push
     if hub.push_to_hub:
-        push(variants, arguments, data, hub, guide)
+        push(variants, output_file, data.columns, hub, guide)
 
 
 if __name__ == "__main__":

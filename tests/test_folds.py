@@ -11,16 +11,14 @@ from tiny_models import make_tokenizer
 
 from rareturn.data.folds import (
     FoldDataArguments,
+    RunData,
     assign_folds,
     check_folds,
-    folds_fingerprint,
-    held_out_part,
     label_counts,
     limit_rows,
     parse_label_scope,
     read_folds,
     read_run_data,
-    training_part,
     write_folds,
 )
 from rareturn.data.label_guide import load_label_guide
@@ -53,12 +51,13 @@ def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups
     assert folds == assign_folds(demo, 5, fold_seed, fold_groups)
     variants = with_variants(demo)
     rows = demo + variants
+    data = RunData(GUIDE, demo, variants, [], folds, list(range(9)))
     check_folds(rows, folds, 5, fold_groups)
-    held_out = [row.id for fold in range(5) for row in held_out_part(rows, folds, fold)]
+    held_out = [row.id for fold in range(5) for row in data.held_out_part(fold)]
     assert Counter(held_out) == Counter(row.id for row in demo)
     trained_on = Counter()
     for fold in range(5):
-        train, judged = training_part(rows, folds, fold), held_out_part(rows, folds, fold)
+        train, judged = data.training_part(fold), data.held_out_part(fold)
         judged_ids = {row.id for row in judged}
         assert not judged_ids & {row.augmented_from or row.id for row in train}
         assert {row.label for row in train} == set(range(9))
@@ -163,12 +162,6 @@ def test_all_problems_of_a_folds_file_are_said_at_once(changes, problems, tmp_pa
     with pytest.raises(InputError) as caught:
         read_folds(path)
     assert caught.value.lines() == [f"{path}: {problem}" for problem in problems]
-
-
-def test_the_fingerprint_of_folds_sees_every_fold_and_not_the_order():
-    fingerprint = folds_fingerprint({"a": 0, "b": 1})
-    assert fingerprint == folds_fingerprint({"b": 1, "a": 0})
-    assert len({fingerprint, folds_fingerprint({"a": 1, "b": 0}), folds_fingerprint({"a": 0})}) == 3
 
 
 def test_few_turns_need_no_word_about_the_stride():

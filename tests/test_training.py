@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import run_classification
 from rareturn.command_line import parse_arguments
-from rareturn.data.folds import assign_folds, held_out_part
+from rareturn.data.folds import assign_folds
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import load_rows
@@ -214,7 +214,7 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
 
     rows = load_rows(TRAIN, GUIDE)
     folds = assign_folds(rows, 3, 42)
-    held_out = held_out_part(rows, folds, 0)
+    held_out = [row for row in rows if folds[row.id] == 0]
     table = read_table(run_dir / "oof/fold-0.parquet")
     assert table.id == [row.id for row in held_out] and table.label.tolist() == [
         row.label for row in held_out
@@ -269,7 +269,8 @@ def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, po
     assert model_type == {"native": "bert", "mean": "segment_mean_classifier"}[pooling]
     base = find_base_model(encoder, pooling=pooling)
     model = load_trained(base, adapter, GUIDE.names, 0).eval()
-    rows = held_out_part(load_rows(TRAIN, GUIDE), assign_folds(load_rows(TRAIN, GUIDE), 3, 42), 0)[:5]
+    folds = assign_folds(load_rows(TRAIN, GUIDE), 3, 42)
+    rows = [row for row in load_rows(TRAIN, GUIDE) if folds[row.id] == 0][:5]
     tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=48).render(rows)
     collate = RowBatches(0, 1, 1, 1, segment_name(base, tokenizer)).collate

@@ -5,13 +5,13 @@ A fold is held out, its rows judged by a model of the others. Runs that share `f
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ FOLD_GROUPS = get_args(FoldGroups)
 
 
 class FoldsFile(BaseModel):
-    """What a `folds.json` holds: how the folds were made, and the fold of each row."""
+    """What a `folds.json` holds: how the folds were made, and the fold of each row by its id."""
 
     num_folds: Annotated[StrictInt, Field(ge=2)]
     fold_seed: StrictInt
@@ -58,10 +58,10 @@ class FoldDataArguments(DataArguments):
     _argument_group_name = "Rows, folds and window"
 
     train_file: str | None = flag(
-        None, "Labelled rows: a file, a folder, or a Hub dataset ORG/NAME[:path][@revision]."
+        None, "Labelled rows: file, folder or Hub dataset ORG/NAME[:path][@revision]."
     )
     augmented_file: str | None = flag(
-        None, "Variants made by augment.py; one is trained on only where its source is."
+        None, "Variants by augment.py; one is trained on only where its source is."
     )
     test_file: str | None = flag(None, "Rows to predict; labels are optional.")
     num_folds: int = flag(5, "Folds of the run; 5 as in the paper.")
@@ -71,14 +71,11 @@ class FoldDataArguments(DataArguments):
         "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
         choices=list(FOLD_GROUPS),
     )
-    label_scope: list[str] | None = flag(
-        None, "Labels that a specialist is trained on, such as 1-8 or 1 2 3. Default: all."
-    )
+    label_scope: list[str] | None = flag(None, "Labels of a specialist, such as 1-8 or 1 2 3. Default: all.")
     max_turns: int = flag(30, "Turns that a row sees at most, its own included; 30 as in the paper.")
     max_seq_length: int = flag(
         1024,
-        "Tokens of a row at most; the oldest turns go first. 1024 as in the paper. (An encoder's probe: tokens of "
-        "a turn.)",
+        "Tokens of a row at most; the oldest turns go first. 1024 as in the paper. (An encoder's probe: of a turn.)",
     )
     window_stride: int = flag(
         10,
@@ -113,22 +110,25 @@ class RunData:
     scope: list[int]
 
     def training_part(self, fold: int) -> list[Row]:
-        """The rows within the scope that a fold's model is trained on, see `training_part`."""
-        part = training_part(self.originals + self.augmented, self.folds, fold)
-        return [row for row in part if row.label in self.scope]
+        """What a fold's model is trained on, within the scope: other folds' originals, and variants of those.
+
+        With `dialogue` folds a variant can never show a held-out dialogue. With `none` it may share its dialogue with
+        held-out rows, but never its source.
+        """
+        rows = [row for row in self.originals + self.augmented if row.label in self.scope]
+        return [row for row in rows if self.folds[row.augmented_from or row.id] != fold]
 
     def held_out_part(self, fold: int) -> list[Row]:
         """The original rows that a fold's model is judged on, of all labels."""
-        return held_out_part(self.originals, self.folds, fold)
+        return [row for row in self.originals if self.folds[row.id] == fold]
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says of the rows (DESIGN 6)."""
-        everything = self.scope == list(self.guide.numbers)
         return {
             "label_names": self.guide.names,
             "positive_labels": list(self.guide.positive),
             "protected_label": self.guide.protected,
-            "label_scope": None if everything else self.scope,
+            "label_scope": None if self.scope == list(self.guide.numbers) else self.scope,
             "label_guide": self.guide.to_dict(),
             "data_fingerprint": data_fingerprint(self.originals),
         }
@@ -143,25 +143,20 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     Raises:
         InputError: what `load_rows`, `read_folds` and `check_folds` refuse; a variant among the originals.
     """
-    if arguments.train_file is None:
+    if not arguments.train_file:
         raise InputError("--train_file is missing; give it here or in the recipe")
     guide = load_label_guide(arguments.label_guide)
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
-    read = {"label_guide": guide, "columns": arguments.columns}
-    originals = load_rows(arguments.train_file, **read)
-    problems = [
-        f"{arguments.train_file}: {row.id}: augmented_from: variants belong in --augmented_file"
-        for row in originals
-        if row.augmented_from
-    ]
-    if problems:
-        raise InputError(*problems)
-    augmented: list[Row] = []
-    if arguments.augmented_file:
-        augmented = load_rows(arguments.augmented_file, **read, sources_of_augmented=originals)
-    test: list[Row] = []
-    if arguments.test_file:
-        test = load_rows(arguments.test_file, **read, require_labels=False, split="test")
+
+    def read(source: str | None, **options: Any) -> list[Row]:
+        return load_rows(source, guide, columns=arguments.columns, **options) if source else []
+
+    originals = read(arguments.train_file)
+    misplaced = "augmented_from: variants belong in --augmented_file"
+    if variants := [row.id for row in originals if row.augmented_from]:
+        raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
+    augmented = read(arguments.augmented_file, sources_of_augmented=originals)
+    test = read(arguments.test_file, require_labels=False, split="test")
     path = run_dir / "folds.json"
     if path.exists():
         folds, where = _folds_made_by(path, arguments.split), str(path)
@@ -196,21 +191,16 @@ def assign_folds(
     for label in np.unique(labels):
         count = len(set(groups[labels == label]))
         if count < num_folds:
-            logger.warning(
-                f"label {label} is in {count} {unit} only, fewer than {num_folds} folds: some folds lack it"
-            )
-    splitter_class = StratifiedGroupKFold if by_dialogue else StratifiedKFold
-    splitter = splitter_class(num_folds, shuffle=True, random_state=fold_seed)
-    folds: dict[str, int] = {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+            few = f"label {label} is in {count} {unit} only, fewer than {num_folds} folds: some folds lack it"
+            logger.warning(few)
+    make = StratifiedGroupKFold if by_dialogue else StratifiedKFold
+    splitter = make(num_folds, shuffle=True, random_state=fold_seed)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         try:
-            parts = list(splitter.split(np.zeros(len(rows)), labels, groups if by_dialogue else None))
+            parts = list(splitter.split(labels, labels, groups))
         except ValueError as error:
             raise InputError(f"cannot make {num_folds} folds: {first_line(error)}") from None
-    for fold, (_, held_out) in enumerate(parts):
-        folds.update((rows[index].id, fold) for index in held_out)
-    return folds
+    return {rows[index].id: fold for fold, (_, held_out) in enumerate(parts) for index in held_out}
 
 
 def check_folds(
@@ -224,26 +214,22 @@ def check_folds(
         where: what error lines begin with: the file that the folds come from.
 
     Raises:
-        InputError: a row without a fold, a fold of an unknown or augmented row, a dialogue in two folds, an empty
-            fold, or a class that is missing from a training part.
+        InputError: folds of other rows, a dialogue in two folds, an empty fold, a class that no model is trained on.
     """
     originals = [row for row in rows if row.augmented_from is None]
     _check_coverage([row.id for row in originals], folds, where)
     problems = []
-    if fold_groups == "dialogue":
-        fold_of_dialogue: dict[str, int] = {}
-        for row in originals:
-            if fold_of_dialogue.setdefault(row.dialogue_id, folds[row.id]) != folds[row.id]:
-                problems.append(f"{where}: dialogue {row.dialogue_id!r} is in two folds")
+    fold_of_dialogue: dict[str, int] = {}
+    for row in originals if fold_groups == "dialogue" else []:
+        if fold_of_dialogue.setdefault(row.dialogue_id, folds[row.id]) != folds[row.id]:
+            problems.append(f"{where}: dialogue {row.dialogue_id!r} is in two folds")
     classes = {row.label for row in originals}
     for fold in range(num_folds):
         if fold not in folds.values():
             problems.append(f"{where}: fold {fold} is empty")
         missing = classes - {row.label for row in originals if folds[row.id] != fold}
-        problems += [
-            f"{where}: all rows of label {label} are in fold {fold}: nothing to train on"
-            for label in sorted(missing)
-        ]
+        lost = f"are in fold {fold}: nothing to train on"
+        problems += [f"{where}: all rows of label {label} {lost}" for label in sorted(missing)]
     if problems:
         raise InputError(*problems)
 
@@ -257,43 +243,15 @@ def _check_coverage(row_ids: Iterable[str], folds: Mapping[str, int], where: str
         raise InputError(*(f"{where}: row {line}; use another output_dir" for line in lines))
 
 
-def folds_fingerprint(folds: Mapping[str, int]) -> str:
-    """SHA-256 over the row ids and their folds in the order of the ids: tells two assignments apart."""
-    return hashlib.sha256(json.dumps(sorted(folds.items()), ensure_ascii=False).encode()).hexdigest()
-
-
-def training_part(rows: Sequence[Row], folds: dict[str, int], fold: int) -> list[Row]:
-    """The rows a fold's model is trained on: originals of the other folds, and variants whose source is among them.
-
-    With `dialogue` folds an augmented row can never show a held-out dialogue. With `none` it may share its dialogue
-    with held-out rows, but never its source.
-    """
-    return [row for row in rows if folds[row.augmented_from or row.id] != fold]
-
-
-def held_out_part(rows: Sequence[Row], folds: dict[str, int], fold: int) -> list[Row]:
-    """The original rows that a fold's model is judged on."""
-    return [row for row in rows if row.augmented_from is None and folds[row.id] == fold]
-
-
 def limit_rows(rows: Sequence[Row], max_samples: int | None) -> list[Row]:
     """At most `max_samples` rows (a smoke run), taken label by label in turn so that rare labels stay."""
-    if max_samples is None or len(rows) <= max_samples:
-        return list(rows)
-    seen: Counter[int] = Counter()
-    turns = []
-    for index, row in enumerate(rows):
-        turns.append((seen[row.label], row.label, index))
-        seen[row.label] += 1
-    return [rows[index] for index in sorted(index for *_, index in sorted(turns)[:max_samples])]
+    number = defaultdict(itertools.count)
+    turns = sorted((next(number[row.label]), row.label, index) for index, row in enumerate(rows))
+    return [rows[index] for index in sorted(index for *_, index in turns[:max_samples])]
 
 
 def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int]:
-    """Label numbers from words such as `1-8` or `2`; all labels for None.
-
-    Raises:
-        InputError: a word that is neither, a label outside the guide, or a scope of fewer than two labels.
-    """
+    """Two or more label numbers of the guide from words such as `1-8` or `2`; all labels for None."""
     if scope is None:
         return set(guide.numbers)
     labels: set[int] = set()
@@ -311,48 +269,35 @@ def parse_label_scope(scope: Sequence[str] | None, guide: LabelGuide) -> set[int
 
 def label_counts(rows: Iterable[Row], num_labels: int) -> np.ndarray:
     """Rows per label, shape (num_labels,)."""
-    return np.bincount([row.label for row in rows if row.label >= 0], minlength=num_labels).astype(np.int64)
+    return np.bincount([row.label for row in rows], minlength=num_labels)
 
 
 def read_folds(path: str | os.PathLike) -> dict[str, Any]:
-    """What a `folds.json` holds: `num_folds`, `fold_seed`, `fold_groups`, and `folds` (row id to fold).
-
-    Raises:
-        InputError: unreadable, or one line for each key that is missing or wrong.
-    """
+    """A `FoldsFile` as a dict; an InputError has a line for each key that is missing or wrong."""
     return check_content(FoldsFile, read_json(path), str(path)).model_dump()
 
 
 def _folds_made_by(path: Path, split: Mapping[str, Any]) -> dict[str, int]:
-    """The folds of a file that was made with the same number, seed and kind of folds.
-
-    Raises:
-        InputError: what `read_folds` refuses, or one line for each setting that differs.
-    """
+    """The folds of a file that must have been made with these settings; one line for each that differs."""
     present = read_folds(path)
-    problems = [
-        f"{path}: {key}: {present[key]!r} there, {wanted!r} asked for"
-        for key, wanted in split.items()
-        if present[key] != wanted
-    ]
-    if problems:
-        raise InputError(*problems)
+    differ = [key for key, wanted in split.items() if present[key] != wanted]
+    if differ:
+        raise InputError(
+            *(f"{path}: {key}: {present[key]!r} there, {split[key]!r} asked for" for key in differ)
+        )
     return present["folds"]
 
 
-def write_folds(
-    run_dir: str | os.PathLike, folds: Mapping[str, int], *, num_folds: int, fold_seed: int, fold_groups: str
-) -> dict[str, int]:
+def write_folds(run_dir: str | os.PathLike, folds: Mapping[str, int], **split: Any) -> dict[str, int]:
     """Write `folds.json` unless it is there, and return the folds to use: those of the file.
 
     A `folds.json` that is there already (another team's, copied, or this run's under another scikit-learn) is what
     counts, as long as it covers the same rows.
 
-    Raises:
-        InputError: the file covers other rows, or has another number, seed or kind of folds.
+    Args:
+        split: as `FoldDataArguments.split` has it; a file of another split, or of other rows, is an InputError.
     """
     path = Path(run_dir) / "folds.json"
-    split = {"num_folds": num_folds, "fold_seed": fold_seed, "fold_groups": fold_groups}
     write_json(path, {**split, "folds": dict(folds)}, overwrite=False)
     present = _folds_made_by(path, split)
     _check_coverage(folds, present, str(path))

@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    StrictStr,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, StrictInt, StrictStr, ValidationInfo, field_validator
 
 from rareturn.errors import InputError
 from rareturn.files import check_content, packaged
@@ -40,28 +31,23 @@ Text = Annotated[Definition, AfterValidator(_not_empty)]
 Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty)]
 
 
-class Label(BaseModel):
+class Label(BaseModel, frozen=True, extra="forbid"):
     """A class: its number in the rows, its name, and one sentence for the prompt."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: StrictInt
     name: Name
     definition: Definition
 
 
-class LabelGuide(BaseModel):
+class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     """What the task is and which labels there are. Label numbers are 0 … n-1 and double as class indices.
 
     Attributes:
         license, language, dataset: of the corpus, in the Hub's words; None where the guide does not say.
-        speakers: the speakers that a turn may have.
         target_speaker: the speaker whose turns are classified.
         positive: the labels that the macro scores average over; all of them by default.
         protected: the label that a decision's gate protects (the majority class), or None.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # A field's check sees the fields above it, so the order matters.
     task: Text
@@ -83,9 +69,9 @@ class LabelGuide(BaseModel):
         if name is None and len(speakers) == 1:
             return speakers[0]
         if name is None:
+            example = f"'target_speaker: {speakers[0]}'"
             raise ValueError(
-                f"missing; write whose turns are classified ({listed(speakers)}), such as "
-                f"'target_speaker: {speakers[0]}'"
+                f"missing; write whose turns are classified ({listed(speakers)}), such as {example}"
             )
         if name not in speakers:
             raise ValueError(f"{name!r} is not among the speakers ({listed(speakers)})")
@@ -145,11 +131,7 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 
 def load_label_guide(path: str | os.PathLike) -> LabelGuide:
-    """Read a label guide; a relative path is looked up here first, then among the guides of this project.
-
-    Raises:
-        InputError: no such file, or a guide that `parse_label_guide` refuses.
-    """
+    """Read and check a guide; a relative path is looked up here first, then among the guides of this project."""
     place = Path(path)
     if not place.is_absolute() and not place.exists():
         place = packaged(place)
@@ -163,9 +145,5 @@ def load_label_guide(path: str | os.PathLike) -> LabelGuide:
 
 
 def parse_label_guide(content: Any, where: str) -> LabelGuide:
-    """Check a guide's content (from YAML, or from a run's or a bundle's JSON).
-
-    Raises:
-        InputError: one line for each key that is missing, unknown or wrong.
-    """
+    """Check a guide's content, from YAML, a run or a bundle; an InputError has a line for each bad key."""
     return check_content(LabelGuide, content, where)

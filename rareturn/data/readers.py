@@ -32,32 +32,32 @@ def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]
     """
     path = Path(source)
     if path.is_file():
-        return str(source), _read_file(path)
+        return source, _read_file(path)
     if path.is_dir():
-        return str(source), _read_dataset(source, None, split)
+        return source, _read_dataset(source, None, split)
     match = HUB_FILE.fullmatch(source)
     if path.suffix in READERS and not (match and match["path"]):
         raise InputError(f"{source}: no such file")
     if match is None:
         raise InputError(f"{source}: no such file or folder, nor a Hub dataset ORG/NAME[:path][@revision]")
-    if match["path"] is None:
-        return source, _read_dataset(match["repo"], match["revision"], split)
+    repo, inside, revision = match.groups()
+    if inside is None:
+        return source, _read_dataset(repo, revision, split)
     import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        local = hf_hub_download(match["repo"], match["path"], repo_type="dataset", revision=match["revision"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        local = hf_hub_download(repo, inside, repo_type="dataset", revision=revision)
+    except (HFValidationError, httpx2.HTTPError, OSError) as error:
         raise InputError(f"{source}: cannot be fetched from the Hub: {first_line(error)}") from None
     return source, _read_file(Path(local))
 
 
 def _read_file(path: Path) -> Iterable[Any]:
-    reader = READERS.get(path.suffix)
-    if reader is None:
+    if path.suffix not in READERS:
         raise InputError(f"{path}: unknown kind of file; one of {', '.join(READERS)} is expected")
-    return reader(path)
+    return READERS[path.suffix](path)
 
 
 def _read_json(path: Path) -> Iterator[Any]:
@@ -71,16 +71,14 @@ def _read_json(path: Path) -> Iterator[Any]:
                 yield row
                 number += 1
     except (ijson.JSONError, ValueError) as error:
-        reason = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-        reason = reason.splitlines()[0]
-        raise InputError(f"{path}: not valid JSON at row {number}: {reason}") from None
+        said = error.args[0]
+        reason = said.decode(errors="replace") if isinstance(said, bytes) else str(error)
+        raise InputError(f"{path}: not valid JSON at row {number}: {reason.splitlines()[0]}") from None
 
 
 def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """A JSON file in pieces that cut no escape, with U+FFFE for each half of a character (a lone surrogate).
-
-    ijson's parser would turn it into "?" without a word; a text that holds U+FFFE is refused with its row.
-    """
+    """A JSON file in pieces that cut no escape. U+FFFE, which is refused with its row, stands for each half of a
+    character (a lone surrogate), of which ijson would silently make "?"."""
     while piece := file.read(1 << 16):
         while b"\\" in piece[-12:] and (more := file.read(1 << 6)):
             piece += more
@@ -88,11 +86,7 @@ def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _rows_only(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
-    """The events of a JSON parser, if they are an array's and not nested so deeply that they would fill the memory.
-
-    Raises:
-        InputError: they are not.
-    """
+    """The events of a JSON parser; refused unless an array's, and where their nesting would fill the memory."""
     depth = 0
     for event, value in events:
         if depth == 0 and event != "start_array":
@@ -117,7 +111,6 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
@@ -147,17 +140,14 @@ READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
 def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:
     import datasets
 
+    saved = any((Path(name) / file).exists() for file in ("dataset_info.json", "dataset_dict.json"))
     try:
-        if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
-            dataset = datasets.load_from_disk(name)
-        else:
-            dataset = datasets.load_dataset(name, revision=revision)
+        dataset = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, revision=revision)
     except Exception as error:  # the datasets library raises whatever its readers raise
         raise InputError(f"{name}: cannot be read as a dataset: {first_line(error)}") from None
-    if isinstance(dataset, dict):
-        if split not in dataset:
-            raise InputError(
-                f"{name}: has no split {split!r} (it has {', '.join(dataset)}); name a file with {name}:path"
-            )
-        dataset = dataset[split]
-    return dataset
+    if not isinstance(dataset, dict):
+        return dataset
+    if split not in dataset:
+        others = ", ".join(dataset)
+        raise InputError(f"{name}: has no split {split!r} (it has {others}); name a file with {name}:path")
+    return dataset[split]

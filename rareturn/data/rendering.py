@@ -112,16 +112,16 @@ class Renderer:
             self._template = _pair_template(tokenizer)
             fixed = sum(map(len, self._template))
         else:
-            with_special = tokenizer(self.instruction)["input_ids"]
-            has_bos = tokenizer.bos_token_id is not None and with_special[:1] == [tokenizer.bos_token_id]
+            bos = [tokenizer.bos_token_id]
+            has_bos = bos != [None] and tokenizer(self.instruction)["input_ids"][:1] == bos
             ids = tokenizer(self.instruction, add_special_tokens=False)["input_ids"]
-            self.prefix = np.array([tokenizer.bos_token_id] * has_bos + ids, dtype=np.int32)
+            self.prefix = np.array(bos * has_bos + ids, dtype=np.int32)
             fixed = len(self.prefix)
         self.room = max_seq_length - fixed
         if self.room < 8:
+            taken = f"the label guide and the special tokens take {fixed}"
             raise InputError(
-                f"max_seq_length {max_seq_length} leaves {self.room} tokens for the dialogue: the label guide and the "
-                f"special tokens take {fixed}"
+                f"max_seq_length {max_seq_length} leaves {self.room} tokens for the dialogue: {taken}"
             )
 
     @property
@@ -140,18 +140,14 @@ class Renderer:
         for begin in range(0, len(distinct), 4096):
             chunk = distinct[begin : begin + 4096]
             texts = [self._text(turn) for turn in chunk]
-            encoded = self.tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            for turn, ids in zip(chunk, encoded["input_ids"], strict=True):
-                tokens[turn] = np.array(ids, dtype=np.int32)
+            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            tokens.update(zip(chunk, (np.array(one, dtype=np.int32) for one in ids), strict=True))
         render = self._render_pair if self.is_encoder else self._render_prompt
         rendered = [render(row, tokens) for row in rows]
         cut = sum(item.cut for item in rendered)
         if cut:
-            logger.warning(
-                f"{cut} of {len(rows)} targets are longer than {self.room} tokens and lost their beginning"
-            )
+            longer = f"{cut} of {len(rows)} targets are longer than {self.room} tokens"
+            logger.warning(f"{longer} and lost their beginning")
         return rendered
 
     def _text(self, turn: Turn) -> str:
@@ -173,16 +169,14 @@ class Renderer:
 
     def _render_pair(self, row: Row, tokens: dict[Turn, np.ndarray]) -> Rendered:
         target = tokens[_alone(row.turns[-1])]
-        cut = len(target) > self.room
-        target = target[-self.room :]
-        skipped = max(0, len(row.turns) - self.max_turns)
-        context = [tokens[turn] for turn in row.turns[skipped:-1]]
-        room = self.room - len(target)
-        joined = np.concatenate(context)[-room:] if context and room else np.zeros(0, dtype=np.int32)
+        cut, target = len(target) > self.room, target[-self.room :]
+        skipped, room = max(0, len(row.turns) - self.max_turns), self.room - len(target)
+        context = [tokens[turn] for turn in row.turns[skipped:-1]] if room else []
+        context = np.concatenate([np.zeros(0, dtype=np.int32), *context])[-room:]
         begin, middle, end = self._template
-        segments = np.zeros(len(begin) + len(target) + len(middle) + len(joined) + len(end), dtype=np.int32)
-        segments[len(begin) + len(target) + len(middle) :] = 1
-        return Rendered((begin, target, middle, joined, end), skipped, cut, segments)
+        pieces = (begin, target, middle, context, end)
+        segments = np.repeat(np.array([0, 0, 0, 1, 1], dtype=np.int32), [len(piece) for piece in pieces])
+        return Rendered(pieces, skipped, cut, segments)
 
 
 def _alone(turn: Turn) -> Turn:

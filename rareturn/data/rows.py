@@ -6,7 +6,6 @@ A row is one utterance to classify (the target, the last turn) with the turns be
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
@@ -23,6 +22,15 @@ NO_LABEL = -1
 MAX_PROBLEMS_KEPT = 10_000
 # JSON can spell a lone surrogate; UTF-8, and so every tokenizer, cannot. For U+FFFE see `readers`.
 LONE_SURROGATE = re.compile("[\ud800-\udfff\ufffe]")
+HALF = "holds half a character (a lone surrogate)"
+KINDS = {
+    bool: "true/false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Turn(NamedTuple):
@@ -51,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of a row's fields in the file."""
+    """What a file calls the fields of a row."""
 
     id: str = "id"
     dialogue_id: str = "dialogue_id"
@@ -67,21 +75,17 @@ class DataArguments:
     _argument_group_name = "Label guide and columns"
 
     label_guide: str = flag(
-        "label_guides/dmrs.yaml",
-        "YAML file with the labels' numbers, names and definitions, and the speakers.",
+        "label_guides/dmrs.yaml", "YAML file of the labels, their definitions and the speakers."
     )
     id_column: str = flag("id", "Column of the row's id.")
     dialogue_id_column: str = flag("dialogue_id", "Column of the dialogue's id.")
-    dialogue_column: str = flag(
-        "dialogue", "Column of the turns ({text, speaker}, oldest first, the target last)."
-    )
+    dialogue_column: str = flag("dialogue", "Column of the turns, each {text, speaker}, the target last.")
     current_text_column: str = flag("current_text", "Column of the target's text.")
     label_column: str = flag("label", "Column of the label's number.")
 
     @property
     def columns(self) -> Columns:
-        names = (item.name for item in dataclasses.fields(Columns))
-        return Columns(**{name: getattr(self, f"{name}_column") for name in names})
+        return Columns(**{name: getattr(self, f"{name}_column") for name in vars(Columns())})
 
 
 def load_rows(
@@ -109,17 +113,25 @@ def load_rows(
     problems: list[str] = []
     rows: list[Row] = []
     seen: set[str] = set()
-    turns: dict[Turn, Turn] = {}
-    for position, record in enumerate(records):
-        row = _check_record(record, position, where, label_guide, columns, require_labels, turns, problems)
-        if row is None:
-            continue
-        if row.id in seen:
-            problems.append(f"{where}: {row.id}: {columns.id}: duplicate id")
-        seen.add(row.id)
-        rows.append(row)
+    shared: dict[Turn, Turn] = {}
+    for number, record in enumerate(records, 1):
         if len(problems) >= MAX_PROBLEMS_KEPT:
             break
+        if not isinstance(record, dict):
+            problems.append(f"{where}: row {number}: not an object with fields")
+            continue
+        fields = _fields(record, columns)
+        found = list(_field_problems(fields, label_guide, require_labels))
+        name = f"row {number}" if any(field == "id" for field, _ in found) else fields["id"]
+        problems += [f"{where}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
+        if not found:
+            if name in seen:
+                problems.append(f"{where}: {name}: {columns.id}: duplicate id")
+            seen.add(name)
+            turns = (Turn(turn["text"], turn["speaker"]) for turn in fields["dialogue"])
+            turns = tuple(shared.setdefault(turn, turn) for turn in turns)
+            label = NO_LABEL if fields["label"] is None else fields["label"]
+            rows.append(Row(name, fields["dialogue_id"], turns, label, fields["augmented_from"]))
     if not rows and not problems:
         problems.append(f"{where}: holds no rows")
     problems += _augmentation_problems(rows, sources_of_augmented, where, columns)
@@ -140,101 +152,72 @@ def _augmentation_problems(
                 yield f"{place}: augmented_from: missing in a file of augmented rows"
             continue
         source = origin.get(row.augmented_from)
-        if source is None or source.augmented_from is not None:
+        if source is None or source.augmented_from:
             yield f"{place}: augmented_from: no original row {row.augmented_from!r}"
         elif source.dialogue_id != row.dialogue_id:
-            yield (
-                f"{place}: augmented_from: {row.augmented_from!r} is in dialogue {source.dialogue_id!r}, "
-                f"not {row.dialogue_id!r}"
-            )
+            there = f"{row.augmented_from!r} is in dialogue {source.dialogue_id!r}"
+            yield f"{place}: augmented_from: {there}, not {row.dialogue_id!r}"
         elif source.label != row.label:
             yield f"{place}: {columns.label}: {row.label}, but its source has {source.label}"
         elif source.turns[:-1] != row.turns[:-1] or source.turns[-1].speaker != row.turns[-1].speaker:
             yield f"{place}: {columns.dialogue}: its context is not its source's"
 
 
-def _check_record(
-    record: Any,
-    position: int,
-    where: str,
-    guide: LabelGuide,
-    columns: Columns,
-    require_labels: bool,
-    shared_turns: dict[Turn, Turn],
-    problems: list[str],
-) -> Row | None:
-    name = f"row {position + 1}"
-    if not isinstance(record, dict):
-        problems.append(f"{where}: {name}: not an object with fields")
-        return None
-    before = len(problems)
-
-    def report(column: str, problem: str) -> None:
-        problems.append(f"{where}: {name}: {column}: {problem}")
-
-    def text_of(column: str) -> str | None:
-        value = record.get(column)
-        if value is None:
-            report(column, "missing")
-        elif not isinstance(value, str):
-            report(column, f"must be a text, not {_kind(value)}")
-        elif not value.strip():
-            report(column, "empty")
-        elif LONE_SURROGATE.search(value):
-            report(column, "holds half a character (a lone surrogate)")
-        else:
-            return value
-        return None
-
-    row_id = text_of(columns.id)
-    name = row_id if row_id is not None else name
-    dialogue_id = text_of(columns.dialogue_id)
-    current_text = text_of(columns.current_text)
-    dialogue = record.get(columns.dialogue)
-    if isinstance(dialogue, str):  # CSV has no lists
+def _fields(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A record's values by our names, unchecked. CSV has neither lists nor integers nor None: a text may stand for one."""
+    fields = {name: record.get(column) for name, column in vars(columns).items()}
+    if isinstance(fields["dialogue"], str):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            dialogue = json.loads(dialogue)
-    turns: list[Turn] = []
+            fields["dialogue"] = json.loads(fields["dialogue"])
+    if fields["label"] == "":
+        fields["label"] = None
+    elif isinstance(fields["label"], str) and re.fullmatch(r"\d+", fields["label"].strip()):
+        fields["label"] = int(fields["label"])
+    return fields | {"augmented_from": record.get("augmented_from") or None}
+
+
+def _field_problems(
+    fields: dict[str, Any], guide: LabelGuide, require_labels: bool
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with a row: our name of each bad field, and what to say of it."""
+    texts = {name: _text_problem(fields[name]) for name in ("id", "dialogue_id", "current_text")}
+    yield from ((name, problem) for name, problem in texts.items() if problem)
+    dialogue, label, source = fields["dialogue"], fields["label"], fields["augmented_from"]
     if dialogue is None:
-        report(columns.dialogue, "missing")
+        yield "dialogue", "missing"
     elif not isinstance(dialogue, list):
-        report(columns.dialogue, f"must be a list of turns, not {_kind(dialogue)}")
+        yield "dialogue", f"must be a list of turns, not {_kind(dialogue)}"
     elif not dialogue:
-        report(columns.dialogue, "empty")
+        yield "dialogue", "empty"
+    elif any(wrong := [turn_problem(turn, guide) for turn in dialogue]):
+        yield from (
+            ("dialogue", f"turn {number} {problem}") for number, problem in enumerate(wrong, 1) if problem
+        )
     else:
-        for number, said in enumerate(dialogue, 1):
-            problem = turn_problem(said, guide)
-            if problem:
-                report(columns.dialogue, f"turn {number} {problem}")
-            else:
-                turn = Turn(said["text"], said["speaker"])
-                turns.append(shared_turns.setdefault(turn, turn))
-        if len(turns) == len(dialogue):
-            if turns[-1].speaker != guide.target_speaker:
-                report(
-                    columns.dialogue,
-                    f"the last turn is by {turns[-1].speaker!r}, not by the label guide's target_speaker "
-                    f"{guide.target_speaker!r}",
-                )
-            if current_text is not None and turns[-1].text.strip() != current_text.strip():
-                report(columns.current_text, "is not the last turn's text")
-    label = record.get(columns.label)
-    if isinstance(label, str) and re.fullmatch(r"\d+", label.strip()):  # CSV has no integers
-        label = int(label)
-    if label is None or label == "":
-        label = NO_LABEL
-        if require_labels:
-            report(columns.label, "missing")
-    elif type(label) is not int:
-        report(columns.label, f"must be an integer, not {_kind(label)}")
-    elif label not in guide.numbers:
-        report(columns.label, f"{label} is not in the label guide (0 to {len(guide.labels) - 1})")
-    augmented_from = record.get("augmented_from") or None
-    if augmented_from is not None and not isinstance(augmented_from, str):
-        report("augmented_from", f"must be a text, not {_kind(augmented_from)}")
-    if len(problems) > before:
-        return None
-    return Row(row_id, dialogue_id, tuple(turns), label, augmented_from)
+        last, target = dialogue[-1], guide.target_speaker
+        if last["speaker"] != target:
+            by = f"the last turn is by {last['speaker']!r}"
+            yield "dialogue", f"{by}, not by the label guide's target_speaker {target!r}"
+        if not texts["current_text"] and last["text"].strip() != fields["current_text"].strip():
+            yield "current_text", "is not the last turn's text"
+    if label is None and require_labels:
+        yield "label", "missing"
+    elif label is not None and type(label) is not int:
+        yield "label", f"must be an integer, not {_kind(label)}"
+    elif label is not None and label not in guide.numbers:
+        yield "label", f"{label} is not in the label guide (0 to {len(guide.labels) - 1})"
+    if source is not None and not isinstance(source, str):
+        yield "augmented_from", f"must be a text, not {_kind(source)}"
+
+
+def _text_problem(value: Any) -> str | None:
+    if value is None:
+        return "missing"
+    if not isinstance(value, str):
+        return f"must be a text, not {_kind(value)}"
+    if not value.strip():
+        return "empty"
+    return HALF if LONE_SURROGATE.search(value) else None
 
 
 def turn_problem(turn: Any, guide: LabelGuide) -> str | None:
@@ -246,26 +229,17 @@ def turn_problem(turn: Any, guide: LabelGuide) -> str | None:
         return f"has unknown speaker {speaker!r} (not {listed(guide.speakers)})"
     if not text.strip():
         return "is empty"
-    return "holds half a character (a lone surrogate)" if LONE_SURROGATE.search(text) else None
+    return HALF if LONE_SURROGATE.search(text) else None
 
 
 def _kind(value: Any) -> str:
-    kinds = {
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds.get(type(value), type(value).__name__)
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def data_fingerprint(rows: Iterable[Row]) -> str:
     """SHA-256 over the rows' ids, dialogues, turns and labels in the order of their ids: tells two data sets apart."""
     digest = hashlib.sha256()
     for row in sorted(rows, key=lambda row: row.id):
-        digest.update(
-            json.dumps([row.id, row.dialogue_id, row.turns, row.label], ensure_ascii=False).encode()
-        )
+        facts = [row.id, row.dialogue_id, row.turns, row.label]
+        digest.update(json.dumps(facts, ensure_ascii=False).encode())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ quoted words stay; hedges go before plain statements only.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 import yaml
 
-NUM_PATTERNS = 3
 ENGLISH = yaml.safe_load(Path(__file__).with_name("english.yaml").read_text(encoding="utf-8"))
 ATTITUDE_HEDGES = tuple(ENGLISH["attitude_hedges"])
 BELIEF_HEDGES = tuple(ENGLISH["belief_hedges"])
@@ -39,6 +39,7 @@ STYLE_SHIFTS = [
 PROTECTED = [re.compile(pattern, re.DOTALL) for pattern in ENGLISH["protected"]]
 MAY_NEED_PROTECTION = re.compile(r"[\"“«`\u2018@#/]|www\.|(?<!\w)'")
 PLAIN_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+DOING = re.compile(r" \w+ing\b")
 WORD = re.compile(r"[\w'\u2019]+")
 CAPITALISED = re.compile(r"(?<![.!?…\n])(?<![.!?…][)\]])[^\S\n]+[^\w\s]*([^\W\d_][\w'\u2019-]*)")
 SENTENCE_END = re.compile(r"[.!?…]+[)\]]*\s+|\n\s*")
@@ -66,16 +67,20 @@ class Sentence(NamedTuple):
     kind: str
 
 
+def _plain(text: str) -> str:
+    return text.lower().replace("\u2019", "'")
+
+
 def surface(text: str) -> tuple[list[str], ...]:
     """What a variant must share with its source, each a sorted list: negations ("don't", "dont", "do not" are one,
     spelt "not"), digits, capitalised words inside sentences, question marks, protected words."""
-    words = PLAIN_WORD.findall(text.lower().replace("\u2019", "'").replace("cannot", "can not"))
+    words = PLAIN_WORD.findall(_plain(text).replace("cannot", "can not"))
     nots = ["not" for word in words if word in ENGLISH["nots"] or word.endswith("n't")]
     names = [word for word in CAPITALISED.findall(text) if word[0].isupper()]
     return (
         nots + sorted(word for word in words if word in ENGLISH["negative_words"]),
         sorted(re.findall(r"\d", text)),
-        sorted(name for name in names if name.lower().replace("\u2019", "'") not in SPEAKER_ITSELF),
+        sorted(name for name in names if _plain(name) not in SPEAKER_ITSELF),
         re.findall("[?\uff1f]", text),
         sorted(text[start:end] for start, end in _protected(text)),
     )
@@ -88,17 +93,16 @@ def _protected(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(match.span() for pattern in PROTECTED for match in pattern.finditer(text))
 
 
+def _inside(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] touches protected words."""
+    return any(low < end and start < high for low, high in _protected(text))
+
+
 def _substitute(text: str, pattern: re.Pattern[str], replacement: Callable[[re.Match[str]], str]) -> str:
     """`pattern.sub` outside the protected words."""
     if not pattern.search(text):
         return text
-    spans = _protected(text)
-
-    def replace(match: re.Match[str]) -> str:
-        inside = any(start < match.end() and match.start() < end for start, end in spans)
-        return match[0] if inside else replacement(match)
-
-    return pattern.sub(replace, text)
+    return pattern.sub(lambda match: match[0] if _inside(text, *match.span()) else replacement(match), text)
 
 
 def _contract(text: str) -> str:
@@ -109,11 +113,8 @@ def _contract(text: str) -> str:
         if form == "negated":
             return word[0] + {"an": "a", "ill": "o"}.get(word[1:], word[1:]) + f"n{mark}t"
         before = text[max(0, match.start() - 40) : match.start()].lower().split()[-2:]
-        if not set(before).isdisjoint(ENGLISH["before_gap"]) and not re.match(
-            r" \w+ing\b", text[match.end() :]
-        ):
-            return match[0]
-        return word + mark + ENGLISH["short_forms"][form]
+        gap = set(before).intersection(ENGLISH["before_gap"]) and not DOING.match(text, match.end())
+        return match[0] if gap else word + mark + ENGLISH["short_forms"][form]
 
     return _substitute(text, PATTERNS["contractions"], contracted)
 
@@ -139,30 +140,24 @@ def _shift_style(text: str) -> str:
 def _sentences(text: str) -> list[Sentence]:
     """The sentences that begin outside protected words and with an English letter."""
     breaks = [
-        m
-        for m in SENTENCE_END.finditer(text)
-        if not PATTERNS["abbreviation"].search(text[max(0, m.start() - 9) : m.end()])
+        match.end()
+        for match in SENTENCE_END.finditer(text)
+        if not PATTERNS["abbreviation"].search(text[max(0, match.start() - 9) : match.end()])
     ]
-    spans = _protected(text)
     sentences = []
-    for start, end in zip(
-        [0, *(m.end() for m in breaks)], [*(m.end() for m in breaks), len(text)], strict=True
-    ):
+    for start, end in itertools.pairwise([0, *breaks, len(text)]):
         start += len(text[start:end]) - len(text[start:end].lstrip())
-        if not re.match(r"[A-Za-z]", text[start:end]) or any(low <= start < high for low, high in spans):
+        if not re.match(r"[A-Za-z]", text[start:end]) or any(a <= start < b for a, b in _protected(text)):
             continue
         hello, lead = PATTERNS["hello"].match(text, start, end), PATTERNS["lead"].match(text, start, end)
         ahead = hello or lead
         gap, clause = ahead.span("gap") if ahead and ahead["gap"] else (start, start)
         first = WORD.match(text, clause)[0]
-        if (
-            clause > start
-            and first[0].isupper()
-            and first.lower().replace("\u2019", "'") not in SPEAKER_ITSELF
-        ):
-            gap = clause = start  # after a lead, a capital is a name's
-        if not hello and "," not in text[gap:clause] and not PATTERNS["opening"].match(text, clause):
-            gap = clause = start  # "right now", "so sad", "sure as": no lead at all
+        # After a lead, a capital is a name's; and "right now", "so sad", "sure as" hold no lead at all.
+        named = clause > start and first[0].isupper() and _plain(first) not in SPEAKER_ITSELF
+        led = hello or "," in text[gap:clause] or PATTERNS["opening"].match(text, clause)
+        if named or not led:
+            gap = clause = start
         body = text[clause:end]
         if "?" in body or PATTERNS["question"].match(body):
             kind = "question"
@@ -179,7 +174,7 @@ def _sentences(text: str) -> list[Sentence]:
 def _before_sentence(text: str, sentence: Sentence, marker: str) -> list[Edit]:
     """`marker` before the first word, which gives up its capital; a word that may be a name keeps it, behind "…"."""
     start, word = sentence.start, WORD.match(text, sentence.start)[0]
-    plain = word.lower().replace("\u2019", "'")
+    plain = _plain(word)
     if word[0].islower() or (plain in SPEAKER_ITSELF and text.lstrip()[0].islower()):
         return [Edit(start, start, f"{marker} ", marker)]
     capital = marker[0].upper() + marker[1:]
@@ -208,25 +203,18 @@ def _hedge_sites(text: str, sentence: Sentence) -> list[Edit]:
 
 def _filler_sites(text: str, sentence: Sentence) -> list[Edit]:
     if sentence.kind == "statement":
-        edits = [
-            edit for filler in ENGLISH["statement_fillers"] for edit in _before_clause(text, sentence, filler)
-        ]
+        fillers = ENGLISH["statement_fillers"]
+        edits = [edit for filler in fillers for edit in _before_clause(text, sentence, filler)]
         end = len(text[: sentence.end].rstrip().removesuffix("."))
         body = text[sentence.clause : end]
-        if (
-            re.search(r"[a-z]$", body)
-            and len(body.split()) > 3
-            and not PATTERNS["no_closing_filler"].search(body)
-        ):
+        closes = re.search(r"[a-z]$", body) and not PATTERNS["no_closing_filler"].search(body)
+        if closes and len(body.split()) > 3:
             edits.append(Edit(end, end, ", you know", "you know,"))
         return edits
     if sentence.kind == "hello" or PATTERNS["no_filler_before"].match(text, sentence.start):
         return []
-    return [
-        edit
-        for filler in (("so,", "well,") if sentence.kind == "question" else ("well,",))
-        for edit in _before_sentence(text, sentence, filler)
-    ]
+    fillers = ("so,", "well,") if sentence.kind == "question" else ("well,",)
+    return [edit for filler in fillers for edit in _before_sentence(text, sentence, filler)]
 
 
 def _hesitation_sites(text: str, sentence: Sentence) -> list[Edit]:
@@ -234,11 +222,9 @@ def _hesitation_sites(text: str, sentence: Sentence) -> list[Edit]:
     for pause in (PATTERNS["paused_before"], PATTERNS["paused_after"]):
         for match in pause.finditer(text, sentence.clause + 1, sentence.end):
             before = text[: match.start("gap")]
-            if not before[-1].isalpha() or before.endswith(tuple(ENGLISH["no_pause_behind"])):
-                continue
-            edits += [
-                Edit(*match.span("gap"), f", {marker} ", marker) for marker in ENGLISH["hesitations"][:2]
-            ]
+            if before[-1].isalpha() and not before.endswith(tuple(ENGLISH["no_pause_behind"])):
+                gap, markers = match.span("gap"), ENGLISH["hesitations"][:2]
+                edits += [Edit(*gap, f", {marker} ", marker) for marker in markers]
     end = len(text.rstrip())
     trailing = re.search(r"(?<=[a-z])\.?$", text[sentence.start : end])
     if trailing and sentence.kind != "question" and end <= sentence.end:
@@ -249,14 +235,12 @@ def _hesitation_sites(text: str, sentence: Sentence) -> list[Edit]:
 def _marked(text: str, sites_of: Callable[[str, Sentence], list[Edit]], rng: random.Random) -> Iterator[str]:
     """Variants with a marker or, in a long text, with up to three of them, each in another sentence."""
     said = f" {' '.join(WORD.findall(text.lower()))} "
-    spans = _protected(text)
-
-    def fits(edit: Edit) -> bool:
-        inside = any(low < edit.end and edit.start < high for low, high in spans)
-        return not inside and f" {edit.marker.lower().rstrip(',')} " not in said
-
-    sites = [[edit for edit in sites_of(text, sentence) if fits(edit)] for sentence in _sentences(text)]
-    choices = [(place, edit) for place, edits in enumerate(sites) for edit in edits]
+    choices = [
+        (place, edit)
+        for place, sentence in enumerate(_sentences(text))
+        for edit in sites_of(text, sentence)
+        if f" {edit.marker.lower().rstrip(',')} " not in said and not _inside(text, edit.start, edit.end)
+    ]
     rng.shuffle(choices)
     number = min(3, 1 + len(text) // 250)
     for position, (place, edit) in enumerate(choices):
@@ -279,20 +263,16 @@ def made_by(text: str, pattern: int, rng: random.Random) -> Iterator[str]:
     Args:
         pattern: 0 contraction + hedge, 1 style shift + filler, 2 hesitation marker.
     """
+    base, sites_of = text, (_hedge_sites, _filler_sites, _hesitation_sites)[pattern]
     if pattern == 0:
-        bases = [_contract(text)]
-        bases = bases if bases[0] != text else [_expand(text)]
-        sites_of = _hedge_sites
+        base = _contract(text)
+        base = base if base != text else _expand(text)
     elif pattern == 1:
-        bases = [_shift_style(text)]
-        sites_of = _filler_sites
-    else:
-        bases = []
-        sites_of = _hesitation_sites
-    bases = [base for base in bases if base != text]
-    for base in [*bases, text]:
-        yield from _marked(base, sites_of, rng)
-    yield from bases
+        base = _shift_style(text)
+    for source in dict.fromkeys((base, text)):
+        yield from _marked(source, sites_of, rng)
+    if base != text:
+        yield base
 
 
 def augment_text(text: str, number: int, k: int, key: str) -> list[str]:
@@ -302,20 +282,15 @@ def augment_text(text: str, number: int, k: int, key: str) -> list[str]:
         number: i, the running number of the source: variant j starts from pattern (i + j) mod 3.
         key: seeds the choice of words. A source draws its words alone, so that other rows cannot change them.
     """
-    streams = [made_by(text, pattern, random.Random(f"{key}/{pattern}")) for pattern in range(NUM_PATTERNS)]
-    kept, seen, source_surface = [], {_folded(text)}, surface(text)
-    for j in range(k):
-        for pattern in ((number + j + step) % NUM_PATTERNS for step in range(NUM_PATTERNS)):
-            variant = next(
-                (v for v in streams[pattern] if _folded(v) not in seen and surface(v) == source_surface), None
-            )
-            if variant is not None:
-                kept.append(variant)
-                seen.add(_folded(variant))
-                break
-        else:
+    streams = [made_by(text, pattern, random.Random(f"{key}/{pattern}")) for pattern in range(3)]
+    kept, source_surface = {_folded(text): text}, surface(text)
+    for first in range(number, number + k):
+        made = itertools.chain(*(streams[pattern % 3] for pattern in range(first, first + 3)))
+        fresh = (new for new in made if _folded(new) not in kept and surface(new) == source_surface)
+        if (variant := next(fresh, None)) is None:
             break
-    return kept
+        kept[_folded(variant)] = variant
+    return list(kept.values())[1:]
 
 
 def _folded(text: str) -> str:
