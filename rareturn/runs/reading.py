@@ -64,7 +64,7 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
     if where.folder is not None:
         root, revision, pattern = where.folder, None, "{}/fold-{}.parquet"
     else:
-        (root, revision), pattern = pull_run(reference), "{}-fold-{}.parquet"
+        (root, revision), pattern = pull_run(reference, where), "{}-fold-{}.parquet"
     info = check_run_info(read_json(root / "run.json"), f"{reference}: run.json")
     assignment = read_folds(root / "folds.json")
     for key in ("num_folds", "fold_seed", "fold_groups"):
