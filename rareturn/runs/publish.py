@@ -13,8 +13,8 @@ import yaml
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
-from rareturn.files import packaged, read_json
-from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_name, table_path
+from rareturn.files import packaged
+from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_info, table_path
 from rareturn.runs.hub import Content, add_to_collection, may_travel, pull_files, push_files
 from rareturn.runs.references import Reference, model_repo, table_repo
 
@@ -34,7 +34,7 @@ def push_fold(
         PushError: see `hub.push_files`.
     """
     run_dir = Path(run_dir)
-    run = read_run_name(run_dir)
+    run = read_run_info(run_dir)["name"]
     if not fold_is_complete(run_dir, fold, needs_test=False):
         raise InputError(f"{run_dir}: fold {fold} is not complete: nothing to push")
     adapter = adapter_dir(run_dir, fold)
@@ -80,11 +80,11 @@ def push_run(
         InputError, PushError: as `push_fold`.
     """
     run_dir = Path(run_dir)
-    run = read_run_name(run_dir)
+    info = public_info(read_run_info(run_dir))
+    run = info["name"]
     repos = model_repo(namespace, name, run), table_repo(namespace, name)
     has_test = any((run_dir / "test").glob("fold-*.parquet"))
     read_folds(run_dir / "folds.json")
-    info = public_info(read_json(run_dir / "run.json"))
     facts: dict[str, Content] = {
         "run.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
         "folds.json": run_dir / "folds.json",
@@ -165,7 +165,7 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
     return str(card).encode()
 
 
-def pull_run(reference: str, where: Reference) -> tuple[Path, str]:
+def pull_run(reference: str | os.PathLike, where: Reference) -> tuple[Path, str]:
     """Fetch a run's tables from the Hub into the cache; returns the folder with `run.json` and the commit's SHA.
 
     Raises:
