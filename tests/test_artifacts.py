@@ -171,7 +171,7 @@ def test_tables_of_other_tools_are_read(tmp_path: Path) -> None:
         ({"logits": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32()))}, "'r2': logits: empty"),
         (
             {"logits": pa.array([[1.0, 2.0], [1.0], [3.0, 4.0]], pa.list_(pa.float32()))},
-            "'r2': logits: 1 num",
+            "'r2': logits: not 2 numbers, as in the first row",
         ),
         ({"logits": pa.array([[1.0], [2.0], [np.nan]], pa.list_(pa.float32()))}, "'r3': logits: not finite"),
         ({"logits": pa.array([[1.0], [None], [2.0]], pa.list_(pa.float32()))}, "'r2': logits: not finite"),
