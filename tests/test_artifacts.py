@@ -171,7 +171,7 @@ def test_tables_of_other_tools_are_read(tmp_path: Path) -> None:
         ({"logits": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float32()))}, "'r2': logits: empty"),
         (
             {"logits": pa.array([[1.0, 2.0], [1.0], [3.0, 4.0]], pa.list_(pa.float32()))},
-            "'r2': logits: 1 num",
+            "'r2': logits: not 2 numbers, as in the first row",
         ),
         ({"logits": pa.array([[1.0], [2.0], [np.nan]], pa.list_(pa.float32()))}, "'r3': logits: not finite"),
         ({"logits": pa.array([[1.0], [None], [2.0]], pa.list_(pa.float32()))}, "'r2': logits: not finite"),
@@ -554,7 +554,7 @@ def test_only_safe_kinds_of_files_travel(tmp_path: Path, hub_here: HubServer) ->
         push_files("org/x", {"a.bin": b"pickle"}, message="m", kept_in=tmp_path)
     push_all(make_run(tmp_path / "anchor"))
     hub_here.put("org/demo-anchor", {"fold-0/adapter_model.bin": b"pickle", "fold-0/code.py": b"import os"})
-    folder, sha = pull_adapters("org/demo-anchor", folds=[0, 2])
+    folder, sha = pull_adapters("org/demo-anchor", [0, 2])
     assert sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     ) == sorted(
@@ -564,7 +564,7 @@ def test_only_safe_kinds_of_files_travel(tmp_path: Path, hub_here: HubServer) ->
     )
     assert sha == hub_here.commits("org/demo-anchor")[-1].oid
     with pytest.raises(InputError, match="fold-3 holds no safetensors"):
-        pull_adapters("org/demo-anchor", folds=[0, 3])
+        pull_adapters("org/demo-anchor", [0, 3])
 
 
 @pytest.mark.parametrize(

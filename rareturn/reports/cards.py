@@ -54,32 +54,24 @@ def _has_score_head(folder: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        keys = [
-            key for path in folder.glob("*.safetensors") for key in safe_open(path, "numpy").offset_keys()
-        ]
+        files = [safe_open(path, "numpy") for path in folder.glob("*.safetensors")]
+        return any("score" in name.split(".") for file in files for name in file.offset_keys())
     except SafetensorError:
         return False
-    return any("score" in key.split(".") for key in keys)
 
 
 def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str | None = None) -> str:
-    """The README.md of one run's model repo.
-
-    Args:
-        info: `run.json`.
-        metrics: what `run_results` gives.
-        repo_id: where the card goes.
-    """
-    folds, overall = metrics.get("folds", {}), metrics.get("argmax")
-    tables = []
+    """The README.md of one run's model repo; `metrics` is what `run_results` gives."""
+    folds, overall = metrics["folds"], metrics.get("argmax")
+    tables = [score_table({"argmax": overall, "fold_groups": info["fold_groups"]})] if overall else []
     if folds:
+        header = ("held-out fold", *(SCORE_TITLES[name] for name in FOLD_SCORES))
         rows = [
             [f"fold {fold}", *(f"{folds[fold][name]:.4f}" for name in FOLD_SCORES)]
             for fold in sorted(folds, key=int)
         ]
-        tables.append(Table("Folds", ("held-out fold", *(SCORE_TITLES[name] for name in FOLD_SCORES)), rows))
+        tables.append(Table("Folds", header, rows))
     if overall:
-        tables.insert(0, score_table({"argmax": overall, "fold_groups": info["fold_groups"]}))
         tables.append(per_class_table(info["label_names"], metrics["rows_per_class"], metrics))
     return _card(
         repo_id or info["name"],
@@ -91,7 +83,6 @@ def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str |
         scored=bool(overall),
         loader=info.get("loader", {}),
         is_decoder=metrics.get("is_decoder", False),
-        **_example(info),
     )
 
 
@@ -103,23 +94,9 @@ def ensemble_card(
     pictures: Sequence[Picture],
     repo_id: str | None = None,
 ) -> str:
-    """The README.md of an ensemble's repo, which is also written beside its files.
-
-    Args:
-        bundle: `ensemble.json`.
-        infos: `run.json` of each run.
-        metrics: as `score_table` takes them.
-        tables, pictures: what the report shows.
-    """
-    return _card(
-        repo_id or bundle["name"],
-        infos,
-        "ensemble",
-        (metrics["cross_fitted"], "out-of-fold, decision cross-fitted"),
-        tables=tables,
-        pictures=pictures,
-        **_example(infos[0]),
-    )
+    """The README.md of an ensemble's repo, also written beside its files; `infos` are the runs' `run.json`."""
+    scores = metrics["cross_fitted"], "out-of-fold, decision cross-fitted"
+    return _card(repo_id or bundle["name"], infos, "ensemble", scores, tables=tables, pictures=pictures)
 
 
 def _card(
@@ -133,9 +110,9 @@ def _card(
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
-    datasets = list(dict.fromkeys(name for info in infos if (name := dataset_of(info))))
+    datasets = list(dict.fromkeys(filter(None, map(dataset_of, infos))))
     on_hub = [name for name in datasets if HUB_ID.fullmatch(name)]
-    licenses = _of_guides(infos, "license")
+    licenses, models = _of_guides(infos, "license"), [hub_model(info["base_model"]) for info in infos]
     results = [
         EvalResult(
             task_type="text-classification",
@@ -151,8 +128,7 @@ def _card(
     ]
     data = ModelCardData(
         library_name=libraries.pop() if len(libraries) == 1 else "transformers",
-        base_model=list(dict.fromkeys(name for info in infos if (name := hub_model(info["base_model"]))))
-        or None,
+        base_model=list(dict.fromkeys(filter(None, models))) or None,
         pipeline_tag="text-classification",
         datasets=on_hub or None,
         language=_one_or_list(_of_guides(infos, "language")),
@@ -174,6 +150,7 @@ def _card(
         fold_text=FOLD_TEXTS[infos[0]["fold_groups"]],
         hub_model=hub_model,
         quoted=lambda text: json.dumps(text, ensure_ascii=False),
+        **_example(infos[0]),
         **parts,
     )
     return str(card).rstrip() + "\n"
@@ -199,18 +176,14 @@ def _one_or_list(values: list[str]) -> str | list[str] | None:
 
 
 def dataset_of(info: Mapping[str, Any]) -> str | None:
-    """The corpus of a run: the label guide's `dataset`, else the Hub dataset that the run read; None if neither is known.
-
-    A path on somebody's disk is not published.
-    """
+    """The corpus of a run: its label guide's `dataset`, else the Hub dataset that it read; never a path on a disk."""
     named = _of_guides([info], "dataset")
     if named:
         return named[0]
-    source = info["recipe"].get("train_file")
-    match = HUB_FILE.fullmatch(source) if isinstance(source, str) else None
-    if match is None or Path(source).exists() or (match["path"] is None and Path(source).suffix in READERS):
-        return None
-    return match["repo"]
+    source = str(info["recipe"].get("train_file"))
+    match = HUB_FILE.fullmatch(source)
+    local = Path(source).exists() or (match and match["path"] is None and Path(source).suffix in READERS)
+    return match["repo"] if match and not local else None
 
 
 def hub_model(name: str) -> str | None:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 from rareturn.command_line import HubArguments
 from rareturn.errors import InputError
-from rareturn.files import read_json
 from rareturn.reports.cards import run_card, run_results
-from rareturn.runs.folder import complete_folds
+from rareturn.runs.folder import complete_folds, read_run_info
 from rareturn.runs.publish import push_fold, push_run
 from rareturn.runs.references import model_repo
-from rareturn.runs.schemas import check_run_info
 
 
 def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = None) -> None:
@@ -23,10 +21,8 @@ def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = N
 
     Raises:
         InputError: no run in the folder, or none of its folds is complete.
-        PushError: see `hub.push_files`.
     """
-    path = run_dir / "run.json"
-    info = check_run_info(read_json(path), str(path)) if path.exists() else {"num_folds": 0}
+    info = read_run_info(run_dir) if (run_dir / "run.json").exists() else {"num_folds": 0}
     folds = complete_folds(run_dir, info["num_folds"]) if folds is None else folds
     if not folds:
         raise InputError(f"{run_dir}: no fold is complete, so there is nothing to push")

@@ -72,10 +72,8 @@ def measure_predictions(run: Run, predictions: np.ndarray, seed: int = 42) -> di
 
 def measure_run(run: Run) -> dict[str, Any]:
     """A run on its own: `argmax`, the scores of its out-of-fold rows, and `rows_per_class`."""
-    return {
-        "argmax": measure_predictions(run, run.oof.logits.argmax(axis=1)),
-        "rows_per_class": rows_per_class(run),
-    }
+    scores = measure_predictions(run, run.oof.logits.argmax(axis=1))
+    return {"argmax": scores, "rows_per_class": rows_per_class(run)}
 
 
 def rows_per_class(run: Run) -> list[int]:
@@ -109,12 +107,9 @@ def per_class_table(label_names: Sequence[str], counts: Sequence[int], metrics: 
     stages = {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
     rows = []
     for label, (name, count) in enumerate(zip(label_names, counts, strict=True)):
-        cells = [
-            interval_text(
-                scores["f1_per_class"][label],
-                (scores["interval"].get("f1_per_class") or {label: None})[label],
-            )
-            for scores in stages.values()
-        ]
-        rows.append([f"{label} {name}", str(count), *cells])
+        cells = [f"{label} {name}", str(count)]
+        for scores in stages.values():
+            intervals = scores["interval"].get("f1_per_class")
+            cells.append(interval_text(scores["f1_per_class"][label], intervals and intervals[label]))
+        rows.append(cells)
     return Table("F1 of each label on out-of-fold rows", ("label", "rows", *stages), rows)

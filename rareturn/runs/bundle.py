@@ -148,7 +148,7 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         if match["revision"] is not None:
             check_revision(match["revision"], reference)
-        folder, _ = pull_files(match["repo"], revision=match["revision"], patterns=["ensemble.json"])
+        folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
     else:
         folder = Path(reference)
     if not (folder / "ensemble.json").is_file():
@@ -194,7 +194,7 @@ def model_folders(run: BundledRun, folder: Path) -> list[Path]:
                 raise
     names = [fold.subfolder.removesuffix("/adapter") for fold in model.folds]
     numbers = [int(name.removeprefix("fold-")) for name in names]
-    root, _ = pull_adapters(model.repo_id, revision=model.revision, folds=numbers)
+    root, _ = pull_adapters(model.repo_id, numbers, revision=model.revision)
     return _checked(model.folds, [root / name for name in names])
 
 
@@ -260,7 +260,7 @@ def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[s
     Raises:
         InputError: no such repo, one of another run, or a fold is missing there.
     """
-    folder, sha = pull_files(repo_id, patterns=["run.json", "fold-*/metrics.json"])
+    folder, sha = pull_files(repo_id, ["run.json", "fold-*/metrics.json"])
     if read_json(folder / "run.json") not in (info, public_info(info)):
         raise InputError(f"{repo_id}: run.json: not that of {reference}")
     names = [f"fold-{fold}" for fold in range(info["num_folds"])]

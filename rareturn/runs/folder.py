@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,9 @@ FREE_FLAGS = """
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 """
 # What these name is compared by its content, so that a file may move.
-FLAGS_BY_CONTENT = """
-    train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision
-"""
+FLAGS_BY_CONTENT = (
+    "train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision"
+)
 PARTS = {
     "label_guide": "--label_guide",
     "rows": "the rows of --train_file",
@@ -67,21 +67,17 @@ def run_recipe(*argument_sets: Any) -> dict[str, Any]:
     return json.loads(json.dumps(recipe, default=str))
 
 
-def _flags(argument_sets: Iterable[Any]) -> Iterable[tuple[dataclasses.Field, Any]]:
+def _flags(argument_sets: Iterable[Any]) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Each field that counts, with its value."""
     for arguments in argument_sets:
         for item in dataclasses.fields(arguments):
-            hidden = (
-                item.name in FREE_FLAGS.split()
-                or item.name.startswith("_")
-                or SECRET.fullmatch(f"--{item.name}")
-            )
-            if item.init and not hidden:
+            free = item.name in FREE_FLAGS.split() or item.name.startswith("_")
+            if item.init and not free and not SECRET.fullmatch(f"--{item.name}"):
                 yield item, getattr(arguments, item.name)
 
 
 def _default(item: dataclasses.Field) -> Any:
-    made = item.default_factory
-    return item.default if made is dataclasses.MISSING else made()
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def describe_run(
@@ -104,13 +100,13 @@ def describe_run(
         argument_sets: the script's flags, a `FoldDataArguments` first.
         loader: `base.loader` and what else decides how the model computes.
         prompt_fingerprint: see `Renderer.fingerprint`; None for a model that sees no prompt.
-        processes: that train together.
         facts: further keys of `run.json`.
     """
     arguments: FoldDataArguments = argument_sets[0]
     recipe = run_recipe(*argument_sets)
-    explicit = {**arguments.split, **arguments.window, **loader, "seed": seed}
-    flags = {key: value for key, value in (recipe | explicit).items() if not _by_content(key)}
+    flags = {**recipe, **arguments.split, **arguments.window, **loader, "seed": seed}
+    for key in [key for key in flags if key in FLAGS_BY_CONTENT.split() or key.endswith("_column")]:
+        del flags[key]
     local = base.revision is None and Path(base.path).is_dir()
     parts = {
         "flags": json.loads(json.dumps(flags, default=str)),
@@ -142,25 +138,17 @@ def describe_run(
     }
 
 
-def _by_content(flag: str) -> bool:
-    return flag in FLAGS_BY_CONTENT.split() or flag.endswith("_column")
-
-
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def _folder_digest(folder: str) -> str:
     """Of a model folder's weights, configuration and tokenizer, each file by its name and its bytes."""
-    files = [
-        path
-        for path in sorted(Path(folder).iterdir())
-        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and path.is_file()
-    ]
     content = {}
-    for path in files:
-        with open(path, "rb") as file:
-            content[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in Path(folder).iterdir():
+        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and path.is_file():
+            with open(path, "rb") as file:
+                content[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return _digest(content)
 
 
@@ -168,51 +156,42 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
     """Refuse a folder that holds another run; an empty folder is fine.
 
     Args:
-        info: of the run that asks, as `describe_run` gives it.
-        argument_sets: of the same run; they name the defaults that a recipe leaves out.
+        argument_sets: of the run that asks; they name the defaults that a recipe leaves out.
 
     Raises:
         InputError: the folder holds a run with another identity (one line for each flag, with both values), with none,
             or models without any `run.json`.
     """
-    path = Path(run_dir) / "run.json"
+    path, other = Path(run_dir) / "run.json", "use another --output_dir"
     if not path.exists():
-        models = [*Path(run_dir).glob("fold-*/adapter"), *Path(run_dir).glob("fold-*/head.safetensors")]
+        models = [*path.parent.glob("fold-*/adapter"), *path.parent.glob("fold-*/head.safetensors")]
         if models:
-            raise InputError(
-                f"{path}: missing, so nothing says how {models[0]} was made; use another --output_dir"
-            )
+            raise InputError(f"{path}: missing, so nothing says how {models[0]} was made; {other}")
         return
-    present = check_run_info(read_json(path), str(path))
+    present = read_run_info(path.parent)
     there, here = present.get("identity"), info.get("identity")
     if present == info or (there and here and there.get("digest") == here["digest"]):
         return
     if not (there and here):
-        raise InputError(f"{path}: no identity, so its folds cannot be continued; use another --output_dir")
-    defaults = {item.name: _default(item) for item, _ in _flags(argument_sets)}
-
-    def differing(name: str, one: Any, other: Any) -> str:
-        return f"{path}: {name}: {short(one)} there, {short(other)} asked for; use another --output_dir"
-
+        raise InputError(f"{path}: no identity, so its folds cannot be continued; {other}")
     before, now = there.get("flags", {}), here["flags"]
-    lines = []
+    differing = {}
+    defaults = {item.name: _default(item) for item, _ in _flags(argument_sets)}
     for key in sorted({*before, *now}):
         default = json.loads(json.dumps(defaults.get(key), default=lambda value: None))
         pair = before.get(key, default), now.get(key, default)
         if (key in before) != (key in now) or pair[0] != pair[1]:
-            lines.append(differing(f"--{key}", *pair))
-    for part, name in PARTS.items():
-        if not lines and there.get(part) != here[part]:
-            lines.append(differing(name, there.get(part), here[part]))
-    raise InputError(*(lines or [differing("identity", there.get("digest"), here["digest"])]))
+            differing[f"--{key}"] = pair
+    if not differing:
+        parts = (PARTS | {"digest": "identity"}).items()
+        pairs = {name: (there.get(part), here[part]) for part, name in parts}
+        differing = dict([(name, pair) for name, pair in pairs.items() if pair[0] != pair[1]][:1])
+    lines = [f"{name}: {short(a)} there, {short(b)} asked for" for name, (a, b) in differing.items()]
+    raise InputError(*(f"{path}: {line}; {other}" for line in lines))
 
 
 def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
-    """Write `run.json`, once: the run's other folds find it there, and must agree with it.
-
-    Raises:
-        InputError: see `check_same_run`.
-    """
+    """Write `run.json`, once: the run's other folds find it there, and must agree with it (`check_same_run`)."""
     path = Path(run_dir) / "run.json"
     check_run_info(info, str(path))
     write_json(path, info, overwrite=False)
@@ -228,17 +207,13 @@ def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **fact
     from rareturn.models.inference import peak_memory
 
     table = read_table(table_path(run_dir, "oof", fold))
-    result = scores(
-        table.label, table.logits.argmax(axis=1), len(info["label_names"]), info["positive_labels"]
-    )
+    predicted = table.logits.argmax(axis=1)
+    result = scores(table.label, predicted, len(info["label_names"]), info["positive_labels"])
     facts = {"fold": fold, "held_out_rows": len(table), "peak_memory_bytes": peak_memory(), **facts}
     write_json(metrics_path(run_dir, fold), result | facts)
-    shown = {
-        "macro_f1_positive": f"{result['macro_f1_positive']:.4f}",
-        "accuracy": f"{result['accuracy']:.4f}",
-    }
-    shown |= {"C": f"{facts['C']:g}"} if "C" in facts else {}
-    print(f"fold {fold}: {', '.join(f'{key} {value}' for key, value in shown.items())}, {facts['seconds']} s")
+    shown = [f"{name} {result[name]:.4f}" for name in ("macro_f1_positive", "accuracy")]
+    shown += [f"C {facts['C']:g}"] if "C" in facts else []
+    print(f"fold {fold}: {', '.join(shown)}, {facts['seconds']} s")
 
 
 def adapter_dir(run_dir: str | os.PathLike, fold: int) -> Path:
@@ -275,6 +250,6 @@ def test_table_is_current(run_dir: str | os.PathLike, fold: int, rows_of_test: s
     return read_rows_digest(table_path(run_dir, "test", fold)) == rows_of_test
 
 
-def read_run_name(run_dir: Path) -> str:
-    """The name in a folder's `run.json`."""
-    return check_run_info(read_json(run_dir / "run.json"), str(run_dir / "run.json"))["name"]
+def read_run_info(run_dir: Path) -> dict[str, Any]:
+    """A folder's `run.json`, checked."""
+    return check_run_info(read_json(run_dir / "run.json"), str(run_dir / "run.json"))

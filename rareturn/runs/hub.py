@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -40,13 +41,13 @@ from rareturn.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-
 # Nothing else is pushed or pulled: pickles (.bin, .pt, .pkl) run code when they are loaded.
 SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".model", ".jinja", ".png", ".html")
 TEXT_FILES = ("merges.txt", "vocab.txt")
 TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typo
 TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub never times out by default
+FAILURES = (httpx2.HTTPError, RevisionResolutionError, OSError, RuntimeError, ValueError, KeyError)
 
 Content = Path | bytes | Callable[[bytes | None], bytes]
 Result = TypeVar("Result")
@@ -61,7 +62,7 @@ class PushError(Exception):
         super().__init__(" ".join(problem.split()))
 
 
-class _NotYet(Exception):
+class _NotYet(RuntimeError):
     """The Hub contradicts itself (a repo that was just created is not found): ask again."""
 
 
@@ -73,8 +74,7 @@ def may_travel(name: str) -> bool:
 class _Persistence:
     """Repeats calls that fail for a passing reason: exponential backoff with jitter, until a deadline.
 
-    The environment variables RARETURN_BACKOFF_SECONDS (first wait, 1) and RARETURN_PUSH_SECONDS (deadline, 900) are
-    for tests and for slow lines.
+    RARETURN_BACKOFF_SECONDS (first wait) and RARETURN_PUSH_SECONDS (deadline) are for tests and slow lines.
     """
 
     def __init__(self, seconds: float = math.inf) -> None:
@@ -83,14 +83,12 @@ class _Persistence:
 
     def call(self, function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Call the function, again after each error that may pass; raise any other."""
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             get_session().timeout = TIMEOUT
             try:
                 return function(*arguments, **options)
             except Exception as error:
                 self.wait(error, attempt)
-            attempt += 1
 
     def wait(self, error: Exception, attempt: int) -> None:
         """Sleep before the next attempt; raise the error if it will not pass or the deadline comes first."""
@@ -150,9 +148,8 @@ def push_files(
     """Put files into a repo in one commit, and return the SHA of a commit that was seen to hold every byte of them.
 
     Args:
-        files: path in the repo to a local file, to bytes, or to a function that takes the bytes at that path in the
-            parent commit (None: no such file) and returns the new ones.
-        message: of the commit.
+        files: path in the repo to a local file, to bytes, or to a function from the bytes at that path in the parent
+            commit (None: no such file) to the new ones.
         kept_in: the folder that still holds everything if the push fails; the error names it.
         private: of a repo that is created here; an existing one keeps its visibility.
 
@@ -160,33 +157,24 @@ def push_files(
         PushError: no permission, no such organisation, a README that the Hub refuses, or no success in time.
         InputError: a file of a kind that is never pushed, or one that contains the Hub token.
     """
+    token = (get_token() or "").encode()
     for path, content in files.items():
         if not may_travel(path):
             raise InputError(f"{path} is not pushed: only {', '.join((*SUFFIXES, *TEXT_FILES))}")
-        _refuse_token(path, content)
+        # A token given on a command line may end up in run.json, and one in a config in the model's folder.
+        if token and not callable(content) and path.endswith((".json", ".md", ".html", ".jinja")):
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            if token in data:
+                raise InputError(f"{path}: has the Hub token in it; not pushed")
     try:
         return _push(_Repo(repo_id, repo_type), files, message, private)
-    except (HfHubHTTPError, httpx2.HTTPError, RuntimeError, ValueError, OSError, _NotYet) as error:
+    except FAILURES as error:
         status = {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
+        reason = "the token may not write there" if 403 in status else "gave up"
         if 401 in status:
             reason = "no valid token (hf auth login, or HF_TOKEN)"
-        elif 403 in status:
-            reason = "the token may not write there"
-        else:
-            reason = "gave up"
-        raise PushError(
-            f"{repo_id}: push failed: {reason}: {explain(error)}; everything stays on disk in {os.fspath(kept_in)}; "
-            "repeat with --push_only"
-        ) from error
-
-
-def _refuse_token(path: str, content: Content) -> None:
-    """A token given on a command line may end up in run.json, and one in a config in the model's folder."""
-    token = get_token()
-    if token and not callable(content) and path.endswith((".json", ".md", ".html", ".jinja")):
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if token.encode() in data:
-            raise InputError(f"{path}: has the Hub token in it; not pushed")
+        advice = f"everything stays on disk in {os.fspath(kept_in)}; repeat with --push_only"
+        raise PushError(f"{repo_id}: push failed: {reason}: {explain(error)}; {advice}") from error
 
 
 def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool) -> str:
@@ -200,11 +188,9 @@ def _push(repo: _Repo, files: Mapping[str, Content], message: str, private: bool
         for path, content in files.items():
             if callable(content):
                 present = persistence.call(repo.read, path, parent)
-                new = content(present)
-                if new != present:
+                if (new := content(present)) != present:
                     wanted[path] = CommitOperationAdd(path, new)
-        held = persistence.call(repo.held, wanted, parent)
-        missing = [path for path in wanted if path not in held]
+        missing = persistence.call(repo.missing, wanted, parent)
         if not missing:
             return parent
         try:
@@ -263,16 +249,15 @@ class _Repo:
             return None
         return response.content
 
-    def held(self, wanted: Mapping[str, CommitOperationAdd], revision: str) -> set[str]:
-        """The paths at which a commit holds the wanted bytes: compared by hash, and a large file's end is fetched."""
-        infos = self.api.get_paths_info(**self.where, paths=list(wanted), revision=revision) if wanted else []
-        return {
-            info.path
-            for info in infos
-            if isinstance(info, RepoFile)
-            and info.path in wanted
-            and self._holds(info, wanted[info.path], revision)
-        }
+    def missing(self, wanted: Mapping[str, CommitOperationAdd], revision: str) -> list[str]:
+        """The paths at which a commit does not hold the wanted bytes."""
+        found = self.api.get_paths_info(**self.where, paths=list(wanted), revision=revision) if wanted else []
+        infos = {info.path: info for info in found if isinstance(info, RepoFile)}
+        return [
+            path
+            for path, operation in wanted.items()
+            if path not in infos or not self._holds(infos[path], operation, revision)
+        ]
 
     def _holds(self, info: RepoFile, operation: CommitOperationAdd, revision: str) -> bool:
         if info.size != operation.upload_info.size:
@@ -280,10 +265,9 @@ class _Repo:
         if info.lfs is None:
             with operation.as_file() as file:
                 return info.blob_id == git_hash(file.read())
-        return info.lfs.sha256 == operation.upload_info.sha256.hex() and self._arrived(info, revision)
-
-    def _arrived(self, info: RepoFile, revision: str) -> bool:
-        """A commit names a large file by its hash, which says nothing of its bytes: ask for the last one."""
+        if info.lfs.sha256 != operation.upload_info.sha256.hex():
+            return False
+        # A commit names a large file by its hash, which says nothing of its bytes: ask for the last one.
         headers = {**build_hf_headers(), "Range": f"bytes={info.size - 1}-{info.size - 1}"}
         with get_session().stream("GET", self._url(info.path, revision), headers=headers) as response:
             if response.status_code in TRANSIENT_STATUS:
@@ -296,19 +280,14 @@ class _Repo:
 
 
 def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str]], *, private: bool) -> None:
-    """Put repos into the collection of this title, creating it if needed; a failure is only a warning.
-
-    Args:
-        items: (repo id, `model` or `dataset`) pairs; those already in it stay as they are.
-    """
+    """Put (repo id, `model` or `dataset`) items into a collection, made if needed; a failure is only a warning."""
     api, persistence = HfApi(), _Persistence()
     try:
-        collection = persistence.call(
-            api.create_collection, title, namespace=namespace, private=private, exists_ok=True
-        )
+        options = {"namespace": namespace, "private": private, "exists_ok": True}
+        collection = persistence.call(api.create_collection, title, **options)
         for repo_id, repo_type in items:
             persistence.call(api.add_collection_item, collection.slug, repo_id, repo_type, exists_ok=True)
-    except (HfHubHTTPError, httpx2.HTTPError, ValueError, KeyError, OSError) as error:
+    except FAILURES as error:
         logger.warning("collection %r of %s: not updated: %s", title, namespace, explain(error))
 
 
@@ -330,19 +309,12 @@ def resolve_revision(repo_id: str, *, repo_type: str = "model", revision: str | 
 
 
 def pull_files(
-    repo_id: str,
-    *,
-    repo_type: str = "model",
-    revision: str | None = None,
-    patterns: Iterable[str] = ("*",),
+    repo_id: str, patterns: Sequence[str], *, repo_type: str = "model", revision: str | None = None
 ) -> tuple[Path, str]:
-    """Download a repo's files at one commit into the cache.
+    """Download a repo's files at one commit into the cache; returns the folder and the commit's SHA.
 
     Args:
         patterns: paths in the repo (fnmatch, `*` crosses folders); other kinds than those in `SUFFIXES` are skipped.
-
-    Returns:
-        The folder that holds them, and the commit's SHA.
 
     Raises:
         InputError: as `resolve_revision`, or a path in the repo that would leave the folder.
@@ -351,21 +323,16 @@ def pull_files(
     if sha is None:
         raise InputError(f"{repo_id}: expected a repo id, not a folder")
     where = {"repo_id": repo_id, "repo_type": repo_type, "revision": sha}
-    allowed = {
-        pattern if may_travel(pattern) else pattern + ending
-        for pattern in patterns
-        for ending in (*SUFFIXES, *TEXT_FILES)
-    }
-    offline = constants.is_offline_mode()
-    persistence = _Persistence(PULL_SECONDS)
+    allowed = [one for one in patterns if may_travel(one)]
+    allowed += [one + ending for one in patterns if one not in allowed for ending in (*SUFFIXES, *TEXT_FILES)]
+    offline, persistence = constants.is_offline_mode(), _Persistence(PULL_SECONDS)
     with _as_input_error(repo_id, revision):
         if not offline:
             for path in persistence.call(HfApi().list_repo_files, **where):
                 if {"", ".", ".."} & set(path.split("/")) or "\\" in path or ":" in path:
                     raise InputError(f"{repo_id}: the repo holds an unsafe path: {path!r}")
-        folder = persistence.call(
-            snapshot_download, **where, allow_patterns=sorted(allowed), local_files_only=offline
-        )
+        options = {"allow_patterns": allowed, "local_files_only": offline}
+        folder = persistence.call(snapshot_download, **where, **options)
     return Path(folder), sha
 
 
@@ -378,5 +345,5 @@ def _as_input_error(repo_id: str, revision: str | None) -> Iterator[None]:
         raise InputError(f"{repo_id}: no revision {revision!r}") from None
     except RepositoryNotFoundError:
         raise InputError(f"{repo_id}: no such repo on the Hub, or the token may not read it") from None
-    except (HfHubHTTPError, httpx2.HTTPError, RevisionResolutionError, OSError, ValueError) as error:
+    except FAILURES as error:
         raise InputError(f"{repo_id}: cannot be read from the Hub: {explain(error)}") from None

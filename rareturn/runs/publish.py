@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -13,19 +13,18 @@ import yaml
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
-from rareturn.files import packaged, read_json
-from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_name, table_path
+from rareturn.files import packaged
+from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_info, table_path
 from rareturn.runs.hub import Content, add_to_collection, may_travel, pull_files, push_files
-from rareturn.runs.references import model_repo, parse_reference, table_repo
+from rareturn.runs.references import Reference, model_repo, table_repo
 
 
 def push_fold(
     run_dir: str | os.PathLike, fold: int, namespace: str, name: str, *, private: bool = True
 ) -> dict[str, str]:
-    """Push a complete fold: one commit to each repo, of paths that no other fold writes.
+    """Push a complete fold: one commit to each repo, of paths that no other fold writes; again changes nothing.
 
     The model's files are those in `RUN/fold-<k>/adapter/` and directly in `RUN/fold-<k>/` (metrics, a linear head).
-    Pushing again changes nothing.
 
     Returns:
         Repo id to the SHA of a commit that holds the files.
@@ -35,7 +34,7 @@ def push_fold(
         PushError: see `hub.push_files`.
     """
     run_dir = Path(run_dir)
-    run = read_run_name(run_dir)
+    run = read_run_info(run_dir)["name"]
     if not fold_is_complete(run_dir, fold, needs_test=False):
         raise InputError(f"{run_dir}: fold {fold} is not complete: nothing to push")
     adapter = adapter_dir(run_dir, fold)
@@ -74,9 +73,6 @@ def push_run(
     Other configs and all prose of an existing dataset card are kept, even if another process changes it at the same
     moment. The collection `NAME` ties the repos together.
 
-    Args:
-        model_card: text of the model repo's README.md, YAML header included.
-
     Returns:
         Repo id to the SHA of a commit that holds the files.
 
@@ -84,11 +80,11 @@ def push_run(
         InputError, PushError: as `push_fold`.
     """
     run_dir = Path(run_dir)
-    run = read_run_name(run_dir)
+    info = public_info(read_run_info(run_dir))
+    run = info["name"]
     repos = model_repo(namespace, name, run), table_repo(namespace, name)
     has_test = any((run_dir / "test").glob("fold-*.parquet"))
     read_folds(run_dir / "folds.json")
-    info = public_info(read_json(run_dir / "run.json"))
     facts: dict[str, Content] = {
         "run.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
         "folds.json": run_dir / "folds.json",
@@ -169,31 +165,27 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
     return str(card).encode()
 
 
-def pull_run(reference: str | os.PathLike) -> tuple[Path, str]:
+def pull_run(reference: str | os.PathLike, where: Reference) -> tuple[Path, str]:
     """Fetch a run's tables from the Hub into the cache; returns the folder with `run.json` and the commit's SHA.
 
     Raises:
-        InputError: not a Hub reference, no such repo, revision or run, or the Hub cannot be reached.
+        InputError: no such repo, revision or run, or the Hub cannot be reached.
     """
-    where = parse_reference(reference)
-    if where.repo_id is None or where.run is None:
-        raise InputError(f"{reference}: expected a run on the Hub, not a folder")
-    folder, sha = pull_files(
-        where.repo_id, repo_type="dataset", revision=where.revision, patterns=[f"data/{where.run}/*"]
-    )
-    if not (folder / "data" / where.run).is_dir():
+    options = {"repo_type": "dataset", "revision": where.revision}
+    root, sha = pull_files(where.repo_id, [f"data/{where.run}/*"], **options)
+    folder = root / "data" / where.run
+    if not folder.is_dir():
         raise InputError(f"{reference}: {where.repo_id} has no run {where.run!r}")
-    return folder / "data" / where.run, sha
+    return folder, sha
 
 
-def pull_adapters(repo_id: str, *, revision: str | None = None, folds: Iterable[int]) -> tuple[Path, str]:
+def pull_adapters(repo_id: str, folds: Sequence[int], *, revision: str | None = None) -> tuple[Path, str]:
     """Fetch a run's adapters from its model repo into the cache; returns the folder of `fold-<k>/` and the commit's SHA.
 
     Raises:
         InputError: as `hub.pull_files`, or a fold without safetensors.
     """
-    folds = list(folds)
-    folder, sha = pull_files(repo_id, revision=revision, patterns=[f"fold-{fold}/*" for fold in folds])
+    folder, sha = pull_files(repo_id, [f"fold-{fold}/*" for fold in folds], revision=revision)
     for fold in folds:
         if not any((folder / f"fold-{fold}").glob("*.safetensors")):
             raise InputError(f"{repo_id}: fold-{fold} holds no safetensors at {sha}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.folds import read_folds
+from rareturn.data.rows import NO_LABEL
 from rareturn.decisions.metrics import Truth
 from rareturn.errors import InputError
 from rareturn.files import read_json
@@ -71,7 +72,7 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
     if where.folder is not None:
         root, revision, pattern = where.folder, None, "{}/fold-{}.parquet"
     else:
-        (root, revision), pattern = pull_run(reference), "{}-fold-{}.parquet"
+        (root, revision), pattern = pull_run(reference, where), "{}-fold-{}.parquet"
     info = check_run_info(read_json(root / "run.json"), f"{reference}: run.json")
     assignment = read_folds(root / "folds.json")
     for key in ("num_folds", "fold_seed", "fold_groups"):
@@ -79,24 +80,18 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
             raise InputError(
                 f"{reference}: {key}: run.json has {info[key]!r}, folds.json {assignment[key]!r}"
             )
-    paths = {
-        split: [root / pattern.format(split, fold) for fold in range(info["num_folds"])]
-        for split in ("oof", "test")
-    }
-    missing = {
-        split: [str(fold) for fold, path in enumerate(of_split) if not path.is_file()]
-        for split, of_split in paths.items()
-    }
-    for split in ("oof", "test") if require_test else ("oof",):
-        if missing[split]:
-            folds = "fold" if len(missing[split]) == 1 else "folds"
-            raise InputError(
-                f"{reference}: the {split} table of {folds} {', '.join(missing[split])} is missing"
-            )
-    oof = _join_oof(reference, info, assignment["folds"], [read_table(path) for path in paths["oof"]])
-    test = [] if missing["test"] else [read_table(path) for path in paths["test"]]
-    _check_test(reference, info, test)
-    return Run(os.fspath(reference), revision, info["name"], info, assignment["folds"], oof, test)
+    tables: dict[str, list[LogitTable]] = {}
+    for split in ("oof", "test"):
+        paths = [root / pattern.format(split, fold) for fold in range(info["num_folds"])]
+        missing = [str(fold) for fold, path in enumerate(paths) if not path.is_file()]
+        if missing and (split == "oof" or require_test):
+            which = f"fold{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+            raise InputError(f"{reference}: the {split} table of {which} is missing")
+        tables[split] = [] if missing else [read_table(path) for path in paths]
+    folds = assignment["folds"]
+    oof = _join_oof(reference, info, folds, tables["oof"])
+    _check_test(reference, info, tables["test"])
+    return Run(os.fspath(reference), revision, info["name"], info, folds, oof, tables["test"])
 
 
 def _join_oof(
@@ -104,21 +99,17 @@ def _join_oof(
 ) -> LogitTable:
     """The folds' tables as one, its rows in the order of `folds`."""
     problems = []
-    num_labels = len(info["label_names"])
     for fold, table in enumerate(tables):
         where = f"{reference}: oof fold {fold}"
-        problems += _content_problems(where, table, fold, num_labels, first_label=0)
+        problems += _content_problems(where, table, fold, len(info["label_names"]), 0)
         for row_id in table.id:
             if row_id not in folds:
                 problems.append(f"{where}: row {row_id!r} is in no fold of folds.json")
             elif folds[row_id] != fold:
                 problems.append(f"{where}: row {row_id!r} belongs to fold {folds[row_id]}")
-        if not problems and len(table) != sum(of_row == fold for of_row in folds.values()):
-            covered = set(table.id)
-            lacking = next(
-                row_id for row_id, of_row in folds.items() if of_row == fold and row_id not in covered
-            )
-            problems.append(f"{where}: row {lacking!r} of folds.json is missing")
+        present = set(table.id)
+        lacking = [row_id for row_id in folds if folds[row_id] == fold and row_id not in present]
+        problems += [f"{where}: row {row_id!r} of folds.json is missing" for row_id in lacking[:1]]
     if problems:
         raise InputError(*problems)
     joined = LogitTable(
@@ -130,13 +121,11 @@ def _join_oof(
     )
     if info["fold_groups"] == "dialogue":
         fold_of: dict[str, int] = {}
-        for dialogue_id, fold in zip(joined.dialogue_id, joined.fold, strict=True):
-            if fold_of.setdefault(dialogue_id, int(fold)) != fold:
-                problems.append(
-                    f"{reference}: dialogue {dialogue_id!r} is in folds {fold_of[dialogue_id]} and {fold}"
-                )
-        if problems:
-            raise InputError(*dict.fromkeys(problems))
+        for dialogue_id, fold in dict.fromkeys(zip(joined.dialogue_id, joined.fold.tolist(), strict=True)):
+            if (first := fold_of.setdefault(dialogue_id, fold)) != fold:
+                problems.append(f"{reference}: dialogue {dialogue_id!r} is in folds {first} and {fold}")
+    if problems:
+        raise InputError(*problems)
     position = {row_id: number for number, row_id in enumerate(joined.id)}
     return joined.take([position[row_id] for row_id in folds])
 
@@ -145,7 +134,7 @@ def _check_test(reference: str | os.PathLike, info: dict[str, Any], tables: list
     problems = []
     for fold, table in enumerate(tables):
         where = f"{reference}: test fold {fold}"
-        problems += _content_problems(where, table, fold, len(info["label_names"]), first_label=-1)
+        problems += _content_problems(where, table, fold, len(info["label_names"]), NO_LABEL)
         if table.id != tables[0].id or table.dialogue_id != tables[0].dialogue_id:
             problems.append(f"{where}: other rows, or in another order, than fold 0")
         elif table.rows != tables[0].rows:
@@ -159,12 +148,10 @@ def _content_problems(
 ) -> Iterable[str]:
     if len(table) and table.logits.shape[1] != num_labels:
         yield f"{where}: {table.logits.shape[1]} logits a row for {num_labels} labels"
+    unknown = (table.label < first_label) | (table.label >= num_labels)
     for wrong, what in (
         (table.fold != fold, "fold: not the fold of its file"),
-        (
-            (table.label < first_label) | (table.label >= num_labels),
-            f"label: not one of {first_label}..{num_labels - 1}",
-        ),
+        (unknown, f"label: not one of {first_label}..{num_labels - 1}"),
     ):
         if wrong.any():
             yield f"{where}: row {table.id[int(np.argmax(wrong))]!r}: {what}"

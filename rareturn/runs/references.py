@@ -12,9 +12,7 @@ from rareturn.errors import InputError
 # What the Hub takes as one part of a repo id, and what is safe as one part of a path.
 NAME = re.compile(r"(?!.*(?:\.\.|--|\.git\Z))[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9_./-]*")
-REFERENCE = re.compile(
-    r"(?P<organisation>[^/:@]+)/(?P<dataset>[^/:@]+):(?P<run>[^/:@]+)(?:@(?P<revision>.+))?"
-)
+REFERENCE = re.compile(r"([^/:@]+)/([^/:@]+):([^/:@]+)(?:@(.+))?")
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,7 @@ class Reference:
 
 
 def check_name(name: str, what: str) -> str:
-    """Return the name if it can be part of a path and of a repo id.
-
-    Raises:
-        InputError: empty, longer than 96 characters, or with something in it that the message rules out.
-    """
+    """Return the name if it can be part of a path and of a repo id; an InputError says what can."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InputError(
             f"{what} {name!r}: letters, digits, '_', '.', '-' only (96 at most, starting with a letter or a digit; "
@@ -42,11 +36,7 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_revision(revision: str, where: str) -> str:
-    """Return the revision if it can be a branch, a tag or a commit SHA.
-
-    Raises:
-        InputError: another character, or `..` in it.
-    """
+    """Return the revision if it can be a branch, a tag or a commit SHA; an InputError if not."""
     if not REVISION.fullmatch(revision):
         raise InputError(f"{where}: {revision!r} is not a revision: give a branch, a tag or a commit SHA")
     return revision
@@ -65,27 +55,19 @@ def parse_reference(reference: str | os.PathLike) -> Reference:
         raise InputError(
             f"{reference}: no such run; name an existing folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
         )
-    organisation, dataset, run = (
-        check_name(match[part], f"{reference}: {part}") for part in ("organisation", "dataset", "run")
-    )
-    if match["revision"] is not None:
-        check_revision(match["revision"], os.fspath(reference))
-    return Reference(repo_id=f"{organisation}/{dataset}", run=run, revision=match["revision"])
+    *names, revision = match.groups()
+    parts = zip(names, ("organisation", "dataset", "run"), strict=True)
+    organisation, dataset, run = (check_name(name, f"{reference}: {part}") for name, part in parts)
+    if revision is not None:
+        check_revision(revision, os.fspath(reference))
+    return Reference(repo_id=f"{organisation}/{dataset}", run=run, revision=revision)
 
 
 def model_repo(namespace: str, name: str, run: str) -> str:
-    """`ORG/NAME-RUN`, the model repo of a run.
-
-    Raises:
-        InputError: a part that the Hub does not take.
-    """
+    """`ORG/NAME-RUN`, the model repo of a run; an InputError for a part that the Hub does not take."""
     return f"{check_name(namespace, '--hub_namespace')}/{check_name(f'{name}-{run}', 'repo NAME-RUN')}"
 
 
 def table_repo(namespace: str, name: str) -> str:
-    """`ORG/NAME-oof`, the dataset repo with the tables of all runs.
-
-    Raises:
-        InputError: a part that the Hub does not take.
-    """
+    """`ORG/NAME-oof`, the dataset repo with the tables of all runs; an InputError as `model_repo`."""
     return f"{check_name(namespace, '--hub_namespace')}/{check_name(f'{name}-oof', 'repo NAME-oof')}"

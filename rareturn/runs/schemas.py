@@ -58,12 +58,9 @@ class RunInfo(BaseModel):
     @model_validator(mode="after")
     def _labels_exist(self) -> RunInfo:
         last = len(self.label_names) - 1
-        protected = [] if self.protected_label is None else [self.protected_label]
-        for key, labels in (
-            ("positive_labels", self.positive_labels),
-            ("protected_label", protected),
-            ("label_scope", self.label_scope or []),
-        ):
+        for key in ("positive_labels", "protected_label", "label_scope"):
+            value = getattr(self, key)
+            labels = [value] if isinstance(value, int) else value or []
             if not all(0 <= label <= last for label in labels):
                 raise ValueError(f"{key}: numbers of 0..{last} expected, not {labels}")
         return self

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +28,14 @@ TABLE_SCHEMA = pa.schema(
         ("logits", pa.list_(pa.float32())),
     ]
 )
+# Another tool's table may hold wider types (pandas: large strings, int64, lists of doubles).
+TYPES = {
+    "id": ("strings", "(large_)?string"),
+    "dialogue_id": ("strings", "(large_)?string"),
+    "fold": ("integers", r"int\d+"),
+    "label": ("integers", r"int\d+"),
+    "logits": ("lists of float32", r"(large_)?list<\w+: (halffloat|float|double)( not null)?>"),
+}
 ROWS_KEY = b"rareturn.rows"  # in the schema's metadata: the digest of the rows that a table was made for
 
 
@@ -88,13 +98,8 @@ def write_table(path: str | os.PathLike, table: LogitTable) -> None:
 
     Raises:
         InputError: a logit is not finite, the disk is full or the place cannot be written.
-        ValueError: the columns disagree in length.
     """
     logits = np.ascontiguousarray(table.logits, dtype=np.float32)
-    if logits.ndim != 2 or {len(table.id), len(table.dialogue_id), len(table.fold), len(table.label)} != {
-        len(logits)
-    }:
-        raise ValueError(f"{path}: the columns of a table must have one length")
     if not np.isfinite(logits).all():
         row = table.id[int(np.argmin(np.isfinite(logits).all(1)))]
         raise InputError(f"{path}: row {row!r}: logits are not finite, so the model's training diverged")
@@ -108,22 +113,21 @@ def write_table(path: str | os.PathLike, table: LogitTable) -> None:
     ]
     schema = TABLE_SCHEMA if table.rows is None else TABLE_SCHEMA.with_metadata({ROWS_KEY: table.rows})
     buffer = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_arrays(columns, schema=schema),
-        buffer,
-        compression="zstd",
-        write_page_checksum=True,
-    )
+    whole = pa.Table.from_arrays(columns, schema=schema)
+    pq.write_table(whole, buffer, compression="zstd", write_page_checksum=True)
     write_bytes(path, buffer.getvalue())
 
 
 def read_rows_digest(path: str | os.PathLike) -> str | None:
     """The digest of the rows that a table was made for; None where there is no table or it does not say."""
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        return _rows_digest_in(pq.read_schema(path))
     except (pa.ArrowException, OSError, ValueError):
         return None
-    return metadata.get(ROWS_KEY, b"").decode(errors="replace") or None
+
+
+def _rows_digest_in(schema: pa.Schema) -> str | None:
+    return (schema.metadata or {}).get(ROWS_KEY, b"").decode(errors="replace") or None
 
 
 def read_table(path: str | os.PathLike) -> LogitTable:
@@ -144,49 +148,32 @@ def read_table(path: str | os.PathLike) -> LogitTable:
         raise InputError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error)[:200]}") from None
-    _check_types(path, table.schema)
+    for name, (expected, pattern) in TYPES.items():
+        found = table.schema.field(name).type
+        if not re.fullmatch(pattern, str(found)):
+            raise InputError(f"{path}: column {name!r}: {expected} expected, not {found}")
     ids = table["id"].to_pylist()
+
+    def check(right: np.ndarray, what: str) -> None:
+        if not right.all():
+            raise InputError(f"{path}: row {ids[int(np.argmin(right))]!r}: {what}")
+
     for name in TABLE_SCHEMA.names:
-        if table[name].null_count:
-            row = int(np.argmax(table[name].is_null().to_numpy(zero_copy_only=False)))
-            raise InputError(f"{path}: row {ids[row]!r}: {name}: empty")
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        duplicate = next(row_id for row_id in ids if row_id in seen or seen.add(row_id))
-        raise InputError(f"{path}: row {duplicate!r}: id: appears more than once")
+        check(table[name].is_valid().to_numpy(), f"{name}: empty")
+    for row_id, count in Counter(ids).items():
+        if count > 1:
+            raise InputError(f"{path}: row {row_id!r}: id: appears more than once")
     lists = table["logits"].combine_chunks().cast(pa.large_list(pa.float32()))
     widths = np.diff(lists.offsets.to_numpy()) if ids else np.zeros(0, np.int64)
-    if ids and (widths != widths[0]).any():
-        row = int(np.argmax(widths != widths[0]))
-        raise InputError(
-            f"{path}: row {ids[row]!r}: logits: {widths[row]} numbers, {widths[0]} in the row before"
-        )
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    logits = values.reshape(len(ids), int(widths[0]) if ids else 0)
-    if not np.isfinite(logits).all():
-        row = int(np.argmin(np.isfinite(logits).all(1)))
-        raise InputError(f"{path}: row {ids[row]!r}: logits: not finite")
+    width = int(widths[0]) if ids else 0
+    check(widths == width, f"logits: not {width} numbers, as in the first row")
+    logits = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), width)
+    check(np.isfinite(logits).all(1), "logits: not finite")
     return LogitTable(
         ids,
         table["dialogue_id"].to_pylist(),
         table["fold"].to_numpy().astype(np.int64),
         table["label"].to_numpy().astype(np.int64),
         np.array(logits, dtype=np.float32),
-        (table.schema.metadata or {}).get(ROWS_KEY, b"").decode(errors="replace") or None,
+        _rows_digest_in(table.schema),
     )
-
-
-def _check_types(path: str | os.PathLike, schema: pa.Schema) -> None:
-    """A table that another tool wrote may hold wider types (pandas: large strings, int64, lists of doubles)."""
-    types = {name: schema.field(name).type for name in TABLE_SCHEMA.names}
-    for name in ("id", "dialogue_id"):
-        if not (pa.types.is_string(types[name]) or pa.types.is_large_string(types[name])):
-            raise InputError(f"{path}: column {name!r}: strings expected, not {types[name]}")
-    for name in ("fold", "label"):
-        if not pa.types.is_signed_integer(types[name]):
-            raise InputError(f"{path}: column {name!r}: integers expected, not {types[name]}")
-    kind = types["logits"]
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_floating(
-        kind.value_type
-    ):
-        raise InputError(f"{path}: column 'logits': lists of float32 expected, not {kind}")
