@@ -59,28 +59,19 @@ class ProbeArguments(FoldDataArguments):
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
     quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
-    dtype: str = flag(
-        "float32", "Type of the unquantized weights.", choices=["float32", "bfloat16", "float16"]
-    )
+    dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
     attn_implementation: str | None = flag(
         None, "Attention kernel. Default: sdpa where the model has it, else eager."
     )
-    bf16: bool | None = flag(
-        None, "bf16 autocast. Default: on a GPU, not on a CPU, whatever units the processor has."
-    )
+    bf16: bool | None = flag(None, "bf16 autocast. Default: on a GPU, never on a CPU.")
     per_device_eval_batch_size: int = flag(32, "Turns in a forward pass of an encoder.")
-    layer: int | None = flag(
-        None, "Layer whose output is taken, from 1. Default: two thirds up, best on PsyDefConv."
-    )
+    layer: int | None = flag(None, "Layer whose output is taken, from 1. Default: two thirds up.")
     class_weights: str = flag(
         "balanced",
         "Weights in the head's loss, from the fold's training rows: 1/n (best with a linear head), 1/sqrt(n) or none.",
         choices=["none", "inverse_sqrt", "balanced"],
     )
-    C: list[float] = flag(
-        [0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
-        "Inverse L2 penalties to choose from, by log loss on inner folds of dialogues.",
-    )
+    C: list[float] = flag([0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0], "Inverse L2 penalties to choose from.")
     seed: int = flag(42, "Seed of the inner folds that choose C.")
 
     def __post_init__(self) -> None:
@@ -97,17 +88,11 @@ def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
     results = run_results(run_dir, info)
     folds = [(f"fold {fold}", metrics) for fold, metrics in sorted(results["folds"].items())]
     total = sum(metrics["held_out_rows"] for _, metrics in folds)
-    rows = [
-        [
-            name,
-            str(metrics["held_out_rows"]),
-            f"{metrics['C']:g}" if "C" in metrics else "",
-            f"{metrics['macro_f1_positive']:.4f}",
-            f"{metrics['accuracy']:.4f}",
-        ]
-        for name, metrics in [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]
-    ]
-    header = ("", "rows", "C", "macro_f1_positive", "accuracy")
+    header, rows = ("", "rows", "C", "macro_f1_positive", "accuracy"), []
+    for name, metrics in [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]:
+        C = f"{metrics['C']:g}" if "C" in metrics else ""
+        scores = [f"{metrics[score]:.4f}" for score in header[3:]]
+        rows.append([name, str(metrics["held_out_rows"]), C, *scores])
     print(Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
     return results["argmax"]
 
@@ -144,9 +129,8 @@ def main() -> None:
     flags = {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
     base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **flags)
     taken = {"layer": arguments.layer, "window": arguments.window, "bf16": arguments.bf16}
-    frozen = probing.FrozenFeatures(
-        base, data.guide, batch_size=arguments.per_device_eval_batch_size, **taken
-    )
+    taken["batch_size"] = arguments.per_device_eval_batch_size
+    frozen = probing.FrozenFeatures(base, data.guide, **taken)
     info = describe_run(
         *(run_name, data, base, arguments),
         seed=arguments.seed,

@@ -66,13 +66,9 @@ class FoldArguments(FoldDataArguments):
     run_name: str | None = flag(None, "Name of the run. Default: the output folder's name.")
     fold: int = flag(0, "The fold to hold out, counted from 0.")
     keep_checkpoints: bool = flag(False, "Keep a complete fold's checkpoints.")
-    pack_dialogues: bool | None = flag(
-        None, "One pass for all rows of a dialogue. Default: yes for decoders, no for encoders."
-    )
+    pack_dialogues: bool | None = flag(None, "One pass for a dialogue's rows. Default: yes for decoders.")
     rows_per_batch: int | None = flag(
-        None,
-        "Packed: rows of a forward pass on average. Default: all of a step's, per_device_train_batch_size x "
-        "gradient_accumulation_steps, in one pass.",
+        None, "Packed: rows of a forward pass on average. Default: all of a step's, in one pass."
     )
     tokens_per_batch: int = flag(
         2048, "Packed: tokens of a forward pass at most. 2048: the paper's two rows of 1,024."
@@ -107,9 +103,7 @@ class ModelArguments:
         choices=["float32", "bfloat16", "float16"],
     )
     quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
-    tuning: str = flag(
-        "lora", "lora trains adapters and the head, full trains all weights.", choices=["lora", "full"]
-    )
+    tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
     lora_r: int = flag(128, "Rank of the adapters. 128, as in the paper.")
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")
     lora_dropout: float = flag(0.1, "Dropout before the adapters. 0.1, as in the paper.")
@@ -184,26 +178,21 @@ def weighted_trainer() -> type:
         a mean would make the gradients `gradient_accumulation_steps` times too large.
 
         Args:
-            class_weights: shape (num_labels,); see `training.class_weights`.
-            label_scope: see `weighted_cross_entropy`.
             plan: epoch -> steps; see `StepBatchSampler`.
+            class_weights, label_scope: see `weighted_cross_entropy`.
         """
 
         def __init__(
             self,
-            *args: Any,
-            class_weights: np.ndarray,
             plan: Callable[[int], list[Step]],
+            class_weights: np.ndarray,
             label_scope: Sequence[int] | None = None,
             **kwargs: Any,
         ):
-            loss = functools.partial(
-                weighted_cross_entropy,
-                class_weights=class_weights,
-                label_smoothing_factor=kwargs["args"].label_smoothing_factor,
-                label_scope=label_scope,
-            )
-            super().__init__(*args, compute_loss_func=loss, **kwargs)
+            options = {"class_weights": class_weights, "label_scope": label_scope}
+            options["label_smoothing_factor"] = kwargs["args"].label_smoothing_factor
+            loss = functools.partial(weighted_cross_entropy, **options)
+            super().__init__(compute_loss_func=loss, **kwargs)
             self.plan = plan
 
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -245,13 +234,11 @@ def train_and_save(
 
     with disk_errors(saved.parent.parent):
         loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-        if not all(
-            bool(weight.isfinite().all()) for weight in trainer.model.parameters() if weight.requires_grad
-        ):
+        trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+        if not all(bool(weight.isfinite().all()) for weight in trained):
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-            raise InputError(
-                f"{saved.parent}: training diverged to weights that are not finite; lower --learning_rate"
-            )
+            reason = "training diverged to weights that are not finite; lower --learning_rate"
+            raise InputError(f"{saved.parent}: {reason}")
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
             save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved, state)
@@ -265,10 +252,9 @@ def predict(
     from rareturn.models.inference import predict_logits
 
     passes = batches.prediction_batches(rows, rendered), batches.collate
-    num_labels, bf16 = trainer.model.config.num_labels, trainer.args.bf16
-    logits = predict_logits(
-        trainer.model, rendered, *passes, num_labels=num_labels, bf16=bf16, description=description
-    )
+    num_labels = trainer.model.config.num_labels
+    how = {"num_labels": num_labels, "bf16": trainer.args.bf16, "description": description}
+    logits = predict_logits(trainer.model, rendered, *passes, **how)
     logits[:, sorted(set(range(num_labels)) - set(scope))] = OUT_OF_SCOPE_LOGIT
     return logits
 
@@ -289,8 +275,7 @@ def main() -> None:
     import transformers
 
     from rareturn.models import inference, loading
-    from rareturn.models.batches import decide_packing, make_batches
-    from rareturn.models.packing import accept_packed
+    from rareturn.models.packing import accept_packed, decide_packing, make_batches
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)

@@ -246,7 +246,7 @@ def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, cap
         row |= {"dialogue_id": f"d{number % 2}", "label": [0, 0, 7, 7][number % 4]}
     (tmp_path / "few.json").write_text(json.dumps(records))
     assert run(encoder, tmp_path / "run", train_file=tmp_path / "few.json", fold_groups="none") == 2
-    message = "2 training dialogues are too few to choose among several values of C: give one --C\n"
+    message = "2 training dialogues are too few to choose among values of C: give one --C\n"
     assert capsys.readouterr().err.endswith(message)
     assert [path.name for path in tmp_path.iterdir()] == ["few.json"]
     assert run(encoder, tmp_path / "run", train_file=tmp_path / "few.json", fold_groups="none", C=3) == 0

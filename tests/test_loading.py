@@ -17,7 +17,6 @@ from rareturn.data.rendering import Renderer
 from rareturn.errors import InputError
 from rareturn.files import check_content
 from rareturn.models.loading import (
-    Loader,
     add_lora,
     find_base_model,
     load_classifier,
@@ -27,6 +26,7 @@ from rareturn.models.loading import (
     save_trained,
 )
 from rareturn.models.training import RowBatches
+from rareturn.runs.bundle import Loader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,7 +144,6 @@ def test_loading_settings_that_came_from_elsewhere_are_checked_all_at_once():
         "quantization": "int8",
         "trust_remote_code": "yes",
         "bf16": 1,
-        "tuning": "half",
     }
     with pytest.raises(InputError) as refused:
         check_content(Loader, wrong, "run.json: loader")

@@ -66,15 +66,11 @@ class SegmentMeanClassifier(PreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits of rows.
+        """Logits of shape (rows, num_labels); the arguments have shape (rows, tokens).
 
         Args:
-            input_ids, attention_mask: shape (rows, tokens).
-            segment_ids: 0 on the target's tokens and 1 on the context's, shape (rows, tokens).
+            segment_ids: 0 on the target's tokens and 1 on the context's.
             token_type_ids: the same, as BERT's tokenizer names them; one of the two must be given.
-
-        Returns:
-            `logits` of shape (rows, num_labels).
         """
         segments = token_type_ids if segment_ids is None else segment_ids
         if getattr(self.encoder.config, "type_vocab_size", 0) > 1:

@@ -52,16 +52,13 @@ def predict_logits(
     description: str | None = None,
     alone: bool = False,
 ) -> np.ndarray:
-    """Logits of rows; several processes share the batches.
+    """Logits of rows, float32 of shape (rows, num_labels), on every process; the processes share the batches.
 
     Args:
         batches: indices of rows, each row once.
         bf16: compute under bf16 autocast.
         description: of the progress bar; None shows none.
         alone: whether each process has rows of its own.
-
-    Returns:
-        float32 of shape (rows, num_labels), in the rows' order, on every process.
     """
     rank, world_size = 0, 1
     if torch.distributed.is_initialized() and not alone:

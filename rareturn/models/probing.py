@@ -29,12 +29,13 @@ from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.models.inference import place
 from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, load_tokenizer
-from rareturn.models.packing import PackedBatches, can_branch, collate_packed, row_hidden_states
+from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
 
 logger = logging.getLogger(__name__)
 
 ENCODER_PARTS = ("target", "context", "history", "previous")
+HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
 TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 
@@ -48,12 +49,9 @@ class FrozenFeatures:
     does it. A decoder gives the hidden state of the last token of the row's prompt.
 
     Args:
-        base: the model; see `loading.find_base_model`.
-        layer: the transformer layer whose output is taken, counted from 1; later layers are not run. None: two thirds
-            of the model's layers, rounded.
+        layer: whose output is taken, counted from 1; later ones are not run. None: two thirds up, rounded.
         window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
         batch_size: turns in an encoder's forward pass; a decoder's has at most `TOKENS_PER_BATCH` tokens.
-        bf16: bf16 autocast.
 
     Raises:
         InputError: a layer that the model does not have, or a window that holds no target.
@@ -79,14 +77,10 @@ class FrozenFeatures:
         self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
         self.show_progress = show_progress
         self.tokenizer = load_tokenizer(base)
-        self.renderer = None
+        self.renderer, self.parts = None, ENCODER_PARTS
         if not self.is_encoder:
             self.renderer = Renderer(self.tokenizer, guide, is_encoder=False, **window)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The vectors that a row's features consist of."""
-        return ENCODER_PARTS if self.is_encoder else ("last_token",)
+            self.parts = ("last_token",)
 
     def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
         """Features of rows, float32 of shape (rows, features).
@@ -99,8 +93,7 @@ class FrozenFeatures:
         """
         model = self.load() if model is None else model
         rows_to_features = self._from_turns if self.is_encoder else self._from_prompts
-        device = model.device.type
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             features = rows_to_features(rows, model)
         if not np.isfinite(features).all():
             raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
@@ -111,27 +104,23 @@ class FrozenFeatures:
         # The head that comes with it is not used, but this loader knows quantization and dtype.
         classifier = load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id)
         model = place(classifier, self.base)
-        keep_layers(_backbone(model), self.layer)
+        keep_layers(model.base_model, self.layer)
         return model
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
         """An encoder's features: every distinct turn is embedded once, then averaged per row."""
-        max_turns = self.window["max_turns"]
-        texts: dict[str, int] = {}
-        turns_of_rows = [
-            [texts.setdefault(fold_whitespace(turn.text), len(texts)) for turn in row.turns[-max_turns:]]
-            for row in rows
-        ]
-        embeddings = self._embed(list(texts), _backbone(model))
+        seen = [row.turns[-self.window["max_turns"] :] for row in rows]
+        texts = list(dict.fromkeys(fold_whitespace(turn.text) for turns in seen for turn in turns))
+        places = {text: place for place, text in enumerate(texts)}
+        embeddings = self._embed(texts, model.base_model)
         features = np.zeros((len(rows), len(ENCODER_PARTS), embeddings.shape[1]), dtype=np.float32)
-        for row, turns, parts in zip(rows, turns_of_rows, features, strict=True):
-            *before, target = turns
-            same_speaker = [turn.speaker == row.turns[-1].speaker for turn in row.turns[-len(turns) : -1]]
-            history = [turn for turn, same in zip(before, same_speaker, strict=True) if same]
-            others = [turn for turn, same in zip(before, same_speaker, strict=True) if not same]
+        for turns, parts in zip(seen, features, strict=True):
+            *before, target = [(places[fold_whitespace(turn.text)], turn.speaker) for turn in turns]
+            history = [turn for turn in before if turn[1] == target[1]]
+            others = [turn for turn in before if turn[1] != target[1]]
             for part, chosen in enumerate(([target], before, history, others[-1:])):
                 if chosen:
-                    parts[part] = embeddings[chosen].mean(axis=0)
+                    parts[part] = embeddings[[place for place, _ in chosen]].mean(axis=0)
         return features.reshape(len(rows), -1)
 
     def _embed(self, texts: Sequence[str], backbone: nn.Module) -> np.ndarray:
@@ -147,10 +136,8 @@ class FrozenFeatures:
         with tqdm(total=len(ids), desc="turns", unit="turn", disable=not self.show_progress) as progress:
             for begin in range(0, len(order), self.batch_size):
                 batch = order[begin : begin + self.batch_size]
-                padded = self.tokenizer.pad(
-                    {"input_ids": [ids[index] for index in batch]}, return_tensors="pt"
-                )
-                inputs = padded.to(backbone.device)
+                rows = {"input_ids": [ids[index] for index in batch]}
+                inputs = self.tokenizer.pad(rows, return_tensors="pt").to(backbone.device)
                 mask = inputs["attention_mask"][..., None]
                 hidden = backbone(**inputs).last_hidden_state.float()
                 embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
@@ -164,19 +151,15 @@ class FrozenFeatures:
             branches = can_branch(model, max(map(len, rendered)))
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
-        batches = PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches).prediction_batches(rows, rendered)
+        batches = PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches)
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
         with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
-            for batch in batches:
-                inputs = collate_packed([rendered[index] for index in batch], branches)
+            for batch in batches.prediction_batches(rows, rendered):
+                inputs = batches.collate([rendered[index] for index in batch])
                 inputs = {key: value.to(model.device) for key, value in inputs.items()}
-                features[batch] = row_hidden_states(_backbone(model), **inputs).float().cpu().numpy()
+                features[batch] = row_hidden_states(model.base_model, **inputs).float().cpu().numpy()
                 progress.update(len(batch))
         return features
-
-
-def _backbone(classifier: nn.Module) -> nn.Module:
-    return getattr(classifier, classifier.base_model_prefix)
 
 
 def keep_layers(backbone: nn.Module, count: int) -> None:
@@ -192,13 +175,12 @@ def keep_layers(backbone: nn.Module, count: int) -> None:
                 setattr(module, name, child[:count])
                 return
     if count < num_layers:
-        raise InputError(
-            f"--layer {count}: {backbone.config.model_type} models cannot be cut; use --layer {num_layers}"
-        )
+        kind = backbone.config.model_type
+        raise InputError(f"--layer {count}: {kind} models cannot be cut; use --layer {num_layers}")
 
 
 def position_limit(backbone: nn.Module) -> int:
-    """Tokens that an encoder has positions for. RoBERTa's positions begin after the padding's, so two are no use."""
+    """Tokens that an encoder has positions for; RoBERTa's begin after the padding's."""
     positions = getattr(backbone.config, "max_position_embeddings", None)
     if not positions or positions < 0:
         return 1 << 30
@@ -209,10 +191,10 @@ def position_limit(backbone: nn.Module) -> int:
 
 
 def block_sizes(num_features: int, is_encoder: bool) -> list[int]:
-    """How many features each block has that is scaled as one; see `fit_head`.
+    """Features of each block that is scaled as one, see `fit_head`.
 
-    An encoder's vectors are blocks, so that directions within one keep their proportions. A decoder's coordinates are
-    scaled one by one, because a few of them are orders of magnitude larger than the rest.
+    Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
+    because a few of them are orders of magnitude larger than the rest.
     """
     return [num_features // len(ENCODER_PARTS)] * len(ENCODER_PARTS) if is_encoder else [1] * num_features
 
@@ -239,8 +221,8 @@ class LinearHead:
         return ((features - self.mean) / self.scale) @ self.coef.T + self.intercept
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `coef`, `intercept`, `mean`, `scale` as safetensors, with C in the metadata."""
-        tensors = {name: getattr(self, name) for name in ("coef", "intercept", "mean", "scale")}
+        """Write safetensors, with C in the metadata."""
+        tensors = {name: getattr(self, name) for name in HEAD_TENSORS}
         write_bytes(path, safetensors.numpy.save(tensors, {"C": repr(self.C)}))
 
     @classmethod
@@ -252,7 +234,7 @@ class LinearHead:
         """
         try:
             with safe_open(path, "numpy") as file:
-                tensors = {name: file.get_tensor(name) for name in ("coef", "intercept", "mean", "scale")}
+                tensors = {name: file.get_tensor(name) for name in HEAD_TENSORS}
                 return cls(**tensors, C=float(file.metadata()["C"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: cannot read the head: {error}") from None
@@ -276,7 +258,7 @@ def fit_head(
         features: float32 (rows, features).
         labels: int (rows,).
         blocks: features in each block, in order.
-        weights: see `losses.class_weights`.
+        weights: see `training.class_weights`.
         C: as in scikit-learn's `LogisticRegression`.
 
     Raises:
@@ -287,9 +269,7 @@ def fit_head(
 
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise InputError(
-            f"all {len(labels)} training rows have label {classes[0]}: there is nothing to tell apart"
-        )
+        raise InputError(f"all {len(labels)} training rows have label {classes[0]}: nothing to tell apart")
     mean = features.mean(axis=0, dtype=np.float64)
     variance = features.var(axis=0, dtype=np.float64)
     starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
@@ -323,10 +303,9 @@ def inner_folds(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if len(set(groups)) < INNER_FOLDS:
-        raise InputError(
-            f"{len(set(groups))} training dialogues are too few to choose among several values of C: give one --C"
-        )
+    count = len(set(groups))
+    if count < INNER_FOLDS:
+        raise InputError(f"{count} training dialogues are too few to choose among values of C: give one --C")
     splitter = StratifiedGroupKFold(INNER_FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
@@ -346,10 +325,9 @@ def choose_C(
 ) -> tuple[float, dict[float, float]]:
     """The C with the least log loss on training dialogues that were held out in turn, and the losses that were tried.
 
-    Log loss and not macro F1: with a few rows of the rare labels the F1 of neighbouring candidates differs by chance
-    alone. The loss is not weighted by class: with balanced weights it would ask for so strong a penalty that rare
-    labels are predicted everywhere. Larger candidates than the first that is worse than the one before it take longest
-    and are not tried.
+    Log loss and not macro F1: with few rows of a rare label the F1 of neighbouring candidates differs by chance alone.
+    It is not weighted by class, or the penalty would be so strong that rare labels are predicted everywhere.
+    Candidates after the first that is worse take longest and are not tried.
 
     Args:
         groups: dialogue ids, (rows,).

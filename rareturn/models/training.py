@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
@@ -19,8 +20,6 @@ from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 
 Step = list[list[int]]  # a step's micro-batches, each a list of indices into the data set
-
-
 MEGABATCH_STEPS = 16
 
 
@@ -28,9 +27,7 @@ MEGABATCH_STEPS = 16
 class FoldTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with the defaults that a fold wants."""
 
-    bf16: bool | None = flag(
-        None, "bf16 autocast. Default: on a GPU, not on a CPU, whatever units the processor has."
-    )
+    bf16: bool | None = flag(None, "bf16 autocast. Default: on a GPU, never on a CPU.")
     save_strategy: str = flag("epoch", "When to write a checkpoint to resume from.")
     save_total_limit: int | None = flag(2, "Checkpoints kept. 2: the newer may be half-written.")
     logging_steps: float = flag(10, "Steps between two log lines.")
@@ -41,9 +38,7 @@ class FoldTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu)
         if self.load_best_model_at_end:
-            raise ValueError(
-                "--load_best_model_at_end would pick a model on the fold that is the out-of-fold estimate"
-            )
+            raise ValueError("--load_best_model_at_end would pick a model on its out-of-fold rows")
         # The script pushes, and its rows are no columns of a data set.
         self.push_to_hub = self.remove_unused_columns = False
         super().__post_init__()
@@ -59,9 +54,9 @@ def plan_rows(
 ) -> list[Step]:
     """One epoch of unpacked rows: shuffled, then bucketed by length so that little is padding.
 
-    Rows are shuffled, cut into megabatches of 16 steps, sorted by length within each, and dealt to steps; the steps
-    are shuffled again. Which rows share a step depends on `rows_per_step` alone, not on how it is cut: 16x1, 4x4 and
-    two processes of 8 take the same steps. Steps differ by at most one row in size, so none is a small remainder.
+    Megabatches of 16 steps are sorted by length and dealt to steps, which are shuffled again. Which rows share a step
+    depends on `rows_per_step` alone, not on how it is cut: 16x1, 4x4 and two processes of 8 take the same steps. Steps
+    differ by at most one row in size, so none is a small remainder.
 
     Args:
         lengths: tokens of each row.
@@ -77,19 +72,17 @@ def plan_rows(
             "less --gradient_accumulation_steps"
         )
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    num_steps = max(1, min(-(-len(lengths) // rows_per_step), len(lengths) // micro_batches))
-    lengths = np.asarray(lengths)
-    steps: list[Step] = []
+    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
+    num_steps = min(-(-len(order) // rows_per_step), len(order) // micro_batches)
     bounds = np.linspace(0, len(order), num_steps + 1).astype(int)
     for first in range(0, num_steps, MEGABATCH_STEPS):
-        last = min(first + MEGABATCH_STEPS, num_steps)
-        megabatch = order[bounds[first] : bounds[last]]
-        megabatch = megabatch[np.argsort(lengths[megabatch], kind="stable")]
-        for step in range(first, last):
-            rows = megabatch[bounds[step] - bounds[first] : bounds[step + 1] - bounds[first]]
-            steps.append([part.tolist() for part in np.array_split(rows, micro_batches)])
-    return [steps[index] for index in rng.permutation(num_steps)]
+        megabatch = order[bounds[first] : bounds[min(first + MEGABATCH_STEPS, num_steps)]]
+        megabatch[:] = megabatch[np.argsort(lengths[megabatch], kind="stable")]
+    steps = np.split(order, bounds[1:-1])
+    return [
+        [part.tolist() for part in np.array_split(steps[step], micro_batches)]
+        for step in rng.permutation(num_steps)
+    ]
 
 
 class StepBatchSampler:
@@ -123,43 +116,36 @@ def with_labels(
     return collate([row for row, _ in items]) | {"labels": torch.tensor([label for _, label in items])}
 
 
+@dataclass
 class RowBatches:
     """A row a sequence, padded to the batch's longest. `packing.PackedBatches` is the other way.
 
-    Args:
+    Attributes:
         rows_per_step: rows of an optimizer step, over all processes.
         micro_batches: forward passes of an optimizer step, over all processes.
         prediction_rows: rows of a forward pass in prediction.
         segment_name: see `segment_name`.
     """
 
-    def __init__(
-        self,
-        pad_token_id: int,
-        rows_per_step: int,
-        micro_batches: int,
-        prediction_rows: int,
-        segment_name: str | None,
-    ):
-        self.pad_token_id, self.segment_name = pad_token_id, segment_name
-        self.rows_per_step, self.micro_batches = rows_per_step, micro_batches
-        self.prediction_rows = prediction_rows
+    pad_token_id: int
+    rows_per_step: int
+    micro_batches: int
+    prediction_rows: int
+    segment_name: str | None
 
     def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
         """One right-padded batch: `input_ids`, `attention_mask` and, where the encoder is told them, the segments."""
-        shape = (len(rendered), max(map(len, rendered)))
+
+        def pad(sequences: list[np.ndarray], value: int) -> torch.Tensor:
+            tensors = [torch.from_numpy(sequence.astype(np.int64)) for sequence in sequences]
+            return pad_sequence(tensors, batch_first=True, padding_value=value)
+
         batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "input_ids": pad([row.input_ids for row in rendered], self.pad_token_id),
+            "attention_mask": pad([np.ones(len(row)) for row in rendered], 0),
         }
         if self.segment_name is not None:
-            batch[self.segment_name] = torch.zeros(shape, dtype=torch.long)
-        for index, row in enumerate(rendered):
-            batch["input_ids"][index, : len(row)] = torch.from_numpy(row.input_ids.astype(np.int64))
-            batch["attention_mask"][index, : len(row)] = 1
-            if self.segment_name is not None:
-                segments = torch.from_numpy(row.segment_ids.astype(np.int64))
-                batch[self.segment_name][index, : len(row)] = segments
+            batch[self.segment_name] = pad([row.segment_ids for row in rendered], 0)
         return batch
 
     def plan(
@@ -171,14 +157,11 @@ class RowBatches:
 
     def prediction_batches(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> list[list[int]]:
         """Longest first, so that memory runs out at once or never; rows of one length keep their order."""
-        order = sorted(range(len(rendered)), key=lambda index: -len(rendered[index]))
-        return [
-            order[begin : begin + self.prediction_rows]
-            for begin in range(0, len(order), self.prediction_rows)
-        ]
-
-
-CLASS_WEIGHTS = ("none", "inverse_sqrt", "balanced")
+        order, size = (
+            sorted(range(len(rendered)), key=lambda index: -len(rendered[index])),
+            self.prediction_rows,
+        )
+        return [order[begin : begin + size] for begin in range(0, len(order), size)]
 
 
 def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarray:
@@ -191,7 +174,7 @@ def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarra
         counts: rows per class in the fold's training part, shape (num_labels,).
 
     Returns:
-        float64 of shape (num_labels,); a class without rows has weight 0.
+        float64 (num_labels,), 0 for a class without rows.
     """
     exponent = {"none": 0.0, "inverse_sqrt": -0.5, "balanced": -1.0}[method]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** exponent, 0.0)
@@ -206,11 +189,7 @@ class EpochDataLoader(DataLoader):
 
 
 class CheckpointSeal(TrainerCallback):
-    """Marks a checkpoint as whole, and as this run's: a killed process may leave half of one.
-
-    Args:
-        identity: the digest of the run's identity.
-    """
+    """Marks a checkpoint as whole, and as this run's, by its identity: a killed process may leave half of one."""
 
     NAME = "sealed.json"
 
