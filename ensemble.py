@@ -50,7 +50,7 @@ from rareturn.reports.cards import ensemble_card
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure, score_test
 from rareturn.runs.alignment import SHARED_KEYS, align_runs, align_test, make_voting, protected_label
 from rareturn.runs.bundle import Bundle, bundle_content, find_models, refer_to_hub
-from rareturn.runs.decision_file import read_decision, saved_decision
+from rareturn.runs.decision_file import OVERRIDE, read_decision, saved_decision
 from rareturn.runs.hub import add_to_collection, push_files
 from rareturn.runs.reading import Run, read_run
 from rareturn.runs.references import check_name
@@ -68,13 +68,9 @@ class EnsembleArguments(DataArguments):
     output_dir: str = flag(REQUIRED, "Folder for everything that is written.")
     label_guide: str | None = flag(None, "Label guide of the test file. Default: the one in the first run.")
     runs: list[str] | None = flag(None, "Runs: folders, or ORG/NAME-oof:RUN[@REVISION] on the Hub.")
-    weights: list[str] | None = flag(
-        None, "Numbers, or the word search. Default: --decision's, or equal ones."
-    )
+    weights: list[str] | None = flag(None, "Numbers, or search. Default: --decision's, or equal ones.")
     blend: str | None = flag(
-        None,
-        "Kind of weighted mean of the probabilities. Default: that of --decision, or arithmetic.",
-        choices=list(BLENDS),
+        None, "Weighted mean of probabilities. Default: --decision's, or arithmetic.", choices=list(BLENDS)
     )
     decision: str | None = flag(None, "decision.json to apply to its runs. Default: fit a rule by --method.")
     decision_from_other_runs: bool = flag(
@@ -95,9 +91,7 @@ class EnsembleArguments(DataArguments):
         if self.repeats < 1:
             raise ValueError("--repeats: one or more")
         if self.method in VOTES and (self.weights or self.decision):
-            raise ValueError(
-                f"--method {self.method} counts every run once and fits nothing: no --weights, no --decision"
-            )
+            raise ValueError(f"--method {self.method} counts every run once: no --weights, no --decision")
         if self.decision and self.weights == ["search"]:
             raise ValueError("--weights search: a given --decision belongs to given weights")
         if self.decision_from_other_runs and not self.decision:
@@ -105,11 +99,7 @@ class EnsembleArguments(DataArguments):
 
 
 def parse_weights(given: Sequence[str] | None, num_runs: int) -> tuple[float, ...] | str | None:
-    """What `--weights` says: numbers, "search", or None for equal ones.
-
-    Raises:
-        InputError: a word that is no number, or numbers that are no weights.
-    """
+    """What `--weights` says: numbers, "search", or None for equal ones; an InputError if neither."""
     if not given or list(given) == ["search"]:
         return given[0] if given else None
     try:
@@ -139,65 +129,66 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
         return dataclasses.replace(saved.rule(), weights=weights, blend=arguments.blend or BLENDS[0])
     rule = saved.rule_for(runs, path)
     if weights is not None and not np.allclose(check_weights(weights, len(runs)), rule.weights):
-        problem = f"weights {' '.join(f'{weight:g}' for weight in rule.weights)}, --weights says {' '.join(arguments.weights)}"
+        fitted = " ".join(f"{weight:g}" for weight in rule.weights)
+        problem = f"weights {fitted}, --weights says {' '.join(arguments.weights)}"
     elif arguments.blend not in (None, rule.blend):
         problem = f"blend {rule.blend}, --blend says {arguments.blend}"
     else:
         return rule
-    raise InputError(
-        f"{path}: the decision belongs to {problem}; --decision_from_other_runs applies it all the same"
-    )
+    raise InputError(f"{path}: the decision belongs to {problem}; {OVERRIDE}")
 
 
 def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray]) -> Outcome:
     """Fit or apply the rule, and predict every out-of-fold row in the ways that the report compares."""
     truth, notes = runs[0].truth(arguments.metric, arguments.seed), []
     weights, protected = parse_weights(arguments.weights, len(runs)), protected_label(runs[0])
-    rule = given_rule(arguments, runs) if arguments.decision else None
-    blend = rule.blend if rule else arguments.blend or BLENDS[0]
-    given = None if weights in (None, "search") else weights
-    untuned_weights = rule.weights if rule else check_weights(given, len(runs))
+    given = given_rule(arguments, runs) if arguments.decision else None
+    blend = given.blend if given else arguments.blend or BLENDS[0]
+    known = None if weights in (None, "search") else weights
+    untuned_weights = given.weights if given else check_weights(known, len(runs))
     untuned = Rule(Decision(np.zeros(runs[0].num_labels)), untuned_weights, "argmax", blend)
-    if given and abs(sum(given) - 1) > 1e-9:
+    if known and abs(sum(known) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if weights == "search":
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
-    of_rows, folds = [[run] for run in logits], repeated_folds(truth, NUM_SPLITS, arguments.repeats)
-    before = untuned.predict(of_rows)
-    scaled = cross_fitted_scaling(logits, truth.labels, untuned.weights, blend, folds[0])
-    if rule is None and arguments.method in VOTES:
+    if arguments.method in VOTES:
         voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
-        rule = dataclasses.replace(untuned, method=arguments.method, voting=voting)
-    if rule is not None and rule.voting:
-        voted = rule.predict(of_rows)
+        given = dataclasses.replace(untuned, method=arguments.method, voting=voting)
+    of_rows, folds = [[run] for run in logits], repeated_folds(truth, NUM_SPLITS, arguments.repeats)
+    if given and given.voting:
+        rule, cross_fitted = given, given.predict(of_rows).labels[None]
         notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
-        predicted = before.labels, voted.labels, voted.labels[None]
-        return Outcome(rule, untuned, *predicted, before.probabilities, voted.probabilities, scaled, notes)
-    recipe = Recipe(
-        method=rule.method if rule and rule.method in METHODS else arguments.method,
-        weights=tuple(rule.weights) if rule else weights,
-        blend=blend,
-        protected_class=rule.decision.protected_class if rule and rule.decision.threshold else protected,
-    )
-    is_given, fitted = rule is not None, rule or fit_rule(recipe, logits, truth)
-    num_fits = arguments.repeats * min(NUM_SPLITS, truth.num_groups)
-    with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-        cross_fitted = cross_fit(rule_fitter(recipe, logits, truth), truth, folds, None, bar.update)
-    if is_given:
-        notes.append(
-            "The decision was given and not fitted here. Its in-sample figure is optimistic as far as it was fitted on "
-            f"these rows; the cross-fitted one is that of the method {recipe.method!r} fitted anew on other dialogues."
-        )
-        if arguments.decision_from_other_runs:
-            notes.append(
-                "The decision was made for other runs, weights or another blend, and applied on request."
-            )
     else:
-        fitted, cross_fitted, reason = choose(recipe, fitted, cross_fitted, logits, truth)
-        notes.append(reason)
-    after = fitted.predict(of_rows)
-    predicted = before.labels, after.labels, cross_fitted.predictions
-    return Outcome(fitted, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
+        recipe = Recipe(
+            method=given.method if given and given.method in METHODS else arguments.method,
+            weights=tuple(given.weights) if given else weights,
+            blend=blend,
+            protected_class=given.decision.protected_class
+            if given and given.decision.threshold
+            else protected,
+        )
+        rule = given or fit_rule(recipe, logits, truth)
+        num_fits = arguments.repeats * min(NUM_SPLITS, truth.num_groups)
+        with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
+            found = cross_fit(rule_fitter(recipe, logits, truth), truth, folds, None, bar.update)
+        if given is None:
+            rule, found, reason = choose(recipe, rule, found, logits, truth)
+            notes.append(reason)
+        else:
+            notes.append(
+                "The decision was given and not fitted here. Its in-sample figure is optimistic as far as it was "
+                "fitted on these rows; the cross-fitted one is that of the method "
+                f"{recipe.method!r} fitted anew on other dialogues."
+            )
+        cross_fitted = found.predictions
+    if arguments.decision_from_other_runs:
+        notes.append(
+            "The decision was made for other runs, weights or another blend, and applied on request."
+        )
+    before, after = untuned.predict(of_rows), rule.predict(of_rows)
+    scaled = cross_fitted_scaling(logits, truth.labels, untuned.weights, blend, folds[0])
+    predicted = before.labels, after.labels, cross_fitted
+    return Outcome(rule, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
 
 
 def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Row]]:
@@ -206,15 +197,16 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
     Raises:
         InputError: a row that breaks a rule, or a label guide with other names than the runs'.
     """
-    info = runs[0].info
-    if arguments.label_guide is None and info.get("label_guide") is not None:
-        guide = parse_label_guide(info["label_guide"], f"{runs[0].reference}: run.json: label_guide")
+    own = runs[0].info.get("label_guide")
+    if arguments.label_guide is None and own is not None:
+        guide = parse_label_guide(own, f"{runs[0].reference}: run.json: label_guide")
     else:
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
     if guide.names != (names := runs[0].label_names):
         raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
-    options = {"columns": arguments.columns, "require_labels": False, "split": "test"}
-    rows = load_rows(arguments.test_file, guide, **options)
+    rows = load_rows(
+        arguments.test_file, guide, columns=arguments.columns, require_labels=False, split="test"
+    )
     return list(read_records(arguments.test_file, "test")[1]), rows
 
 

@@ -49,7 +49,7 @@ from rareturn.decisions.probabilities import (
 )
 from rareturn.decisions.rules import Decision, decide
 from rareturn.decisions.search import Problem, _sweep_bias, sweep_threshold
-from rareturn.decisions.voting import scoped, vote, vote_probabilities
+from rareturn.decisions.voting import Voting, scoped
 from rareturn.errors import InputError
 
 
@@ -314,7 +314,7 @@ def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     labels[labels == 0] = 1
     truth = alone(labels, 4, [0, 1], metric)
     rules = [fit(method, probabilities, truth, 3, num_vectors=20) for _ in range(2)]
-    assert rules[0].to_dict() == rules[1].to_dict()
+    assert rules[0].bias.tolist() == rules[1].bias.tolist() and repr(rules[0]) == repr(rules[1])
     assert np.isfinite(rules[0].bias).all() and rules[0].bias.sum() == pytest.approx(0, abs=1e-9)
     assert (rules[0].threshold is None) == (rules[0].protected_class is None)
 
@@ -616,34 +616,28 @@ def test_votes_by_hand():
         one_hot(1, 2, 2, 1, 0) * 0.6 + 0.1,
         one_hot(1, 1, 2, 2, 0) * 0.6 + np.array([0, 0, 0.1, 0]),
     ]
-    found = vote(gatekeepers, specialists, gate_label=0, protected_class=3)
-    assert found.tolist() == [0, 2, 2, 3, 3]
-    lower = vote(gatekeepers, specialists, gate_label=0, protected_class=None)
-    assert lower[3] == 1
+    voters, scopes = gatekeepers + specialists, (None, None, (1, 2, 3), (1, 2, 3))
+    assert Voting(0, 3, scopes, soft=False).predict(voters).tolist() == [0, 2, 2, 3, 3]
+    assert Voting(0, None, scopes, soft=False).predict(voters)[3] == 1
 
 
 def test_a_scope_silences_the_labels_outside_it():
     specialist = np.array([[0.7, 0.1, 0.05, 0.15]])
     assert scoped(specialist, [1, 2]) == pytest.approx(np.array([[0, 2 / 3, 1 / 3, 0]]))
-    found = vote(
-        [one_hot(3)],
-        [specialist, specialist],
-        gate_label=0,
-        protected_class=3,
-        specialist_scopes=[[1, 2], [1, 2]],
-    )
-    assert found.tolist() == [1]
+    voting = Voting(0, 3, (None, (1, 2), (1, 2)), soft=False)
+    assert voting.predict([one_hot(3), specialist, specialist]).tolist() == [1]
     with pytest.raises(InputError, match="no gatekeeper"):
-        vote([], [specialist], gate_label=0, protected_class=3)
+        Voting(0, 3, ((1, 2),), soft=False).predict([specialist])
 
 
 def test_the_probability_form_by_hand():
     gatekeepers = [np.array([[0.5, 0.5, 0.0]]), np.array([[0.3, 0.1, 0.6]])]
     specialists = [np.array([[0.0, 0.75, 0.25]]), np.array([[0.5, 0.25, 0.25]])]
-    found = vote_probabilities(gatekeepers, specialists, gate_label=0)
+    voters = gatekeepers + specialists
+    found = Voting(0, None, (None, None, (1, 2), (1, 2)), soft=True).soft_vote(voters)
     assert found == pytest.approx(np.array([[0.4, 0.6 * 0.625, 0.6 * 0.375]]))
     with pytest.raises(InputError, match="label"):
-        vote_probabilities(gatekeepers, specialists, gate_label=0, specialist_scopes=[[1], [1]])
+        Voting(0, None, (None, None, (1,), (1,)), soft=True).predict(voters)
 
 
 # -------------------------------------------------------------------------------------------------------------- input

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,13 +27,9 @@ class Decision:
     threshold: float | None = None
     temperature: float = 1.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """The rule's part of decision.json: plain numbers, lists and None."""
-        return asdict(self) | {"bias": [float(value) for value in self.bias]}
-
     def gated(self, probabilities: np.ndarray) -> np.ndarray:
         """For which rows of probabilities [n, c] the gate decides: bool [n]."""
-        if self.protected_class is None or self.threshold is None:
+        if self.threshold is None:
             return np.zeros(len(probabilities), dtype=bool)
         return probabilities[:, self.protected_class] >= self.threshold
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,11 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
         InputError: the first disagreement in label names, positive labels, fold groups, rows, labels or dialogues; or
             logits that `check_logits` refuses.
     """
-    first = runs[0]
-    aligned = []
+    aligned, first = [], runs[0]
     for run in runs:
         check_shared(run.reference, run.info, first.reference, first.info)
+        check_logits(run.oof.logits, run.reference)
         aligned.append(run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)])
-        check_logits(aligned[-1], run.reference)
     return aligned
 
 
@@ -81,20 +80,19 @@ def align_test(runs: Sequence[Run], rows: Sequence[Row], test_file: str) -> list
     Labels are compared where both the table and the file have all of theirs.
 
     Raises:
-        InputError: a run without test tables, or the first row on which a table and the file disagree.
+        InputError: the first row on which a table and the file disagree.
     """
-    nothing = np.zeros((len(rows), 1), dtype=np.float32)
-    labels = np.array([row.label for row in rows])
-    asked = LogitTable([row.id for row in rows], [row.dialogue_id for row in rows], labels, labels, nothing)
     label_of = {row.id: row.label for row in rows}
+    labels = np.array([row.label for row in rows])
+    asked = LogitTable(
+        list(label_of), [row.dialogue_id for row in rows], labels, labels, np.zeros((len(rows), 1))
+    )
     aligned = []
     for run in runs:
-        if not run.test:
-            raise InputError(f"{run.reference}: has no test tables (was it run with a test file?)")
         where, table = f"{run.reference}: test table", run.test[0]
         if NO_LABEL in labels or NO_LABEL in table.label:
             known = np.array([label_of.get(row_id, NO_LABEL) for row_id in table.id])
-            table = dataclasses.replace(table, label=known)
+            table = replace(table, label=known)
         positions = row_positions(where, table, test_file, asked)
         aligned.append([fold.logits[positions] for fold in run.test])
         for fold in aligned[-1]:
@@ -109,43 +107,25 @@ def display_names(runs: Sequence[Run]) -> list[str]:
 
 
 def protected_label(run: Run) -> int:
-    """The label that a gate protects and to which a vote's ties go: the run's, or the most frequent one.
-
-    Raises:
-        InputError: the run names one that is not among its labels.
-    """
+    """The label that a gate protects and to which a vote's ties go: the run's, or the most frequent one."""
     label = run.info.get("protected_label")
-    if label is None:
-        return int(np.bincount(run.oof.label).argmax())
-    if type(label) is not int or not 0 <= label < run.num_labels:
-        raise InputError(f"{run.reference}: protected_label: {label!r} is not one of 0..{run.num_labels - 1}")
-    return label
+    return int(np.bincount(run.oof.label).argmax()) if label is None else label
 
 
 def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) -> Voting:
     """The vote of these runs. Its gate is the label that every specialist lacks, or else the one that is not positive.
 
     Raises:
-        InputError: a scope that is not a list of labels, or not exactly one label for the gate.
+        InputError: not exactly one label qualifies for the gate.
     """
     every = set(range(runs[0].num_labels))
-    scopes: list[tuple[int, ...] | None] = []
-    for run in runs:
-        scope = run.info.get("label_scope")
-        if scope is not None and not (
-            isinstance(scope, list)
-            and scope
-            and all(type(label) is int and label in every for label in scope)
-        ):
-            raise InputError(
-                f"{run.reference}: label_scope: {scope!r} is not a list of labels 0 to {max(every)}"
-            )
-        scopes.append(None if scope is None or set(scope) == every else tuple(scope))
-    lacking = every.intersection(*(every - set(scope) for scope in scopes if scope is not None))
+    given = [tuple(run.info.get("label_scope") or every) for run in runs]
+    scopes = tuple(None if set(scope) == every else scope for scope in given)
+    lacking = every.difference(*filter(None, scopes))
     gates = lacking if lacking != every else every - set(runs[0].positive_labels)
     if len(gates) != 1:
         raise InputError(
             f"vote: the gatekeepers decide one label, but {len(gates)} qualify: either all specialists lack the same "
             "label, or all labels but one are positive"
         )
-    return Voting(gates.pop(), protected_class, tuple(scopes), soft)
+    return Voting(gates.pop(), protected_class, scopes, soft)

@@ -25,7 +25,6 @@ from rareturn.runs.references import check_revision, model_repo, parse_reference
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 HUB_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_BUNDLE = re.compile(rf"(?P<repo>{HUB_REPO})(?:@(?P<revision>[^@\s]+))?")
 HUB_BASE = re.compile(rf"{HUB_REPO}|[A-Za-z0-9][\w.-]*")
@@ -142,15 +141,14 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
         InputError: no bundle there, or one line for each field that is missing or wrong. A bundle from the Hub may not
             name folders of this machine, neither for its models nor for their bases.
     """
-    if pulled := not os.path.isdir(reference):
+    folder = Path(reference)
+    if pulled := not folder.is_dir():
         match = HUB_BUNDLE.fullmatch(reference)
         if match is None:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         if match["revision"] is not None:
             check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
-    else:
-        folder = Path(reference)
     if not (folder / "ensemble.json").is_file():
         raise InputError(f"{reference}: holds no ensemble.json")
     where, problems = f"{reference}: ensemble.json", []
@@ -163,9 +161,8 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
                 f"{where}: runs.{place}.model.folder: a bundle from the Hub may not name a folder here"
             )
         if pulled and is_local_base(run.base_model):
-            problems.append(
-                f"{where}: runs.{place}.base_model: {run.base_model!r} is a path on this machine, not a Hub id"
-            )
+            problem = f"{run.base_model!r} is a path on this machine, not a Hub id"
+            problems.append(f"{where}: runs.{place}.base_model: {problem}")
     if problems:
         raise InputError(*problems)
     return bundle, folder
@@ -204,9 +201,7 @@ def _checked(folds: Sequence[Fold], places: list[Path]) -> list[Path]:
             if not (place / name).is_file():
                 raise InputError(f"{place / name}: missing; the ensemble needs it")
             if _sha256(place / name) != digest:
-                raise InputError(
-                    f"{place / name}: its SHA-256 differs from the one that the ensemble was made with"
-                )
+                raise InputError(f"{place / name}: its SHA-256 is not that of the ensemble's weights")
     return places
 
 
@@ -217,20 +212,12 @@ def _sha256(path: Path) -> str:
 
 def bundle_content(name: str, rule: Rule, runs: Sequence[Run], models: Sequence[Any]) -> dict[str, Any]:
     """The content of an `ensemble.json`; `models` is what `find_models` gives for each run."""
-    content = rule_content(rule, runs)
+    content = {"schema_version": 1, "name": name, **rule_content(rule, runs)}
     decision = {key: content.pop(key) for key in DECISION}
     for part, run, model in zip(content["runs"], runs, models, strict=True):
-        for key in ("label_scope", "base_model", "base_revision", "loader", "window", "features"):
-            part[key] = run.info.get(key)
-        part |= {"prompt_fingerprint": run.info["prompt_fingerprint"], "model": model}
-    guide = runs[0].info.get("label_guide")
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        **content,
-        "label_guide": guide,
-        "decision": decision,
-    }
+        of_run = {key: run.info.get(key) for key in BundledRun.model_fields if key not in part}
+        part |= of_run | {"model": model}
+    return {**content, "label_guide": runs[0].info.get("label_guide"), "decision": decision}
 
 
 def find_models(run: Run, output_dir: Path) -> dict[str, Any] | None:
@@ -255,11 +242,7 @@ def find_models(run: Run, output_dir: Path) -> dict[str, Any] | None:
 
 
 def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[str, Any]:
-    """The run's model repo at its newest commit.
-
-    Raises:
-        InputError: no such repo, one of another run, or a fold is missing there.
-    """
+    """The run's model repo at its newest commit; an InputError if it is another run's or lacks a fold."""
     folder, sha = pull_files(repo_id, ["run.json", "fold-*/metrics.json"])
     if read_json(folder / "run.json") not in (info, public_info(info)):
         raise InputError(f"{repo_id}: run.json: not that of {reference}")
@@ -272,10 +255,6 @@ def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[s
 
 def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str, Any]:
     """A run of the bundle with its repos on the Hub; its folder stays, for predictions on this machine.
-
-    Args:
-        part: `reference`, `revision` and `model` of the run, among others.
-        namespace, name: of the system; its run RUN was pushed to `NAMESPACE/NAME-RUN` and `NAMESPACE/NAME-oof`.
 
     Raises:
         InputError: a run that others could not load, because it or its base is only on this disk.
@@ -293,6 +272,5 @@ def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str
             return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
         except InputError as error:
             problem = str(error)
-    raise InputError(
-        f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub: {problem}"
-    )
+    where = f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub"
+    raise InputError(f"{where}: {problem}")

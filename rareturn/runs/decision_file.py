@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rareturn.decisions.probabilities import BLENDS, check_weights
 from rareturn.decisions.rules import Decision, Rule
@@ -17,6 +18,8 @@ from rareturn.errors import InputError
 from rareturn.files import check_content, read_json
 from rareturn.runs.reading import Run
 from rareturn.runs.tables import LogitTable
+
+OVERRIDE = "--decision_from_other_runs applies it all the same"
 
 Label = Annotated[int, Field(ge=0)]
 
@@ -51,44 +54,26 @@ class SavedRule(Checked):
     runs: list[WeightedRun] = Field(min_length=1)
     vote: Voting | None = None
 
-    @field_validator("bias")
-    @classmethod
-    def _one_a_label(cls, bias: list[float], info: ValidationInfo) -> list[float]:
-        names = info.data.get("label_names")
-        if names and len(bias) != len(names):
-            raise ValueError(f"{len(names)} numbers expected, one a label, not {len(bias)}")
-        return bias
-
-    @field_validator("positive_labels", "protected_class", "vote")
-    @classmethod
-    def _known_labels(cls, value: Any, info: ValidationInfo) -> Any:
-        labels = value if isinstance(value, list) else [value]
-        if isinstance(value, Voting):
-            labels = [value.gate_label, value.protected_class]
-            labels += [label for scope in value.label_scopes for label in scope or ()]
-            if "runs" in info.data and len(value.label_scopes) != len(info.data["runs"]):
-                raise ValueError("label_scopes: one a run expected")
-            if () in value.label_scopes:
-                raise ValueError("label_scopes: a scope without labels")
-        count = len(info.data.get("label_names", ()))
-        wrong = [label for label in labels if count and label is not None and not 0 <= label < count]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is not one of the labels 0 to {count - 1}")
-        return value
-
-    @field_validator("threshold")
-    @classmethod
-    def _has_a_class(cls, threshold: float | None, info: ValidationInfo) -> float | None:
-        if threshold is not None and info.data.get("protected_class", 0) is None:
-            raise ValueError("given without a protected_class")
-        return threshold
-
-    @field_validator("runs")
-    @classmethod
-    def _some_weight(cls, runs: list[WeightedRun]) -> list[WeightedRun]:
-        if not sum(run.weight for run in runs):
-            raise ValueError("the weights sum to zero")
-        return runs
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        count, vote = len(self.label_names), self.vote
+        labels = {"positive_labels": self.positive_labels, "protected_class": [self.protected_class]}
+        if len(self.bias) != count:
+            raise ValueError(f"bias: {count} numbers expected, one a label, not {len(self.bias)}")
+        if self.threshold is not None and self.protected_class is None:
+            raise ValueError("threshold: given without a protected_class")
+        if not any(run.weight for run in self.runs):
+            raise ValueError("runs: the weights sum to zero")
+        if vote:
+            if len(vote.label_scopes) != len(self.runs) or () in vote.label_scopes:
+                raise ValueError("vote: label_scopes: one a run expected, none of them empty")
+            scopes = [label for scope in vote.label_scopes for label in scope or ()]
+            labels["vote"] = [vote.gate_label, vote.protected_class, *scopes]
+        for key, numbers in labels.items():
+            wrong = [label for label in numbers if label is not None and not 0 <= label < count]
+            if wrong:
+                raise ValueError(f"{key}: {wrong[0]} is not one of the labels 0 to {count - 1}")
+        return self
 
     def rule(self) -> Rule:
         """The rule; its weights and the scopes of its vote are in the order of `runs`."""
@@ -110,17 +95,12 @@ class SavedRule(Checked):
             if names == of_given:
                 name = next(name for name, digest in given if (name, digest) not in fitted)
                 problem = f"was fitted on other out-of-fold logits of {name}"
-            raise InputError(
-                f"{where}: the decision {problem}; --decision_from_other_runs applies it all the same"
-            )
+            raise InputError(f"{where}: the decision {problem}; {OVERRIDE}")
         order = [fitted[key] for key in given]
-        voting = self.vote and Voting(
-            self.vote.gate_label,
-            self.vote.protected_class,
-            tuple(self.vote.label_scopes[place] for place in order),
-            self.vote.soft,
-        )
-        return Rule(rule.decision, rule.weights[order], rule.method, rule.blend, voting)
+        voting = self.vote
+        if voting:
+            voting = replace(voting, label_scopes=tuple(voting.label_scopes[place] for place in order))
+        return replace(rule, weights=rule.weights[order], voting=voting)
 
 
 def table_digest(table: LogitTable) -> str:
@@ -133,38 +113,34 @@ def table_digest(table: LogitTable) -> str:
 
 def rule_content(rule: Rule, runs: Sequence[Run]) -> dict[str, Any]:
     """What `SavedRule` reads back."""
-    weighted = [
-        WeightedRun(
-            name=run.name,
-            reference=run.reference,
-            revision=run.revision,
-            weight=float(weight),
-            oof_sha256=table_digest(run.oof),
-        )
-        for run, weight in zip(runs, rule.weights, strict=True)
-    ]
-    decision = rule.decision.to_dict()
-    saved = SavedRule(
-        label_names=runs[0].label_names,
-        positive_labels=runs[0].positive_labels,
-        **decision,
-        blend=rule.blend,
-        method=rule.method,
-        runs=weighted,
-        vote=rule.voting,
-    )
-    return saved.model_dump(exclude=None if rule.voting else {"vote"}, mode="json")
+    decision = rule.decision
+    content = {
+        "label_names": runs[0].label_names,
+        "positive_labels": runs[0].positive_labels,
+        "bias": decision.bias.tolist(),
+        "protected_class": decision.protected_class,
+        "threshold": decision.threshold and float(decision.threshold),
+        "temperature": float(decision.temperature),
+        "blend": rule.blend,
+        "method": rule.method,
+        "runs": [
+            {
+                "name": run.name,
+                "reference": run.reference,
+                "revision": run.revision,
+                "weight": float(weight),
+                "oof_sha256": table_digest(run.oof),
+            }
+            for run, weight in zip(runs, rule.weights, strict=True)
+        ],
+    }
+    return content | ({"vote": asdict(rule.voting)} if rule.voting else {})
 
 
 def saved_decision(
     rule: Rule, runs: Sequence[Run], metrics: Mapping[str, Any], *, metric: str, seed: int
 ) -> dict[str, Any]:
-    """The content of a `decision.json`.
-
-    Args:
-        metrics: has the scores of the stages `argmax`, `in_sample` and `cross_fitted`.
-        metric, seed: those that the rule was fitted for and with.
-    """
+    """The content of a `decision.json`; `metrics` has the scores of its three stages, among others."""
     return {
         **rule_content(rule, runs),
         "metric": metric,
