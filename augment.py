@@ -9,7 +9,8 @@ that finds nothing to change hands on to the next. Only the target changes, neve
 variants alone, each with the id `<source>#aug<j>` (j from 0) and its source's id in `augmented_from`.
 
     python augment.py --train_file AIMH/PsyDefConv:Splits/train.json --labels 2 3 4 5 8 --output_file augmented.jsonl
-    python augment.py --train_file data/demo/train.json --labels 2 3 4 5 8 --output_file augmented.jsonl
+    python augment.py --label_guide data/demo/label_guide.yaml --train_file data/demo/train.json \\
+        --labels 2 3 4 5 8 --output_file augmented.jsonl
 """
 
 from __future__ import annotations

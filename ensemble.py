@@ -7,7 +7,7 @@
     python ensemble.py --runs outputs/anchor outputs/seed-a --weights 0.3 0.7 \\
         --decision decision.json --decision_from_other_runs --test_file test.json --output_dir outputs/ensemble
 A minute on a laptop, rule and weights fitted here:
-    python ensemble.py --runs outputs/demo-probe outputs/demo-a --weights search --method prior \\
+    python ensemble.py --runs outputs/demo-probe outputs/demo-minilm --weights search --method prior \\
         --test_file data/demo/test.json --output_dir outputs/demo-ensemble
 """
 

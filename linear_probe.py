@@ -9,7 +9,8 @@ The reference task, about a minute on two cores:
         --train_file AIMH/PsyDefConv:Splits/train.json --output_dir outputs/probe
 The fictional corpus, seconds:
     python linear_probe.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
-        --train_file data/demo/train.json --test_file data/demo/test.json --output_dir outputs/demo-probe
+        --label_guide data/demo/label_guide.yaml --train_file data/demo/train.json \\
+        --test_file data/demo/test.json --output_dir outputs/demo-probe
 
 Complete folds are skipped. `fold-<k>/head.safetensors` holds all that `LinearHead` needs, without pickle.
 """

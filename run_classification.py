@@ -64,7 +64,7 @@ class FoldArguments(FoldDataArguments):
 
     output_dir: str = flag(REQUIRED, "The run's folder.")
     run_name: str | None = flag(None, "Name of the run. Default: the output folder's name.")
-    fold: int = flag(0, "The fold to hold out, counted from 0.")
+    fold: int = flag(0, "The fold to hold out, counted from 0. One process trains one fold.")
     keep_checkpoints: bool = flag(False, "Keep a complete fold's checkpoints.")
     pack_dialogues: bool | None = flag(None, "One pass for a dialogue's rows. Default: yes for decoders.")
     rows_per_batch: int | None = flag(

@@ -87,7 +87,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0
+        silent = (
+            any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.nargs == 0
+        )
         return action.help if silent else super()._get_help_string(action)
 
 

@@ -118,7 +118,8 @@ def check_content(model: type[Model], content: Any, where: str) -> Model:
     """What a file holds, as a pydantic model.
 
     Raises:
-        InputError: one line a problem, all of them at once: the file, the place in it, what is wrong.
+        InputError: one line for each problem: the file, the place in it, what is wrong. A validator of the model that finds
+            several raises a ValueError with a line for each.
     """
     try:
         return model.model_validate(content)
@@ -126,6 +127,6 @@ def check_content(model: type[Model], content: Any, where: str) -> Model:
         lines = []
         for problem in error.errors():
             place = ".".join(map(str, problem["loc"]))
-            said = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {place}: {said}" if place else f"{where}: {said}")
+            for said in problem["msg"].removeprefix("Value error, ").splitlines():
+                lines.append(f"{where}: {place}: {said}" if place else f"{where}: {said}")
         raise InputError(*lines) from None

@@ -5,7 +5,7 @@
 """Check a run's tables, your own or another team's, against the contract of docs/SHARING.md, and print their scores.
 
     python scripts/check_oof.py ORG/NAME-oof:anchor --label_guide label_guides/dmrs.yaml
-    python scripts/check_oof.py outputs/minilm-demo
+    python scripts/check_oof.py outputs/demo-minilm
 
 Checked: run.json and folds.json; that the out-of-fold tables hold every row of folds.json once, in its fold; that no
 dialogue is in two folds if folds are made of dialogues; that logits are finite, one per label; that labels are within the

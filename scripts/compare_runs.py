@@ -165,9 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "systems", nargs=2, metavar=("A", "B"), help="Runs, or output folders of ensemble.py."
-    )
+    parser.add_argument("systems", nargs=2, metavar="SYSTEM", help="Runs, or output folders of ensemble.py.")
     parser.add_argument(
         "--metric", default="macro_f1_positive", choices=METRIC_NAMES, help="Score to compare."
     )

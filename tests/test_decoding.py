@@ -438,16 +438,22 @@ def test_argmax_is_kept_where_auto_loses_to_it_cross_fitted():
     assert "Kept argmax" in reason and rule.method in reason and f"{low:+.4f} to {high:+.4f}" in reason
 
 
+def test_argmax_found_by_auto_is_not_said_to_gain_on_argmax():
+    recipe, rule, fitted, data = fitted_auto("argmax")
+    kept, _, reason = choose(dataclasses.replace(recipe, method="auto"), rule, fitted, *data)
+    assert kept.method == "argmax" and reason.startswith("Kept argmax, which auto chose on all rows: ")
+
+
 def test_a_method_asked_for_by_name_is_kept_and_a_winner_too():
     recipe, rule, fitted, data = fitted_auto("exact")
     kept, cross_fitted, reason = choose(recipe, rule, fitted, *data)
-    assert kept is rule and cross_fitted is fitted and reason.startswith("Kept exact, as asked: ")
+    assert kept is rule and cross_fitted is fitted and reason.startswith("Used exact, as asked: ")
     tilted = [data[0][0] + np.array([0.0, 0.0, 0.0, 6.0])]  # argmax says the last label throughout
     recipe, data = Recipe(), (tilted, data[1])
     fitted = cross_fit(rule_fitter(recipe, *data), data[1], repeated_folds(data[1], repeats=1))
     rule = fit_rule(recipe, *data)
     kept, cross_fitted, reason = choose(recipe, rule, fitted, *data)
-    assert kept is rule and cross_fitted is fitted and "beats argmax" in reason
+    assert kept is rule and cross_fitted is fitted and "scores above argmax" in reason
 
 
 def test_the_number_of_processes_changes_nothing():

@@ -732,6 +732,14 @@ def test_a_decision_with_fields_missing_names_them(place: Path):
     assert [line.split(": ")[1] for line in error.value.problems] == ["bias", "temperature"]
 
 
+def test_all_contradictions_in_a_decision_are_named_at_once(place: Path):
+    content = write_decision({}, {"a": 1}) | {"bias": [0.0], "threshold": 0.5, "protected_class": None}
+    Path("decision.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as error:
+        read_decision("decision.json")
+    assert [line.split(": ")[1] for line in error.value.problems] == ["bias", "threshold"]
+
+
 def test_a_run_whose_models_are_not_shared(place: Path, hub_here, caplog):
     for fold in range(FOLDS):
         push_fold("b", fold, "org", "psy")
@@ -750,3 +758,14 @@ def test_prediction_archive_is_a_whole_zip():
         (member,) = archive.infolist()
         assert (member.date_time, member.create_system) == ((1980, 1, 1, 0, 0, 0), 3)
         assert json.loads(archive.read(member)) == [{"id": "x", "label": 3}]
+
+
+def test_compare_runs_explains_itself(capsys):
+    """`--help` once ended in a traceback, and so did a call with one system."""
+    script = ROOT / "scripts" / "compare_runs.py"
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "SYSTEM SYSTEM" in shown.stdout and not shown.stderr
+    refused = subprocess.run([sys.executable, script, "outputs/a"], capture_output=True, text=True)
+    assert (
+        refused.returncode == 2 and "required: SYSTEM" in refused.stderr and "Traceback" not in refused.stderr
+    )

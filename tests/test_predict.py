@@ -421,7 +421,7 @@ def test_refusals(system: Path, tmp_path: Path, capsys):
                 ),
             ),
             TEST,
-            "its SHA-256 differs",
+            "its SHA-256 is not that of the ensemble's weights",
         ),
     ]
     for ensemble_dir, source, message in cases:

@@ -209,10 +209,12 @@ def choose(
         f"difference {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
     )
     if recipe.method != "auto":
-        return rule, cross_fitted, f"Kept {found}, as asked: {figures}."
+        return rule, cross_fitted, f"Used {found}, as asked: {figures}."
+    if rule.method == "argmax":
+        return plain, argmax, f"Kept argmax, which auto chose on all rows: {figures}."
     if gain > SCORE_TOLERANCE:
-        doubt = ", which includes no gain" if low <= 0 else ""
-        return rule, cross_fitted, f"Kept the rule of {found}, which beats argmax: {figures}{doubt}."
+        doubt = "; the interval includes zero, so the gain may be chance" if low <= 0 else ""
+        return rule, cross_fitted, f"Used the rule of {found}, which scores above argmax: {figures}{doubt}."
     return plain, argmax, f"Kept argmax, which {found} does not beat: {figures}."
 
 

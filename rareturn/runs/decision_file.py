@@ -56,23 +56,25 @@ class SavedRule(Checked):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        count, vote = len(self.label_names), self.vote
+        count, vote, problems = len(self.label_names), self.vote, []
         labels = {"positive_labels": self.positive_labels, "protected_class": [self.protected_class]}
         if len(self.bias) != count:
-            raise ValueError(f"bias: {count} numbers expected, one a label, not {len(self.bias)}")
+            problems.append(f"bias: {count} numbers expected, one a label, not {len(self.bias)}")
         if self.threshold is not None and self.protected_class is None:
-            raise ValueError("threshold: given without a protected_class")
+            problems.append("threshold: given without a protected_class")
         if not any(run.weight for run in self.runs):
-            raise ValueError("runs: the weights sum to zero")
+            problems.append("runs: the weights sum to zero")
         if vote:
             if len(vote.label_scopes) != len(self.runs) or () in vote.label_scopes:
-                raise ValueError("vote: label_scopes: one a run expected, none of them empty")
+                problems.append("vote: label_scopes: one a run expected, none of them empty")
             scopes = [label for scope in vote.label_scopes for label in scope or ()]
             labels["vote"] = [vote.gate_label, vote.protected_class, *scopes]
         for key, numbers in labels.items():
             wrong = [label for label in numbers if label is not None and not 0 <= label < count]
             if wrong:
-                raise ValueError(f"{key}: {wrong[0]} is not one of the labels 0 to {count - 1}")
+                problems.append(f"{key}: {wrong[0]} is not one of the labels 0 to {count - 1}")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def rule(self) -> Rule:

@@ -57,12 +57,14 @@ class RunInfo(BaseModel):
 
     @model_validator(mode="after")
     def _labels_exist(self) -> RunInfo:
-        last = len(self.label_names) - 1
+        last, problems = len(self.label_names) - 1, []
         for key in ("positive_labels", "protected_label", "label_scope"):
             value = getattr(self, key)
             labels = [value] if isinstance(value, int) else value or []
             if not all(0 <= label <= last for label in labels):
-                raise ValueError(f"{key}: numbers of 0..{last} expected, not {labels}")
+                problems.append(f"{key}: numbers of 0..{last} expected, not {labels}")
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 
