@@ -85,6 +85,11 @@ if [ ${#slots[@]} -eq 0 ]; then
     fi
 fi
 
+# The recipe is read before the help is shown: a typing error is said once, not once per fold, and nothing is written.
+if [ -z "${SCRIPT:-}" ]; then
+    "$PYTHON" "$script" --config "$recipe" --help_all >/dev/null || exit 2
+fi
+
 mkdir -p "$output_dir/logs" || die "$output_dir: cannot be written"
 stamps=$(mktemp -d) || exit 1
 pid_in=() fold_in=()                  # by the slot's position
