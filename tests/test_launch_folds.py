@@ -168,6 +168,8 @@ def test_stopping_leaves_no_orphan(place: Path, sent: signal.Signals, status: in
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A test run in the background may have been told to ignore Ctrl-C, and a shell cannot trap what it ignores.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     files = [place / f"run/fold-{fold}/pids" for fold in (0, 1)]
     try:
