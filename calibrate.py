@@ -51,6 +51,7 @@ from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
 from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, interval_text
+from rareturn.runs.alignment import protected_label
 from rareturn.runs.decision_file import saved_decision
 from rareturn.runs.reading import Run, read_run
 
@@ -63,7 +64,7 @@ Quality = dict[str, dict[str, float]]  # stage, name of the figure
 class CalibrationArguments:
     """A run in, a decision out."""
 
-    _argument_group_name = "calibration"
+    _argument_group_name = "Calibration"
 
     run: str = flag(REQUIRED, "A run: its folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub.")
     output: str = flag(REQUIRED, "The decision to write, a JSON file.")
@@ -132,13 +133,9 @@ def find_protected(arguments: CalibrationArguments, run: Run) -> int | None:
             raise InputError("--protected_label: given, but --no_gate leaves out the gate that it belongs to")
         return None
     label = arguments.protected_label
-    if label is None:
-        label = run.info.get("protected_label")
-    if label is None:
-        return int(np.bincount(run.oof.label).argmax())
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < run.num_labels:
-        raise InputError(f"protected_label: {label!r} is not one of 0..{run.num_labels - 1}")
-    return label
+    if label is not None and not 0 <= label < run.num_labels:
+        raise InputError(f"--protected_label: {label} is not one of 0..{run.num_labels - 1}")
+    return protected_label(run) if label is None else label
 
 
 def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe]:

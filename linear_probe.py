@@ -141,7 +141,7 @@ def main() -> None:
     )
     check_same_run(run_dir, info, arguments)  # before the model is loaded
     folds, digest = range(arguments.num_folds), rows_digest(data.test)
-    untrained = [fold for fold in folds if not fold_is_complete(run_dir, fold, needs_test=False)]
+    untrained = [fold for fold in folds if not fold_is_complete(run_dir, fold)]
     untested = [fold for fold in folds if data.test and not test_table_is_current(run_dir, fold, digest)]
     if not untrained + untested:
         logger.info(f"{run_dir} is complete: nothing to train")

@@ -304,7 +304,7 @@ def main() -> None:
     info = describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
     check_same_run(run_dir, info, *flags)  # before a large model is loaded
     decide_packing(arguments, training, encoder)
-    missing = {} if fold_is_complete(run_dir, fold, needs_test=False) else {"oof": data.held_out_part(fold)}
+    missing = {} if fold_is_complete(run_dir, fold) else {"oof": data.held_out_part(fold)}
     if training.do_predict and not test_table_is_current(run_dir, fold, rows_digest(data.test)):
         missing["test"] = data.test
     if not missing:

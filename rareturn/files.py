@@ -104,7 +104,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def packaged(name: str | os.PathLike) -> Path:

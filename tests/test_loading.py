@@ -122,6 +122,23 @@ def test_a_saved_mean_pooled_encoder_loads_by_its_auto_class(tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["decoder", "mean"])
+def test_a_whole_model_in_bf16_keeps_its_float_head(kind, tmp_path):
+    make = make_tiny_decoder if kind == "decoder" else make_tiny_encoder
+    pooling = "mean" if kind == "mean" else "native"
+    base = find_base_model(make(tmp_path / "base"), dtype="bfloat16", pooling=pooling)
+    trained = load_classifier(base, GUIDE.names, PAD).eval()
+    head = trained.score if kind == "decoder" else trained.classifier
+    torch.nn.init.normal_(head.weight)
+    save_trained(trained, load_tokenizer(base), base, tmp_path / "saved")
+    again = load_trained(base, tmp_path / "saved", GUIDE.names, PAD).eval()
+    batch = {"input_ids": torch.arange(5, 11)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    batch |= {"segment_ids": torch.tensor([[0, 0, 0, 1, 1, 1]])} if kind == "mean" else {}
+    with torch.inference_mode():
+        logits = trained(**batch).logits
+        assert logits.dtype == torch.float32 and torch.equal(again(**batch).logits, logits)
+
+
 def test_a_prediction_leaves_4bit_weights_as_they_are(tmp_path):
     """On processors with bf16 units bitsandbytes would repack them for good: other logits, and no gradients."""
     base = find_base_model(make_tiny_decoder(tmp_path), quantization="nf4")

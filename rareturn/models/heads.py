@@ -50,7 +50,7 @@ class SegmentMeanClassifier(PreTrainedModel):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(2 * config.encoder.hidden_size, config.num_labels)
+        self.classifier = FloatHead(2 * config.encoder.hidden_size, config.num_labels)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
         self.post_init()

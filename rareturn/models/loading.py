@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -342,4 +343,11 @@ def load_trained(
     if not (folder / "config.json").exists():
         raise InputError(f"{folder}: holds neither an adapter nor a model")
     whole = BaseModel(str(folder), None, str(folder), **base.loader)
-    return load_classifier(whole, label_names, pad_token_id)
+    model = load_classifier(whole, label_names, pad_token_id)
+    # A half-precision backbone has a float32 head; `from_pretrained` rounds both to the backbone's type.
+    head = {name: weight for name, weight in model.named_parameters() if name.split(".")[0] in HEADS}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in head.keys() & file.keys():
+                head[name].data = file.get_tensor(name).to(head[name].device)
+    return _settled(model)

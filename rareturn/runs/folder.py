@@ -236,7 +236,7 @@ def complete_folds(run_dir: str | os.PathLike, num_folds: int, needs_test: bool 
     return [fold for fold in range(num_folds) if fold_is_complete(run_dir, fold, needs_test)]
 
 
-def fold_is_complete(run_dir: str | os.PathLike, fold: int, needs_test: bool) -> bool:
+def fold_is_complete(run_dir: str | os.PathLike, fold: int, needs_test: bool = False) -> bool:
     """Whether a fold's tables and metrics are there; being renamed into place, they are whole if they are."""
     return (
         metrics_path(run_dir, fold).is_file()

@@ -35,7 +35,7 @@ def push_fold(
     """
     run_dir = Path(run_dir)
     run = read_run_info(run_dir)["name"]
-    if not fold_is_complete(run_dir, fold, needs_test=False):
+    if not fold_is_complete(run_dir, fold):
         raise InputError(f"{run_dir}: fold {fold} is not complete: nothing to push")
     adapter = adapter_dir(run_dir, fold)
     sources = [(path, path.name) for path in sorted(adapter.parent.iterdir())]
