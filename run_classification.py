@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,22 +28,11 @@ import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.folds import FoldDataArguments, label_counts, limit_rows, read_run_data, write_folds
-from rareturn.data.rendering import Rendered, Renderer
-from rareturn.data.rows import Row
-from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
+from rareturn.data.rendering import Renderer
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
 from rareturn.reports.push import push_folds
-from rareturn.runs.folder import (
-    adapter_dir,
-    check_same_run,
-    describe_run,
-    fold_is_complete,
-    table_path,
-    test_table_is_current,
-    write_fold_metrics,
-    write_run_info,
-)
+from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
 
@@ -51,9 +40,11 @@ if TYPE_CHECKING:  # imported where they are needed, so that --help does not wai
     import torch
 
     from rareturn.models.loading import BaseModel
-    from rareturn.models.training import Step
+    from rareturn.models.training import Plan
 
 logger = logging.getLogger(__name__)
+
+DTYPES = ["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
@@ -68,11 +59,9 @@ class FoldArguments(FoldDataArguments):
     keep_checkpoints: bool = flag(False, "Keep a complete fold's checkpoints.")
     pack_dialogues: bool | None = flag(None, "One pass for a dialogue's rows. Default: yes for decoders.")
     rows_per_batch: int | None = flag(
-        None, "Packed: rows of a forward pass on average. Default: all of a step's, in one pass."
+        None, "Packed: rows of a pass on average. Default: a step has one pass."
     )
-    tokens_per_batch: int = flag(
-        2048, "Packed: tokens of a forward pass at most. 2048: the paper's two rows of 1,024."
-    )
+    tokens_per_batch: int = flag(2048, "Packed: tokens of a pass at most. 2048: two of the paper's rows.")
     max_train_samples: int | None = flag(None, "Smoke runs: rows to train on at most.")
 
     def __post_init__(self) -> None:
@@ -95,12 +84,10 @@ class ModelArguments:
         choices=["native", "mean"],
     )
     attn_implementation: str | None = flag(
-        None, "Attention kernel: sdpa, eager, … Default: the fastest that the model has."
+        None, "Attention kernel: sdpa, eager, … Default: the fastest there."
     )
     dtype: str | None = flag(
-        None,
-        "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise.",
-        choices=["float32", "bfloat16", "float16"],
+        None, "Of unquantized weights. Default: bfloat16 with nf4, else float32.", choices=DTYPES
     )
     quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
     tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
@@ -108,7 +95,7 @@ class ModelArguments:
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")
     lora_dropout: float = flag(0.1, "Dropout before the adapters. 0.1, as in the paper.")
     lora_target_modules: list[str] | None = flag(
-        None, "Projections that get adapters. Default: PEFT's choice for the architecture."
+        None, "Projections that get adapters. Default: PEFT's choice."
     )
     class_weights: str = flag(
         "inverse_sqrt",
@@ -147,9 +134,7 @@ def weighted_cross_entropy(
 
     Args:
         outputs: with `logits` of shape (rows, num_labels), of any floating type; the loss is float32.
-        labels: class indices of shape (rows,).
         num_items_in_batch: None (evaluation) divides by the rows given.
-        class_weights: shape (num_labels,).
         label_scope: ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
     """
     import torch
@@ -169,26 +154,16 @@ def weighted_trainer() -> type:
     import torch
     from transformers import Trainer
 
-    from rareturn.models.training import EpochDataLoader, StepBatchSampler
+    from rareturn.models.training import StepBatchSampler
 
     class WeightedTrainer(Trainer):
         """`Trainer` with class weights and smoothing in the loss, and batches that follow a plan.
 
         The loss is handed over as `compute_loss_func`, which sees `num_items_in_batch`; overriding `compute_loss` with
         a mean would make the gradients `gradient_accumulation_steps` times too large.
-
-        Args:
-            plan: epoch -> steps; see `StepBatchSampler`.
-            class_weights, label_scope: see `weighted_cross_entropy`.
         """
 
-        def __init__(
-            self,
-            plan: Callable[[int], list[Step]],
-            class_weights: np.ndarray,
-            label_scope: Sequence[int] | None = None,
-            **kwargs: Any,
-        ):
+        def __init__(self, plan: Plan, class_weights: np.ndarray, label_scope: Any = None, **kwargs: Any):
             options = {"class_weights": class_weights, "label_scope": label_scope}
             options["label_smoothing_factor"] = kwargs["args"].label_smoothing_factor
             loss = functools.partial(weighted_cross_entropy, **options)
@@ -196,40 +171,35 @@ def weighted_trainer() -> type:
             self.plan = plan
 
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-            return EpochDataLoader(
+            sampler = StepBatchSampler(self.plan, self.args.process_index, self.args.world_size)
+            loader = torch.utils.data.DataLoader(
                 self.train_dataset,
-                batch_sampler=StepBatchSampler(self.plan, self.args.process_index, self.args.world_size),
+                batch_sampler=sampler,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
                 pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
             )
+            loader.set_epoch = sampler.set_epoch  # `Trainer` tells the loader
+            return loader
 
     return WeightedTrainer
 
 
-def load_model(
-    base: BaseModel, saved: Path, options: ModelArguments, label_names: list[str], pad: int
-) -> Any:
+def load_model(base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int) -> Any:
     """The model to train, or the trained one where a fold was cut off after its training."""
     from rareturn.models.loading import add_lora, load_classifier, load_trained
 
     if saved.exists():
-        return load_trained(base, saved, label_names, pad)
-    model = load_classifier(base, label_names, pad)
+        return load_trained(base, saved, names, pad)
+    model = load_classifier(base, names, pad)
     if options.tuning == "full":
         return model
-    lora = {name: getattr(options, name) for name in ("lora_r", "lora_alpha", "lora_dropout")}
-    return add_lora(model, **lora, target_modules=options.lora_target_modules)
+    sizes = options.lora_r, options.lora_alpha, options.lora_dropout
+    return add_lora(model, *sizes, options.lora_target_modules)
 
 
-def train_and_save(
-    trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, checkpoint: str | None
-) -> float:
-    """Train from the checkpoint, if any, and save the model; the mean training loss.
-
-    Raises:
-        InputError: no room on the disk, or a training that diverged; nothing is saved then.
-    """
+def train_fold(trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, checkpoint: str | None) -> float:
+    """Train from the checkpoint, if any, and save the model unless training diverged; the mean training loss."""
     from rareturn.models.loading import save_trained
 
     with disk_errors(saved.parent.parent):
@@ -243,20 +213,6 @@ def train_and_save(
         if trainer.is_world_process_zero():
             save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved, state)
     return loss
-
-
-def predict(
-    trainer: Any, rows: list[Row], rendered: list[Rendered], batches: Any, scope: list[int], description: str
-) -> np.ndarray:
-    """Logits of rows, float32 of shape (rows, num_labels); labels outside the scope get `OUT_OF_SCOPE_LOGIT`."""
-    from rareturn.models.inference import predict_logits
-
-    passes = batches.prediction_batches(rows, rendered), batches.collate
-    num_labels = trainer.model.config.num_labels
-    how = {"num_labels": num_labels, "bf16": trainer.args.bf16, "description": description}
-    logits = predict_logits(trainer.model, rendered, *passes, **how)
-    logits[:, sorted(set(range(num_labels)) - set(scope))] = OUT_OF_SCOPE_LOGIT
-    return logits
 
 
 def main() -> None:
@@ -274,7 +230,8 @@ def main() -> None:
     # Logging
     import transformers
 
-    from rareturn.models import inference, loading
+    from rareturn.models import loading
+    from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing, make_batches
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
 
@@ -301,22 +258,21 @@ def main() -> None:
     flags = (arguments, options, training)
     loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
     facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
-    info = describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
-    check_same_run(run_dir, info, *flags)  # before a large model is loaded
+    info = folder.describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
+    folder.check_same_run(run_dir, info, *flags)  # before a large model is loaded
     decide_packing(arguments, training, encoder)
-    missing = {} if fold_is_complete(run_dir, fold) else {"oof": data.held_out_part(fold)}
-    if training.do_predict and not test_table_is_current(run_dir, fold, rows_digest(data.test)):
+    missing = {} if folder.fold_is_complete(run_dir, fold) else {"oof": data.held_out_part(fold)}
+    if training.do_predict and not folder.test_table_is_current(run_dir, fold, rows_digest(data.test)):
         missing["test"] = data.test
     if not missing:
         logger.info(f"fold {fold} of {run_dir} is complete: nothing to train")
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
-    seal, saved = CheckpointSeal(info["identity"]["digest"]), adapter_dir(run_dir, fold)
+    seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id)
-    trainable, total = inference.count_parameters(model)
-    logger.info(
-        f"fold {fold}: {len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
-    )
+    trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+    rows_and_sizes = f"{len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
+    logger.info(f"fold {fold}: {rows_and_sizes}")
 
     # Train
     rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
@@ -325,34 +281,34 @@ def main() -> None:
     if arguments.pack_dialogues:
         accept_packed(model)
     plan = batches["train"].plan(train, rendered["train"], training.seed)
-    plan(0)  # rows that cannot fill a step are found before anything is written
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
-        write_run_info(run_dir, info, *flags)
+        folder.write_run_info(run_dir, info, *flags)
     trainer = weighted_trainer()(
         model=model,
         args=training,
-        data_collator=functools.partial(with_labels, batches["train"].collate),
+        data_collator=functools.partial(with_labels, batches["train"]),
         train_dataset=list(zip(rendered["train"], labels, strict=True)),
         class_weights=class_weights(counts, options.class_weights),
         label_scope=data.scope,
         plan=plan,
         callbacks=[seal],
     )
-    train_loss = None if saved.exists() else train_and_save(trainer, base, tokenizer, saved, checkpoint)
+    train_loss = None if saved.exists() else train_fold(trainer, base, tokenizer, saved, checkpoint)
 
     # Evaluate and save
     for name, rows in missing.items():
-        logits = predict(trainer, rows, rendered[name], batches[name], data.scope, f"fold {fold}: {name}")
+        how = {"scope": data.scope, "bf16": training.bf16, "description": f"fold {fold}: {name}"}
+        logits = predict_logits(trainer.model, batches[name], rows, rendered[name], **how)
         if is_main:
-            write_table(table_path(run_dir, name, fold), make_table(rows, fold, logits))
+            write_table(folder.table_path(run_dir, name, fold), make_table(rows, fold, logits))
     if is_main and "oof" in missing:
         # Before the metrics, which make the fold complete: a complete fold is not looked at again.
         if not arguments.keep_checkpoints:
             shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
         seconds = round(time.perf_counter() - started, 1)
         costs = {"trainable_parameters": trainable, "train_loss": train_loss, "seconds": seconds}
-        write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
+        folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
 
     # Push
     if hub.push_to_hub and is_main:

@@ -21,7 +21,6 @@ import numpy as np
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, turn_problem
-from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
 from rareturn.errors import InputError
 from rareturn.models import inference
 from rareturn.models.inference import predict_logits, segment_name
@@ -80,8 +79,7 @@ class _TrainedVoter:
         self.tokenizer = load_tokenizer(self.base)
         self.renderer = Renderer(self.tokenizer, guide, is_encoder=self.is_encoder, **run.window.model_dump())
         _check_prompt(run, self.renderer)
-        self.num_labels = len(guide.labels)
-        self.outside = [label for label in guide.numbers if label not in (run.label_scope or guide.numbers)]
+        self.scope = run.label_scope
         pad = self.tokenizer.pad_token_id
         self.models = [bases.load_fold(self.base, folder, guide, pad) for folder in folders]
 
@@ -97,18 +95,9 @@ class _TrainedVoter:
                 batches = RowBatches(self.tokenizer.pad_token_id, 1, 1, 32, segments)
             else:
                 branches = can_branch(model, max(map(len, rendered)))
-                batches = PackedBatches(1, 1, 4096, 1, branches)
-            logits = predict_logits(
-                model,
-                rendered,
-                batches.prediction_batches(rows, rendered),
-                batches.collate,
-                num_labels=self.num_labels,
-                bf16=self.bf16,
-                alone=True,
-            )
-            logits[:, self.outside] = OUT_OF_SCOPE_LOGIT
-            results.append(logits)
+                batches = PackedBatches(branches=branches)
+            how = {"scope": self.scope, "bf16": self.bf16, "alone": True}
+            results.append(predict_logits(model, batches, rows, rendered, **how))
         return results
 
 

@@ -470,8 +470,7 @@ def test_adapters_on_one_base_are_the_adapters_each_on_its_own(decoders, tmp_pat
     way = PackedBatches(16, 1, 1200, num_epochs=1)
 
     def logits(model):
-        batches = way.prediction_batches(rows, rendered)
-        return predict_logits(model, rendered, batches, way.collate, num_labels=len(GUIDE.labels))
+        return predict_logits(model, way, rows, rendered)
 
     # No tolerance: the same batches go through the same kernels with the same weights, in bf16 too, so that nothing
     # rounds otherwise. A difference would be another adapter's weights, or weights that a prediction has changed.

@@ -427,8 +427,7 @@ def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_pa
     rendered = Renderer(tokenizer, parse_label_guide(GUIDE, "guide"), is_encoder=not decoder).render(rows)
     batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None if decoder else segment_name(base, tokenizer))
     ours = load_trained(base, adapter_dir(run_dir, 0), NAMES, tokenizer.pad_token_id).eval()
-    plan = batches.prediction_batches(rows, rendered)
-    logits = predict_logits(ours, rendered, plan, batches.collate, num_labels=3, bf16=False)
+    logits = predict_logits(ours, batches, rows, rendered)
     printed = ast.literal_eval(run_snippet(snippet_of(card), hub, tmp_path))
     assert list(printed) == NAMES
     assert list(printed.values()) == pytest.approx(softmax(logits)[0].tolist(), abs=1e-5)

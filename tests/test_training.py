@@ -30,7 +30,6 @@ from rareturn.models.training import (
     RowBatches,
     StepBatchSampler,
     class_weights,
-    plan_rows,
     with_labels,
 )
 from rareturn.runs.tables import read_table
@@ -118,11 +117,13 @@ def test_loss_is_torchs_without_weights():
 @pytest.mark.parametrize(("rows", "rows_per_step"), [(100, 16), (16, 16), (17, 16), (5, 16), (64, 8)])
 def test_every_row_once_an_epoch_and_the_same_steps_however_they_are_cut(rows: int, rows_per_step: int):
     lengths = np.random.default_rng(1).integers(5, 90, rows).tolist()
-    whole = plan_rows(lengths, rows_per_step, 1, 42, 3)
+    whole, cut = (
+        RowBatches(0, rows_per_step, passes, 1, None).plan([], [range(length) for length in lengths], 42)(3)
+        for passes in (1, 4)
+    )
     assert sorted(index for step in whole for batch in step for index in batch) == list(range(rows))
     sizes = [len(batch) for step in whole for batch in step]
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= rows_per_step
-    cut = plan_rows(lengths, rows_per_step, 4, 42, 3)
     assert all(len(step) == 4 and all(step) for step in cut)
     if rows >= rows_per_step:
         assert [sorted(itertools.chain(*step)) for step in cut] == [sorted(step[0]) for step in whole]
@@ -167,7 +168,7 @@ def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path,
                 use_cpu=True,
                 save_strategy="no",
             ),
-            data_collator=lambda items, batches=batches: with_labels(batches.collate, items),
+            data_collator=lambda items, batches=batches: with_labels(batches, items),
             train_dataset=[(tokens, row.label) for tokens, row in zip(rendered, rows, strict=True)],
             class_weights=weights,
             plan=batches.plan(rows, rendered, seed=1),

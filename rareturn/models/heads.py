@@ -8,18 +8,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
-class SegmentMeanConfig(PretrainedConfig):
+class SegmentMeanConfig(transformers.PretrainedConfig):
     """Config of a `SegmentMeanClassifier`: `encoder` is the encoder's own config."""
 
     model_type = "segment_mean_classifier"
@@ -32,7 +27,7 @@ class SegmentMeanConfig(PretrainedConfig):
         super().__init__(**options)
 
 
-class SegmentMeanClassifier(PreTrainedModel):
+class SegmentMeanClassifier(transformers.PreTrainedModel):
     """A linear head on two averages of an encoder's token vectors: over the target's tokens and over the context's.
 
     Sentence encoders such as all-MiniLM are trained to carry meaning in averages, not in their first token; with a few
@@ -48,7 +43,7 @@ class SegmentMeanClassifier(PreTrainedModel):
 
     def __init__(self, config: SegmentMeanConfig, encoder: nn.Module | None = None):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder) if encoder is None else encoder
+        self.encoder = transformers.AutoModel.from_config(config.encoder) if encoder is None else encoder
         self.dropout = nn.Dropout(0.1)
         self.classifier = FloatHead(2 * config.encoder.hidden_size, config.num_labels)
         nn.init.normal_(self.classifier.weight, std=0.02)
@@ -59,20 +54,13 @@ class SegmentMeanClassifier(PreTrainedModel):
         """Nothing: the encoder is pretrained, and the constructor initialises the head."""
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        segment_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        **inputs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None = None, **inputs: Any
     ) -> SequenceClassifierOutput:
         """Logits of shape (rows, num_labels); the arguments have shape (rows, tokens).
 
-        Args:
-            segment_ids: 0 on the target's tokens and 1 on the context's.
-            token_type_ids: the same, as BERT's tokenizer names them; one of the two must be given.
+        Segments are 0 on the target's tokens and 1 on the context's; `token_type_ids`, BERT's name for them, will do.
         """
-        segments = token_type_ids if segment_ids is None else segment_ids
+        segments = inputs.pop("token_type_ids", segment_ids)
         if getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = segments
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
@@ -85,13 +73,13 @@ class SegmentMeanClassifier(PreTrainedModel):
 
 
 AutoConfig.register(SegmentMeanConfig.model_type, SegmentMeanConfig)
-AutoModelForSequenceClassification.register(SegmentMeanConfig, SegmentMeanClassifier)
+transformers.AutoModelForSequenceClassification.register(SegmentMeanConfig, SegmentMeanClassifier)
 
 
 class FloatHead(nn.Linear):
     """A classification head that computes in float32 under autocast and on a half-precision backbone alike."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Logits, float32 of shape (rows, num_labels), of hidden states of shape (rows, hidden size)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rareturn.data.rendering import Rendered
+from rareturn.data.rows import Row
+from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT
 from rareturn.models.loading import BaseModel
 
 
@@ -20,17 +22,6 @@ def place(model: nn.Module, base: BaseModel) -> nn.Module:
     if torch.cuda.is_available() and base.quantization == "none":
         model.to(torch.cuda.current_device())
     return model.eval()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a 4-bit weight counts as the two values that each of its bytes holds."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        is_4bit = parameter.__class__.__name__ == "Params4bit"
-        count = parameter.numel() * (2 * parameter.element_size() if is_4bit else 1)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
 
 
 def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
@@ -43,11 +34,11 @@ def segment_name(base: BaseModel, tokenizer: Any) -> str | None:
 
 def predict_logits(
     model: nn.Module,
+    batches: Any,
+    rows: Sequence[Row],
     rendered: Sequence[Rendered],
-    batches: Sequence[Sequence[int]],
-    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]],
     *,
-    num_labels: int,
+    scope: Sequence[int] | None = None,
     bf16: bool = False,
     description: str | None = None,
     alone: bool = False,
@@ -55,31 +46,34 @@ def predict_logits(
     """Logits of rows, float32 of shape (rows, num_labels), on every process; the processes share the batches.
 
     Args:
-        batches: indices of rows, each row once.
-        bf16: compute under bf16 autocast.
+        batches: `RowBatches` or `PackedBatches`.
+        scope: other labels get `OUT_OF_SCOPE_LOGIT`.
         description: of the progress bar; None shows none.
         alone: whether each process has rows of its own.
     """
     rank, world_size = 0, 1
     if torch.distributed.is_initialized() and not alone:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    device = next(model.parameters()).device
+    device, num_labels = next(model.parameters()).device, model.config.num_labels
     logits = np.full((len(rendered), num_labels), np.nan, dtype=np.float32)
+    passes = batches.prediction_batches(rows, rendered)
     # A sharded model needs every process in each pass, so a process with one batch fewer repeats the last one.
-    own = list(batches[rank::world_size]) + list(batches[-1:]) * (rank >= len(batches) % world_size > 0)
+    own = passes[rank::world_size] + passes[-1:] * (rank >= len(passes) % world_size > 0)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in tqdm(own, desc=description, unit="batch", disable=rank > 0 or not description):
-            inputs = collate([rendered[index] for index in batch])
+            inputs = batches.collate([rendered[index] for index in batch])
             inputs = {key: value.to(device) for key, value in inputs.items()}
-            logits[list(batch)] = model(**inputs).logits.float().cpu().numpy()
+            logits[batch] = model(**inputs).logits.float().cpu().numpy()
     model.train(was_training)
     if world_size > 1:
         parts: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(parts, logits)
         for part in parts:
             logits = np.where(np.isnan(logits), part, logits)
+    if scope is not None:
+        logits[:, np.setdiff1d(np.arange(num_labels), scope)] = OUT_OF_SCOPE_LOGIT
     return logits
 
 

@@ -15,13 +15,13 @@ import inspect
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from rareturn.data.rendering import Rendered
@@ -29,7 +29,7 @@ from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.models.inference import segment_name
 from rareturn.models.loading import BaseModel, is_encoder, load_config
-from rareturn.models.training import FoldTrainingArguments, RowBatches, Step
+from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,12 @@ STEP_GROWTH = 1.02  # by which the number of steps is raised until every batch o
 
 
 class Layout(NamedTuple):
-    """Rows as one sequence of tokens.
+    """Rows as one sequence of tokens; int64 of shape (tokens,), `row_positions` of shape (rows,).
 
     Attributes:
-        input_ids: int64 of shape (tokens,).
-        position_ids: the place of each token in the rows that hold it, int64 of shape (tokens,).
-        subtree_end: the first token after those that see this one, int64 of shape (tokens,): token i sees token j
-            where j <= i < subtree_end[j].
-        row_positions: the last token of each row, in the rows' order, int64 of shape (rows,).
+        position_ids: the place of each token in the rows that hold it.
+        subtree_end: the first token after those that see this one: token i sees j where j <= i < subtree_end[j].
+        row_positions: the last token of each row, in the rows' order.
     """
 
     input_ids: np.ndarray
@@ -54,12 +52,10 @@ class Layout(NamedTuple):
 
 
 def lay_out(rows: Sequence[np.ndarray], branches: bool = True) -> Layout:
-    """The trie of the rows' tokens in depth-first order.
+    """The trie of the rows' token ids, none empty, in depth-first order.
 
-    Args:
-        rows: token ids of each row, none empty.
-        branches: False starts anew, at position 0, where a row does not continue the one before it: plain causal
-            sequences, one after the other, for attention kernels that know no other mask.
+    Without `branches` it starts anew, at position 0, where a row does not continue the one before it: plain causal
+    sequences, one after the other, for attention kernels that know no other mask.
     """
     ids, positions = [], []
     subtree_end = np.zeros(sum(map(len, rows)), dtype=np.int64)
@@ -94,13 +90,11 @@ def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def tree_mask(subtree_end: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Attention bias of a layout: 0 where token i (second last axis) sees token j, the type's minimum elsewhere.
+def tree_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention bias, (1, 1, tokens, tokens), of a layout's `subtree_end`, (1, tokens).
 
-    A float mask, because a boolean one is right under sdpa and silently wrong under eager attention.
-
-    Args:
-        subtree_end: shape (1, tokens); the mask has shape (1, 1, tokens, tokens).
+    0 where token i (second last axis) sees token j, the type's minimum elsewhere: a boolean mask would be right under
+    sdpa and silently wrong under eager attention.
     """
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, None, :])
@@ -108,27 +102,17 @@ def tree_mask(subtree_end: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(sees, 0.0)
 
 
-def row_hidden_states(
-    backbone: nn.Module,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
-    row_positions: torch.Tensor,
-    subtree_end: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Last hidden state of each row's last token, (rows, hidden size), for a batch of `PackedBatches`.
-
-    Args:
-        backbone: a decoder without head, such as `AutoModel` gives.
-    """
-    mask = None
-    if subtree_end is not None:
-        device = input_ids.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else backbone.get_input_embeddings().weight.dtype
-        mask = tree_mask(subtree_end, dtype)
-    output = backbone(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    hidden = output.last_hidden_state[0]
-    return hidden[row_positions.to(hidden.device)]
+def row_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden state of each row's last token, (rows, hidden size); the backbone is a decoder without head."""
+    mask, ids = None, batch["input_ids"]
+    if "subtree_end" in batch:
+        autocast = torch.is_autocast_enabled(ids.device.type)
+        weight = backbone.get_input_embeddings().weight
+        dtype = torch.get_autocast_dtype(ids.device.type) if autocast else weight.dtype
+        mask = tree_mask(batch["subtree_end"], dtype)
+    inputs = {"input_ids": ids, "position_ids": batch["position_ids"], "attention_mask": mask}
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden[batch["row_positions"].to(hidden.device)]
 
 
 def accept_packed(model: nn.Module) -> None:
@@ -140,12 +124,10 @@ def accept_packed(model: nn.Module) -> None:
     classifier, backbone = _parts(model)
     own_forward = classifier.forward
 
-    def forward(*args: Any, row_positions: torch.Tensor | None = None, **inputs: Any) -> Any:
-        if row_positions is None:
+    def forward(*args: Any, **inputs: Any) -> Any:
+        if "row_positions" not in inputs:
             return own_forward(*args, **inputs)
-        packed = inputs["input_ids"], inputs["position_ids"], row_positions, inputs.get("subtree_end")
-        hidden = row_hidden_states(backbone, *packed)
-        return SequenceClassifierOutputWithPast(logits=classifier.score(hidden))
+        return SequenceClassifierOutputWithPast(logits=classifier.score(row_hidden_states(backbone, inputs)))
 
     classifier.forward = forward
 
@@ -157,18 +139,12 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def can_branch(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention takes a tree (True), or plain causal sequences only (False).
+    """Whether the model's attention takes a tree of rows of at most `longest` tokens, or causal sequences only.
 
     sdpa and eager attention take any mask. Flash attention takes causal sequences only, and so must a layer whose
     sliding window is shorter than the rows, since a mask given from outside would replace its window. Variants then
-    repeat their context; everything else stays shared.
-
-    Args:
-        longest: tokens of the longest row.
-
-    Raises:
-        InputError: a token's hidden state depends on more than its position and its predecessors (an encoder, a
-            recurrent layer), or positions cannot be passed in.
+    repeat their context; everything else stays shared. An InputError where a token's hidden state depends on more than
+    its position and its predecessors (an encoder, a recurrent layer), or positions cannot be passed in.
     """
     classifier, backbone = _parts(model)
     config = backbone.config.get_text_config()
@@ -187,17 +163,12 @@ class RowGroups:
     A group above the token budget is split, each part repeating the common beginning; a row above it on its own is a
     group of its own.
 
-    Attributes:
-        members: the rows' indices, a list a group.
-        num_rows: rows of each group, shape (groups,).
-        shared: tokens that all rows begin with (the label guide): a batch holds them once.
-        tokens: what each group adds to them, shape (groups,).
+    `members` has the rows' indices, a list a group; `num_rows` and `tokens` have shape (groups,). A batch holds the
+    `shared` tokens that all rows begin with (the label guide) once; `tokens` counts what each group adds to them.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], rendered: Sequence[Rendered], tokens_per_batch: int, branches: bool = True
-    ):
-        self.tokens_per_batch = tokens_per_batch
+    def __init__(self, rows: Sequence[Row], rendered: Sequence[Rendered], budget: int, branches: bool = True):
+        self.budget = budget
         together: dict[tuple[str, int], list[int]] = defaultdict(list)
         for index, (row, tokens) in enumerate(zip(rows, rendered, strict=True)):
             together[row.dialogue_id, tokens.start].append(index)
@@ -208,7 +179,7 @@ class RowGroups:
             begin = len(sizes)
             for place, shared in _in_trie_order(ids, branches):
                 new = len(ids[place]) - shared
-                if len(sizes) == begin or sizes[-1] + new > tokens_per_batch:
+                if len(sizes) == begin or sizes[-1] + new > budget:
                     self.members.append([])
                     sizes.append(shared)
                 self.members[-1].append(indices[place])
@@ -217,17 +188,14 @@ class RowGroups:
         self.shared = min(common_prefix(first_rows[0], ids) for ids in first_rows) if branches else 0
         self.tokens = np.array(sizes) - self.shared
         self.num_rows = np.array([len(group) for group in self.members])
-        alone = sum(size > tokens_per_batch for size in sizes)
+        alone = sum(size > budget for size in sizes)
         if alone:
-            logger.warning(f"{alone} rows have more than {tokens_per_batch} tokens: each is a batch alone")
+            logger.warning(f"{alone} rows have more than {budget} tokens: each is a batch alone")
 
     def count_steps(self, rows_per_step: int, micro_batches: int, seed: int, num_epochs: int) -> int:
         """Optimizer steps of an epoch: ceil(rows / rows_per_step), raised until every epoch keeps the token budget.
 
         All epochs have the same number, because the learning rate's schedule and a resumed run rely on it.
-
-        Raises:
-            InputError: fewer groups than forward passes in a step.
         """
         groups, rows = len(self.members), int(self.num_rows.sum())
         most = groups // micro_batches
@@ -246,19 +214,18 @@ class RowGroups:
         return steps
 
     def deal(self, num_batches: int, seed: int, epoch: int) -> tuple[list[list[int]], bool]:
-        """Shuffled groups, each dealt to the batch with the fewest rows among those with room for its tokens.
+        """Batches of row indices, none empty as there are at least so many groups; and whether all keep the budget.
 
-        Returns:
-            batches of row indices, none empty as there are at least so many groups; and whether all keep the budget.
+        Groups are shuffled, and each goes to the batch with the fewest rows among those with room for its tokens.
         """
         rows = np.zeros(num_batches, dtype=np.int64)
         tokens = np.full(num_batches, self.shared)
         batches: list[list[int]] = [[] for _ in range(num_batches)]
         fits = True
         order = np.random.default_rng((seed, epoch)).permutation(len(self.members))
-        is_large = 2 * self.tokens > self.tokens_per_batch - self.shared
+        is_large = 2 * self.tokens > self.budget - self.shared
         for group in order[np.argsort(~is_large[order], kind="stable")]:
-            has_room = (tokens + self.tokens[group] <= self.tokens_per_batch) | (rows == 0)
+            has_room = (tokens + self.tokens[group] <= self.budget) | (rows == 0)
             if has_room.any():
                 batch = np.where(has_room, rows, np.iinfo(np.int64).max).argmin()
             else:
@@ -275,31 +242,24 @@ class PackedBatches:
 
     Two budgets fill them. A step has `rows_per_step` rows on average, as without packing; a single step may have more
     or fewer, since no dialogue is split for it, and the loss divides by the true number. No batch has more than
-    `tokens_per_batch` tokens; where that is tight, an epoch has more and smaller steps. A larger budget saves little
-    (batches share only the label guide) and costs memory. For the optimizer one thing changes: a dialogue's rows share
-    a step.
-
-    Attributes:
-        rows_per_step: rows of an optimizer step, over all processes.
-        micro_batches: forward passes of an optimizer step, over all processes.
-        tokens_per_batch: tokens of a forward pass.
-        num_epochs: the epochs for which the token budget is to hold.
-        branches: see `lay_out`; `can_branch` knows.
+    `tokens_per_batch` tokens in any of `num_epochs`; where that is tight, an epoch has more and smaller steps. A larger
+    budget saves little (batches share only the label guide) and costs memory. For the optimizer one thing changes: a
+    dialogue's rows share a step. `micro_batches` counts a step's forward passes; rows and passes are over all processes.
+    For `branches` see `lay_out`; `can_branch` knows.
     """
 
-    rows_per_step: int
-    micro_batches: int
-    tokens_per_batch: int
-    num_epochs: int
+    rows_per_step: int = 1
+    micro_batches: int = 1
+    tokens_per_batch: int = 4096  # as much as a prediction takes; a batch's mask grows with its square
+    num_epochs: int = 1
     branches: bool = True
 
-    def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
+    def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """Rows as one packed batch for a model that `accept_packed` prepared.
 
-        Returns:
-            `input_ids` and `position_ids` of shape (1, tokens), `row_positions` of shape (rows,) and, unless the rows
-            form a single causal sequence, `subtree_end` of shape (1, tokens). Without `branches` it is left out:
-            transformers itself keeps sequences apart where `position_ids` start anew, under flash attention too.
+        `input_ids` and `position_ids` have shape (1, tokens), `row_positions` has shape (rows,); `subtree_end`, (1,
+        tokens), is there unless the rows form a single causal sequence. Without `branches` it is left out: transformers
+        itself keeps sequences apart where `position_ids` start anew, under flash attention too.
         """
         layout = lay_out([row.input_ids for row in rendered], self.branches)
         batch = {
@@ -311,16 +271,11 @@ class PackedBatches:
             batch["subtree_end"] = torch.from_numpy(layout.subtree_end)[None]
         return batch
 
-    def plan(
-        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int
-    ) -> Callable[[int], list[Step]]:
+    def plan(self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int) -> Plan:
         """Epoch -> its steps, each of `micro_batches` lists of row indices.
 
         Which rows share a step depends on `rows_per_step` and `micro_batches` alone: two processes that accumulate
-        over 4 batches take the steps that one takes over 8.
-
-        Raises:
-            InputError: see `RowGroups.count_steps`.
+        over 4 batches take the steps that one takes over 8. An InputError where there are fewer groups than passes.
         """
         groups, size = RowGroups(rows, rendered, self.tokens_per_batch, self.branches), self.micro_batches
         num_steps = groups.count_steps(self.rows_per_step, size, seed, self.num_epochs)
@@ -346,16 +301,12 @@ class PackedBatches:
 
 
 def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: bool) -> None:
-    """Settle the flags whose defaults depend on the architecture.
-
-    Raises:
-        InputError: packing asked for where rows share nothing.
-    """
+    """Settle the flags whose defaults depend on the architecture; an InputError where rows to pack share nothing."""
     if encoder and arguments.pack_dialogues:
         raise InputError(
             "--pack_dialogues: an encoder reads both ways, so its rows share nothing; leave it out"
         )
-    arguments.pack_dialogues = not encoder if arguments.pack_dialogues is None else arguments.pack_dialogues
+    arguments.pack_dialogues = not encoder and arguments.pack_dialogues is not False
     if arguments.pack_dialogues and arguments.rows_per_batch is None:
         arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
         training.gradient_accumulation_steps = 1
@@ -365,10 +316,10 @@ def make_batches(
     arguments: Any, training: FoldTrainingArguments, model: Any, base: BaseModel, tokenizer: Any, longest: int
 ) -> RowBatches | PackedBatches:
     """How rows of at most `longest` tokens become forward passes: a dialogue at a time, or rows of like length."""
-    micro_batches = training.gradient_accumulation_steps * training.world_size
+    passes = training.gradient_accumulation_steps * training.world_size
     if arguments.pack_dialogues:
-        budget = arguments.rows_per_batch * micro_batches, micro_batches, arguments.tokens_per_batch
+        budget = arguments.rows_per_batch * passes, passes, arguments.tokens_per_batch
         return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model, longest))
     segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
-    sizes = training.train_batch_size * micro_batches, micro_batches, training.per_device_eval_batch_size
+    sizes = training.train_batch_size * passes, passes, training.per_device_eval_batch_size
     return RowBatches(tokenizer.pad_token_id, *sizes, segments)

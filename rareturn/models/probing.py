@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 ENCODER_PARTS = ("target", "context", "history", "previous")
 HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
-TOKENS_PER_BATCH = 4096  # of a decoder's pass; the mask of a batch grows with its square
 
 
 class FrozenFeatures:
@@ -151,13 +150,13 @@ class FrozenFeatures:
             branches = can_branch(model, max(map(len, rendered)))
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
-        batches = PackedBatches(1, 1, TOKENS_PER_BATCH, 1, branches)
+        batches = PackedBatches(branches=branches)
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
         with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
             for batch in batches.prediction_batches(rows, rendered):
                 inputs = batches.collate([rendered[index] for index in batch])
                 inputs = {key: value.to(model.device) for key, value in inputs.items()}
-                features[batch] = row_hidden_states(model.base_model, **inputs).float().cpu().numpy()
+                features[batch] = row_hidden_states(model.base_model, inputs).float().cpu().numpy()
                 progress.update(len(batch))
         return features
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from rareturn.command_line import flag
@@ -19,7 +18,11 @@ from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 
+Batch = dict[str, torch.Tensor]
 Step = list[list[int]]  # a step's micro-batches, each a list of indices into the data set
+Plan = Callable[
+    [int], list[Step]
+]  # epoch -> its steps; as many, each of as many micro-batches, in every epoch
 MEGABATCH_STEPS = 16
 
 
@@ -49,51 +52,10 @@ class FoldTrainingArguments(TrainingArguments):
             )
 
 
-def plan_rows(
-    lengths: Sequence[int], rows_per_step: int, micro_batches: int, seed: int, epoch: int
-) -> list[Step]:
-    """One epoch of unpacked rows: shuffled, then bucketed by length so that little is padding.
-
-    Megabatches of 16 steps are sorted by length and dealt to steps, which are shuffled again. Which rows share a step
-    depends on `rows_per_step` alone, not on how it is cut: 16x1, 4x4 and two processes of 8 take the same steps. Steps
-    differ by at most one row in size, so none is a small remainder.
-
-    Args:
-        lengths: tokens of each row.
-        rows_per_step: batch size x gradient accumulation x processes.
-        micro_batches: gradient accumulation x processes; every step has exactly so many, none empty.
-
-    Raises:
-        InputError: fewer rows than micro-batches in a step.
-    """
-    if len(lengths) < micro_batches:
-        raise InputError(
-            f"{len(lengths)} training rows cannot fill the {micro_batches} batches of a step; use fewer processes or "
-            "less --gradient_accumulation_steps"
-        )
-    rng = np.random.default_rng((seed, epoch))
-    order, lengths = rng.permutation(len(lengths)), np.asarray(lengths)
-    num_steps = min(-(-len(order) // rows_per_step), len(order) // micro_batches)
-    bounds = np.linspace(0, len(order), num_steps + 1).astype(int)
-    for first in range(0, num_steps, MEGABATCH_STEPS):
-        megabatch = order[bounds[first] : bounds[min(first + MEGABATCH_STEPS, num_steps)]]
-        megabatch[:] = megabatch[np.argsort(lengths[megabatch], kind="stable")]
-    steps = np.split(order, bounds[1:-1])
-    return [
-        [part.tolist() for part in np.array_split(steps[step], micro_batches)]
-        for step in rng.permutation(num_steps)
-    ]
-
-
 class StepBatchSampler:
-    """A `DataLoader`'s batch sampler that follows a plan of optimizer steps and gives a process its share.
+    """A `DataLoader`'s batch sampler that follows a plan; the micro-batches of a step go round the processes."""
 
-    Args:
-        plan: epoch -> steps; the same number of steps, each of the same number of micro-batches, in every epoch.
-        rank, world_size: of this process; micro-batches go round the processes.
-    """
-
-    def __init__(self, plan: Callable[[int], list[Step]], rank: int = 0, world_size: int = 1):
+    def __init__(self, plan: Plan, rank: int = 0, world_size: int = 1):
         self.plan, self.rank, self.world_size = plan, rank, world_size
         self.epoch = 0
         self._length = sum(len(step[rank::world_size]) for step in plan(0))
@@ -109,31 +71,28 @@ class StepBatchSampler:
             yield from step[self.rank :: self.world_size]
 
 
-def with_labels(
-    collate: Callable[[Sequence[Rendered]], dict[str, torch.Tensor]], items: Sequence[tuple[Rendered, int]]
-) -> dict[str, torch.Tensor]:
-    """A batch of (row, label) pairs: what `collate` makes of the rows, and `labels`."""
-    return collate([row for row, _ in items]) | {"labels": torch.tensor([label for _, label in items])}
+def with_labels(batches: Any, items: Sequence[tuple[Rendered, int]]) -> Batch:
+    """A batch of (row, label) pairs: what `batches.collate` makes of the rows, and `labels`."""
+    return batches.collate([row for row, _ in items]) | {
+        "labels": torch.tensor([label for _, label in items])
+    }
 
 
 @dataclass
 class RowBatches:
     """A row a sequence, padded to the batch's longest. `packing.PackedBatches` is the other way.
 
-    Attributes:
-        rows_per_step: rows of an optimizer step, over all processes.
-        micro_batches: forward passes of an optimizer step, over all processes.
-        prediction_rows: rows of a forward pass in prediction.
-        segment_name: see `segment_name`.
+    An optimizer step has `rows_per_step` rows (batch size x gradient accumulation x processes) in `micro_batches`
+    forward passes (gradient accumulation x processes), a pass in prediction `prediction_rows`.
     """
 
     pad_token_id: int
     rows_per_step: int
     micro_batches: int
     prediction_rows: int
-    segment_name: str | None
+    segment_name: str | None  # see `inference.segment_name`
 
-    def collate(self, rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
+    def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """One right-padded batch: `input_ids`, `attention_mask` and, where the encoder is told them, the segments."""
 
         def pad(sequences: list[np.ndarray], value: int) -> torch.Tensor:
@@ -148,44 +107,51 @@ class RowBatches:
             batch[self.segment_name] = pad([row.segment_ids for row in rendered], 0)
         return batch
 
-    def plan(
-        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int
-    ) -> Callable[[int], list[Step]]:
-        """Epoch -> its steps; see `plan_rows`."""
-        lengths = [len(row) for row in rendered]
-        return lambda epoch: plan_rows(lengths, self.rows_per_step, self.micro_batches, seed, epoch)
+    def plan(self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int) -> Plan:
+        """Rows of an epoch shuffled, then bucketed by length so that little is padding.
+
+        Megabatches of 16 steps are sorted by length and dealt to steps, which are shuffled again. Which rows share a
+        step depends on `rows_per_step` alone, not on how it is cut: 16x1, 4x4 and two processes of 8 take the same
+        steps. Steps differ by at most one row in size, so none is a small remainder, and no micro-batch is empty.
+        """
+        lengths, passes = np.array([len(row) for row in rendered]), self.micro_batches
+        if len(lengths) < passes:
+            raise InputError(
+                f"{len(lengths)} training rows cannot fill the {passes} batches of a step; use fewer processes or less "
+                "--gradient_accumulation_steps"
+            )
+        num_steps = min(-(-len(lengths) // self.rows_per_step), len(lengths) // passes)
+        bounds = np.linspace(0, len(lengths), num_steps + 1).astype(int)
+
+        def steps(epoch: int) -> list[Step]:
+            rng = np.random.default_rng((seed, epoch))
+            order = rng.permutation(len(lengths))
+            for first in range(0, num_steps, MEGABATCH_STEPS):
+                megabatch = order[bounds[first] : bounds[min(first + MEGABATCH_STEPS, num_steps)]]
+                megabatch[:] = megabatch[np.argsort(lengths[megabatch], kind="stable")]
+            whole = np.split(order, bounds[1:-1])
+            return [
+                [part.tolist() for part in np.array_split(whole[step], passes)]
+                for step in rng.permutation(num_steps)
+            ]
+
+        return steps
 
     def prediction_batches(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> list[list[int]]:
         """Longest first, so that memory runs out at once or never; rows of one length keep their order."""
-        order, size = (
-            sorted(range(len(rendered)), key=lambda index: -len(rendered[index])),
-            self.prediction_rows,
-        )
-        return [order[begin : begin + size] for begin in range(0, len(order), size)]
+        order = sorted(range(len(rendered)), key=lambda index: -len(rendered[index]))
+        return [order[at : at + self.prediction_rows] for at in range(0, len(order), self.prediction_rows)]
 
 
 def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarray:
-    """Weights of the classes, scaled so that their mean over the training rows is 1.
+    """Weights of the classes, float64 (num_labels,), of their `counts` in training; 0 for a class without rows.
 
-    Ratios are 1/sqrt(n_c) for `inverse_sqrt` (paper, 'Loss & Training'), 1/n_c for `balanced`, 1 for `none`. With mean
-    1 over the rows the loss keeps the size, and so the learning rate the meaning, that it has without weights.
-
-    Args:
-        counts: rows per class in the fold's training part, shape (num_labels,).
-
-    Returns:
-        float64 (num_labels,), 0 for a class without rows.
+    Ratios are 1/sqrt(n_c) for `inverse_sqrt` (paper, 'Loss & Training'), 1/n_c for `balanced`, 1 for `none`. Their mean
+    over the rows is 1: the loss keeps the size, and so the learning rate the meaning, that it has without weights.
     """
     exponent = {"none": 0.0, "inverse_sqrt": -0.5, "balanced": -1.0}[method]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** exponent, 0.0)
     return weights * (counts.sum() / (weights * counts).sum())
-
-
-class EpochDataLoader(DataLoader):
-    """A loader that tells its batch sampler the epoch, as `Trainer` tells the loader."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
 
 
 class CheckpointSeal(TrainerCallback):
@@ -204,11 +170,7 @@ class CheckpointSeal(TrainerCallback):
             write_json(checkpoint / self.NAME, {"identity": self.identity})
 
     def last(self, folder: Path) -> str | None:
-        """The newest whole checkpoint in a folder; half-written ones are passed over.
-
-        Raises:
-            InputError: another run made it.
-        """
+        """The newest whole checkpoint in a folder, if any; an InputError where another run made it."""
         sealed = [path.parent for path in folder.glob(f"checkpoint-*/{self.NAME}")]
         if not sealed:
             return None
