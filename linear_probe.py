@@ -22,7 +22,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,16 +32,7 @@ from rareturn.files import write_json
 from rareturn.reports.cards import run_results
 from rareturn.reports.push import push_folds
 from rareturn.reports.tables import Table
-from rareturn.runs.folder import (
-    check_same_run,
-    describe_run,
-    fold_is_complete,
-    metrics_path,
-    table_path,
-    test_table_is_current,
-    write_fold_metrics,
-    write_run_info,
-)
+from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
 
@@ -61,16 +52,12 @@ class ProbeArguments(FoldDataArguments):
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
     quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
     dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
-    attn_implementation: str | None = flag(
-        None, "Attention kernel. Default: sdpa where the model has it, else eager."
-    )
+    attn_implementation: str | None = flag(None, "Attention kernel. Default: sdpa if there, else eager.")
     bf16: bool | None = flag(None, "bf16 autocast. Default: on a GPU, never on a CPU.")
     per_device_eval_batch_size: int = flag(32, "Turns in a forward pass of an encoder.")
     layer: int | None = flag(None, "Layer whose output is taken, from 1. Default: two thirds up.")
-    class_weights: str = flag(
-        "balanced",
-        "Weights in the head's loss, from the fold's training rows: 1/n (best with a linear head), 1/sqrt(n) or none.",
-        choices=["none", "inverse_sqrt", "balanced"],
+    class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
+        "balanced", "In the loss, from the fold's training rows: 1/n (best for a probe), 1/sqrt(n) or none."
     )
     C: list[float] = flag([0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0], "Inverse L2 penalties to choose from.")
     seed: int = flag(42, "Seed of the inner folds that choose C.")
@@ -132,17 +119,15 @@ def main() -> None:
     taken = {"layer": arguments.layer, "window": arguments.window, "bf16": arguments.bf16}
     taken["batch_size"] = arguments.per_device_eval_batch_size
     frozen = probing.FrozenFeatures(base, data.guide, **taken)
-    info = describe_run(
-        *(run_name, data, base, arguments),
-        seed=arguments.seed,
-        loader=base.loader | {"bf16": arguments.bf16},
-        prompt_fingerprint=frozen.renderer.fingerprint if frozen.renderer else None,
-        features={"layer": frozen.layer, "parts": list(frozen.parts)},
-    )
-    check_same_run(run_dir, info, arguments)  # before the model is loaded
+    facts = {"seed": arguments.seed, "loader": base.loader | {"bf16": arguments.bf16}}
+    facts["prompt_fingerprint"] = frozen.renderer.fingerprint if frozen.renderer else None
+    facts["features"] = {"layer": frozen.layer, "parts": list(frozen.parts)}
+    info = folder.describe_run(run_name, data, base, arguments, **facts)
+    folder.check_same_run(run_dir, info, arguments)  # before the model is loaded
     folds, digest = range(arguments.num_folds), rows_digest(data.test)
-    untrained = [fold for fold in folds if not fold_is_complete(run_dir, fold)]
-    untested = [fold for fold in folds if data.test and not test_table_is_current(run_dir, fold, digest)]
+    untrained = [fold for fold in folds if not folder.fold_is_complete(run_dir, fold)]
+    stale = [fold for fold in folds if not folder.test_table_is_current(run_dir, fold, digest)]
+    untested = stale if data.test else []
     if not untrained + untested:
         logger.info(f"{run_dir} is complete: nothing to train")
         print_closing_table(run_dir, info)
@@ -160,33 +145,35 @@ def main() -> None:
     is_variant = np.array([row.augmented_from is not None for row in rows])
     fitting = {"num_labels": len(data.guide.labels), "weights": arguments.class_weights}
     if untrained:
-        fitting["blocks"] = probing.block_sizes(features.shape[1], frozen.is_encoder)
+        # Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
+        # because a few of them are orders of magnitude larger than the rest.
+        fitting["block_size"] = features.shape[1] // len(frozen.parts) if frozen.is_encoder else 1
     fold_of = np.array([data.folds[row.augmented_from or row.id] for row in rows])
     for fold in sorted({*untrained, *untested}):
-        head_path = metrics_path(run_dir, fold).with_name("head.safetensors")
+        head_path = folder.metrics_path(run_dir, fold).with_name("head.safetensors")
         if fold in untrained:
             fold_started = time.perf_counter()
             train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
             part = (features[train], labels[train])
-            choice = (groups[train], is_variant[train], arguments.C)
-            C, losses = probing.choose_C(*part, *choice, seed=arguments.seed, **fitting)
+            splits = probing.inner_folds(labels[train], groups[train], is_variant[train], arguments.seed)
+            C, losses = probing.choose_C(*part, splits, arguments.C, **fitting)
             head = probing.fit_head(*part, C=C, **fitting)
             # The first thing written, so that a mistake in the input leaves no folder behind.
             write_folds(run_dir, data.folds, **arguments.split)
-            write_run_info(run_dir, info, arguments)
+            folder.write_run_info(run_dir, info, arguments)
             head.save(head_path)
         else:
             head = probing.LinearHead.load(head_path)
         if fold in untested:
             table = make_table(data.test, fold, head.logits(test_features))
-            write_table(table_path(run_dir, "test", fold), table)
+            write_table(folder.table_path(run_dir, "test", fold), table)
         if fold in untrained:
             held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
             table = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
-            write_table(table_path(run_dir, "oof", fold), table)
+            write_table(folder.table_path(run_dir, "oof", fold), table)
             inner = {f"{value:g}": loss for value, loss in losses.items()}
             costs = {"C": C, "inner_log_loss": inner, "seconds": round(time.perf_counter() - fold_started, 1)}
-            write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
+            folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
     overall = print_closing_table(run_dir, info)
     if untrained:
         seconds, memory = round(time.perf_counter() - started, 1), peak_memory()

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -44,8 +44,6 @@ if TYPE_CHECKING:  # imported where they are needed, so that --help does not wai
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ["float32", "bfloat16", "float16"]
-
 
 @dataclass(kw_only=True)
 class FoldArguments(FoldDataArguments):
@@ -58,9 +56,7 @@ class FoldArguments(FoldDataArguments):
     fold: int = flag(0, "The fold to hold out, counted from 0. One process trains one fold.")
     keep_checkpoints: bool = flag(False, "Keep a complete fold's checkpoints.")
     pack_dialogues: bool | None = flag(None, "One pass for a dialogue's rows. Default: yes for decoders.")
-    rows_per_batch: int | None = flag(
-        None, "Packed: rows of a pass on average. Default: a step has one pass."
-    )
+    rows_per_batch: int | None = flag(None, "Packed: rows of a pass on average. Default: all of a step's.")
     tokens_per_batch: int = flag(2048, "Packed: tokens of a pass at most. 2048: two of the paper's rows.")
     max_train_samples: int | None = flag(None, "Smoke runs: rows to train on at most.")
 
@@ -78,29 +74,21 @@ class ModelArguments:
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
-    pooling: str = flag(
-        "native",
-        "native: the architecture's own way to the head; mean (encoders): averages of target and context.",
-        choices=["native", "mean"],
+    pooling: Literal["native", "mean"] = flag(
+        "native", "native: the architecture's own head; mean (encoders): averages of target and context."
     )
-    attn_implementation: str | None = flag(
-        None, "Attention kernel: sdpa, eager, … Default: the fastest there."
-    )
-    dtype: str | None = flag(
-        None, "Of unquantized weights. Default: bfloat16 with nf4, else float32.", choices=DTYPES
+    attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
+        None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
     )
     quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
     tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
     lora_r: int = flag(128, "Rank of the adapters. 128, as in the paper.")
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")
     lora_dropout: float = flag(0.1, "Dropout before the adapters. 0.1, as in the paper.")
-    lora_target_modules: list[str] | None = flag(
-        None, "Projections that get adapters. Default: PEFT's choice."
-    )
-    class_weights: str = flag(
-        "inverse_sqrt",
-        "Weights in the loss, from the fold's training rows: 1/sqrt(n) as in the paper, 1/n, or none.",
-        choices=["none", "inverse_sqrt", "balanced"],
+    lora_target_modules: list[str] | None = flag(None, "Layers that get adapters. Default: PEFT's choice.")
+    class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
+        "inverse_sqrt", "In the loss, from the fold's training rows: 1/sqrt(n) as in the paper, 1/n, or none."
     )
 
     def __post_init__(self) -> None:
@@ -125,17 +113,13 @@ def weighted_cross_entropy(
     label_smoothing_factor: float = 0.0,
     label_scope: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Sum over the rows of w_y · CE_ε, divided by the rows of the optimizer step.
+    """Sum over the rows of w_y · CE_ε, divided by the rows of the optimizer step (None, in evaluation: those given).
 
     CE_ε is cross-entropy against (1 - ε) · onehot(y) + ε / C, with the row's class weight on the whole of it. Dividing
     by `num_items_in_batch`, which `Trainer` counts over all micro-batches (and processes) of the step, makes 16x1 and
     1x16 rows the same step; a mean over each micro-batch would not, and at one row a micro-batch would cancel the
-    weights.
-
-    Args:
-        outputs: with `logits` of shape (rows, num_labels), of any floating type; the loss is float32.
-        num_items_in_batch: None (evaluation) divides by the rows given.
-        label_scope: ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
+    weights. Logits of shape (rows, num_labels) have any floating type; the loss is float32. `label_scope` are the
+    ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
     """
     import torch
 

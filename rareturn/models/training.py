@@ -20,9 +20,7 @@ from rareturn.files import read_json, write_json
 
 Batch = dict[str, torch.Tensor]
 Step = list[list[int]]  # a step's micro-batches, each a list of indices into the data set
-Plan = Callable[
-    [int], list[Step]
-]  # epoch -> its steps; as many, each of as many micro-batches, in every epoch
+Plan = Callable[[int], list[Step]]  # epoch -> its steps, as many in every epoch
 MEGABATCH_STEPS = 16
 
 
@@ -73,9 +71,8 @@ class StepBatchSampler:
 
 def with_labels(batches: Any, items: Sequence[tuple[Rendered, int]]) -> Batch:
     """A batch of (row, label) pairs: what `batches.collate` makes of the rows, and `labels`."""
-    return batches.collate([row for row, _ in items]) | {
-        "labels": torch.tensor([label for _, label in items])
-    }
+    labels = torch.tensor([label for _, label in items])
+    return batches.collate([row for row, _ in items]) | {"labels": labels}
 
 
 @dataclass
