@@ -42,6 +42,7 @@ from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
 
+Data = tuple[list[np.ndarray], Truth]  # logits [n, c] of each run (here one), and their truth
 Quality = dict[str, dict[str, float]]  # stage, name of the figure
 
 
@@ -120,11 +121,9 @@ def timed_fit(recipe: Recipe, logits: list[np.ndarray], truth: Truth) -> tuple[R
     return rule, time.perf_counter() - started
 
 
-def fit_rows(
-    recipes: list[Recipe], run: Run, truth: Truth, folds: list[np.ndarray], jobs: int | None
-) -> list[Row]:
+def fit_rows(recipes: list[Recipe], data: Data, folds: list[np.ndarray], jobs: int | None) -> list[Row]:
     """Fit every recipe on all rows, score it there, and cross-fit it."""
-    data, fitted, rows = ([run.oof.logits], truth), [], []
+    fitted, rows = [], []
     num_fits = 1 + sum(len(np.unique(partition)) for partition in folds)
     with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
         for found in cross_fitting.run_tasks(timed_fit, [(recipe, *data) for recipe in recipes], jobs):
@@ -193,22 +192,21 @@ def main() -> None:
     # Data
     run = read_run(arguments.run)
     check_logits(run.oof.logits, run.reference)
-    logits, truth = [run.oof.logits], run.truth(arguments.metric, arguments.seed)
+    truth = run.truth(arguments.metric, arguments.seed)
     check_labels(truth, run.label_names, run.reference)
+    data = ([run.oof.logits], truth)
 
     # Decide
     recipes = table_recipes(arguments, run)
     folds = cross_fitting.repeated_folds(truth, arguments.num_splits, arguments.repeats)
-    rows = fit_rows(recipes, run, truth, folds, arguments.jobs)
+    rows = fit_rows(recipes, data, folds, arguments.jobs)
     asked = rows[-1]
-    rule, cross_fitted, reason = cross_fitting.choose(
-        asked.recipe, asked.rule, asked.cross_fitted, logits, truth
-    )
+    rule, cross_fitted, reason = cross_fitting.choose(asked.recipe, asked.rule, asked.cross_fitted, *data)
 
     # Evaluate
     predictions = {
         "argmax": run.oof.logits.argmax(axis=1),
-        "in_sample": rule.predict([logits]).labels,
+        "in_sample": rule.predict([data[0]]).labels,
         "cross_fitted": cross_fitted.predictions,
     }
     metrics = {stage: score_predictions(truth, of_stage) for stage, of_stage in predictions.items()}

@@ -84,11 +84,9 @@ def _soft_score(
     q = softmax(sharpness * (log_p + bias))
     hits, support, predicted = (q * targets).sum(axis=0), targets.sum(axis=0), q.sum(axis=0)
     value = float((problem.term_weights * term(problem.metric, hits, support, predicted)).sum())
-    none, one = np.zeros(len(hits)), np.ones(len(hits))
-    if problem.metric == "accuracy":
-        by_hit, by_prediction = one, none
-    elif problem.metric == "macro_recall_positive":
-        by_hit, by_prediction = ratio(one, support), none
+    one, by_prediction = np.ones(len(hits)), np.zeros(len(hits))
+    if problem.metric in ("accuracy", "macro_recall_positive"):
+        by_hit = one if problem.metric == "accuracy" else ratio(one, support)
     else:
         precision = problem.metric == "macro_precision_positive"
         factor, size = (1.0, predicted) if precision else (2.0, support + predicted)

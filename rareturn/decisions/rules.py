@@ -94,9 +94,8 @@ class Outcome:
     """What a rule makes of the out-of-fold rows that it was fitted on, and what it is compared with.
 
     Attributes:
-        rule: the one to use.
         untuned: argmax of the same runs, at weights that nothing was fitted for.
-        argmax, in_sample: labels [n] by `untuned` and by `rule`.
+        argmax, in_sample: labels [n] by `untuned` and by `rule`, the one to use.
         cross_fitted: labels [repeats, n] by rules that were fitted on other dialogues.
         before, after: blended probabilities [n, c] by `untuned` and by `rule`.
         scaled: the same at a temperature that was fitted on other dialogues.

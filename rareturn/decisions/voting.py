@@ -22,11 +22,9 @@ def scoped(probabilities: np.ndarray, scope: Sequence[int]) -> np.ndarray:
 class Voting:
     """A vote over runs, and all that it takes to repeat it.
 
-    Attributes:
-        gate_label: the label that the gatekeepers decide: runs trained on every label.
-        protected_class: where ties go; None for the lowest label of the tie.
-        label_scopes: of each run, the labels it was trained on (a specialist), or None (a gatekeeper).
-        soft: probabilities in place of votes.
+    `label_scopes` are, of each run, the labels it was trained on (a specialist), or None for all (a gatekeeper). The
+    gatekeepers decide `gate_label`. Ties go to `protected_class`; without one, to the lowest label. `soft`: shares of
+    probability in place of votes.
     """
 
     __pydantic_config__ = {"strict": False}  # noqa: RUF012 (in a file the tuples are lists)

@@ -95,9 +95,9 @@ class SavedRule(Checked):
                 problem = f"was fitted on other out-of-fold logits of {name}"
             raise InputError(f"{where}: the decision {problem}; {OVERRIDE}")
         order = [fitted[key] for key in given]
-        voting = self.vote and replace(
-            self.vote, label_scopes=tuple(self.vote.label_scopes[place] for place in order)
-        )
+        voting = self.vote
+        if voting:
+            voting = replace(voting, label_scopes=tuple(voting.label_scopes[place] for place in order))
         return replace(rule, weights=rule.weights[order], voting=voting)
 
 
