@@ -37,7 +37,6 @@ from rareturn.decisions.cross_fitting import (
     cross_fitted_scaling,
     fit_rule,
     repeated_folds,
-    rule_fitter,
     search_weights,
 )
 from rareturn.decisions.methods import METHODS
@@ -170,7 +169,7 @@ def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequen
         rule = given or fit_rule(recipe, logits, truth)
         num_fits = arguments.repeats * min(NUM_SPLITS, truth.num_groups)
         with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-            found = cross_fit(rule_fitter(recipe, logits, truth), truth, folds, None, bar.update)
+            found = cross_fit(recipe, logits, truth, folds, None, bar.update)
         if given is None:
             rule, found, reason = choose(recipe, rule, found, logits, truth)
             notes.append(reason)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.rows import NO_LABEL, Row
-from rareturn.decisions.metrics import Truth, cohens_kappa, score, score_predictions
+from rareturn.decisions.metrics import Truth, cohens_kappa, score_predictions
 from rareturn.decisions.probabilities import probability_quality
 from rareturn.decisions.rules import Outcome, Rule, decide
 from rareturn.reports import figures
@@ -116,7 +116,7 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
         "per class": per_class_table(label_names, rows_per_class(runs[0]), metrics),
         "runs": Table("Runs and their weights", header, of_runs),
     }
-    if outcome.voting is None:
+    if outcome.rule.voting is None:
         tables |= _tables_of_rule(label_names, outcome.rule, metrics)
     if "test" in metrics:
         test = metrics["test"]
@@ -184,7 +184,7 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
             "runs that are about equally good, those that agree less have more to gain from a blend.",
         ),
     ]
-    return pictures if outcome.voting else pictures + _pictures_of_rule(run, outcome, metrics)
+    return pictures if outcome.rule.voting else pictures + _pictures_of_rule(run, outcome, metrics)
 
 
 def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) -> list[Picture]:
@@ -198,8 +198,8 @@ def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) ->
             dataclasses.replace(decision, **dict(zip(changes, values, strict=True)))
             for values in zip(*changes.values(), strict=True)
         )
-        facts = (run.num_labels, run.positive_labels, metric)
-        return np.array([score(run.oof.label, decide(outcome.after, rule), *facts) for rule in rules])
+        truth = run.truth(metric)
+        return np.array([truth.score(decide(outcome.after, rule)) for rule in rules])
 
     of_bias = scores(bias=[decision.bias + offset * unit for offset in offsets])
     of_threshold = scores(threshold=thresholds, protected_class=[protected] * len(thresholds))
