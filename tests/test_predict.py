@@ -22,7 +22,7 @@ import ensemble
 import linear_probe
 import predict
 import run_classification
-from rareturn import DialogueClassifier, classifier
+from rareturn import DialogueClassifier
 from rareturn.errors import InputError
 from rareturn.models import loading, probing
 from rareturn.models.loading import load_classifier
@@ -89,7 +89,7 @@ def read_lines(path: Path) -> list[dict]:
 def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path, monkeypatch):
     loads: list[str] = []
     load = load_classifier
-    for module in (loading, classifier, probing):
+    for module in (loading, probing):
         monkeypatch.setattr(
             module, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
         )
