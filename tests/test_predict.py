@@ -231,9 +231,9 @@ def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     words = words_of(ensemble=system, input=source, output=output, use_cpu=True)
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    # In the working folder, where the bases are.
+    command, env = [sys.executable, "-c", program, *words], os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return int(ended.stdout.splitlines()[-1])
 
