@@ -31,19 +31,19 @@ def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                os.replace(beside, path)
-            elif not path.exists():
-                _link(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(beside, path)
+        elif not path.exists():
+            _link(beside, path)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 @contextlib.contextmanager
@@ -99,9 +99,8 @@ def file_digest(path: str | os.PathLike) -> str:
 
 def packaged(name: str | os.PathLike) -> Path:
     """A file or folder that is not code: an installed package has it inside, a checkout in its root."""
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.exists() else package.parent / name
+    inside, outside = (folder / name for folder in Path(__file__).parents[:2])
+    return inside if inside.exists() else outside
 
 
 def check_content(model: type[Model], content: Any, where: str) -> Model:

@@ -123,8 +123,7 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
     """
     folder = Path(reference)
     if pulled := not folder.is_dir():
-        match = HUB_BUNDLE.fullmatch(reference)
-        if match is None:
+        if (match := HUB_BUNDLE.fullmatch(reference)) is None:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
         check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
@@ -215,8 +214,7 @@ def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[s
     if read_json(folder / "run.json") not in (info, public_info(info)):
         raise InputError(f"{repo_id}: run.json: not that of {reference}")
     names = [f"fold-{fold}" for fold in range(info["num_folds"])]
-    missing = [name for name in names if not (folder / name / "metrics.json").is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name / "metrics.json").is_file()]:
         raise InputError(f"{repo_id}: {', '.join(missing)} is not there; push it first (--push_only)")
     return {"repo_id": repo_id, "revision": sha, "folds": [{"subfolder": name} for name in names]}
 

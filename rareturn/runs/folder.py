@@ -134,8 +134,7 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
     """
     path, other = Path(run_dir) / "run.json", "use another --output_dir"
     if not path.exists():
-        models = [*path.parent.glob("fold-*/adapter"), *path.parent.glob("fold-*/head.safetensors")]
-        if models:
+        if models := [*path.parent.glob("fold-*/adapter"), *path.parent.glob("fold-*/head.safetensors")]:
             raise InputError(f"{path}: missing, so nothing says how {models[0]} was made; {other}")
         return
     present = read_run_info(path.parent)

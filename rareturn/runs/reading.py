@@ -83,8 +83,7 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
             raise InputError(f"{reference}: the {split} table of {which} is missing")
         tables[split] = [] if missing else [read_table(path) for path in paths]
     folds = assignment["folds"]
-    problems = [*_oof_problems(info, folds, tables["oof"]), *_test_problems(info, tables["test"])]
-    if problems:
+    if problems := [*_oof_problems(info, folds, tables["oof"]), *_test_problems(info, tables["test"])]:
         raise InputError(*(f"{reference}: {problem}" for problem in problems))
     oof = _join(tables["oof"], folds)
     return Run(os.fspath(reference), revision, info["name"], info, folds, oof, tables["test"])

@@ -44,8 +44,7 @@ def parse_reference(reference: str | os.PathLike) -> Reference:
     """Read a run reference, a folder or `ORG/NAME-oof:RUN[@REVISION]`; a folder of that spelling wins."""
     if os.path.isdir(reference):
         return Reference(folder=Path(reference))
-    match = REFERENCE.fullmatch(os.fspath(reference))
-    if match is None:
+    if (match := REFERENCE.fullmatch(os.fspath(reference))) is None:
         form = "name an existing folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
         raise InputError(f"{reference}: no such run; {form}")
     *names, revision = match.groups()

@@ -111,8 +111,7 @@ def read_table(path: str | os.PathLike) -> LogitTable:
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            missing = [name for name in TABLE_SCHEMA.names if name not in file.schema_arrow.names]
-            if missing:
+            if missing := [name for name in TABLE_SCHEMA.names if name not in file.schema_arrow.names]:
                 raise InputError(f"{path}: no column {', '.join(map(repr, missing))}")
             table = file.read(columns=TABLE_SCHEMA.names)
         table.validate(full=True)
