@@ -204,9 +204,7 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
     if guide.names != (names := runs[0].label_names):
         raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
-    rows = load_rows(
-        arguments.test_file, guide, columns=arguments.columns, require_labels=False, split="test"
-    )
+    rows = load_rows(arguments.test_file, guide, columns=arguments.columns, require_labels=False)
     return list(read_records(arguments.test_file, "test")[1]), rows
 
 
