@@ -205,7 +205,7 @@ def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[d
     if guide.names != (names := runs[0].label_names):
         raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
     rows = load_rows(arguments.test_file, guide, columns=arguments.columns, require_labels=False)
-    return list(read_records(arguments.test_file, "test")[1]), rows
+    return list(read_records(arguments.test_file, "test")), rows
 
 
 def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_column: str) -> dict[str, bytes]:

@@ -76,8 +76,8 @@ def read_dialogues(arguments: PredictArguments, guide: LabelGuide) -> Iterator[l
     """
     from rareturn.classifier import check_dialogue, target_rows
 
-    name, records = read_records(arguments.input, "test")
-    for number, record in enumerate(records, 1):
+    name = arguments.input
+    for number, record in enumerate(read_records(name, "test"), 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")

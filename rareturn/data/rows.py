@@ -87,34 +87,33 @@ def load_rows(
     if not source:
         return []
     columns = columns or Columns()
-    where, records = read_records(source, "train" if require_labels else "test")
     problems: list[str] = []
     rows: dict[str, Row] = {}
     shared: dict[Turn, Turn] = {}
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_records(source, "train" if require_labels else "test"), 1):
         if len(problems) >= MAX_PROBLEMS_KEPT:
             break
         if not isinstance(record, dict):
-            problems.append(f"{where}: row {number}: not an object with fields")
+            problems.append(f"{source}: row {number}: not an object with fields")
             continue
         fields = _fields(record, columns)
         found = list(_field_problems(fields, label_guide, require_labels))
         name = f"row {number}" if any(field == "id" for field, _ in found) else fields["id"]
-        problems += [f"{where}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
+        problems += [f"{source}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
         if not found:
             if name in rows:
-                problems.append(f"{where}: {name}: {columns.id}: duplicate id")
+                problems.append(f"{source}: {name}: {columns.id}: duplicate id")
             turns = (Turn(turn["text"], turn["speaker"]) for turn in fields["dialogue"])
             turns = tuple(shared.setdefault(turn, turn) for turn in turns)
             label = NO_LABEL if fields["label"] is None else fields["label"]
             rows[name] = Row(name, fields["dialogue_id"], turns, label, fields["augmented_from"])
     if not rows and not problems:
-        problems.append(f"{where}: holds no rows")
+        problems.append(f"{source}: holds no rows")
     originals = rows if sources_of_augmented is None else {row.id: row for row in sources_of_augmented}
     for row in rows.values():
         if row.augmented_from or originals is not rows:
             said = _augmentation_problem(row, originals.get(row.augmented_from), columns)
-            problems += [f"{where}: {row.id}: {said}"] if said else []
+            problems += [f"{source}: {row.id}: {said}"] if said else []
     if problems:
         raise InputError(*problems)
     return list(rows.values())
