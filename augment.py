@@ -48,12 +48,8 @@ class ScriptArguments:
 
     train_file: str = flag(REQUIRED, "Labelled rows: file, folder or Hub dataset ORG/NAME[:path][@revision].")
     output_file: str = flag("augmented.jsonl", "Where the variants go: .jsonl or .parquet.")
-    labels: list[str] = flag(
-        ["rare"], "Label numbers, or the word rare: those with fewer rows than --rare_below."
-    )
-    rare_below: int = flag(
-        90, "A label of fewer rows is rare. 90 gives the paper's labels 2, 4, 5 and 8, without 3."
-    )
+    labels: list[str] = flag(["rare"], "Label numbers, or the word rare: those below --rare_below rows.")
+    rare_below: int = flag(90, "A label of fewer rows is rare. 90 gives the paper's 2, 4, 5, 8, without 3.")
     k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
     seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
 
@@ -144,8 +140,8 @@ def push(rows: Sequence[Row], kept_in: str, columns: Columns, hub: HubArguments,
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    table, readme = file_bytes(rows, columns, ".parquet"), card(rows, guide).encode()
-    files = {"augmented.parquet": table, "README.md": readme}
+    table = file_bytes(rows, columns, ".parquet")
+    files = {"augmented.parquet": table, "README.md": card(rows, guide).encode()}
     options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": kept_in}
     sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", **options)
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")

@@ -78,19 +78,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def parse_arguments(
-    argument_classes: Sequence[type],
-    description: str,
-    argv: Sequence[str] | None = None,
-    *,
-    training_arguments: Callable[[], type] | None = None,
+    own: Sequence[type], doc: str, argv: list[str] | None = None, training_arguments: Callable | None = None
 ) -> tuple[Any, ...]:
     """Parse the recipe that `--config` names and the flags into one instance of each dataclass.
 
     Args:
-        argument_classes: the script's own dataclasses; a ValueError in `__post_init__` is a user error.
+        own: the script's own dataclasses; a ValueError in `__post_init__` is a user error.
         training_arguments: gives one more class, the last, whose 120 flags `--help` leaves to `--help_all`. It is called
             only when it is needed, because importing transformers' `TrainingArguments` takes seconds. Where it has a
-            flag that `argument_classes` have too, theirs stands.
+            flag that `own` have too, theirs stands.
     """
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
@@ -98,24 +94,23 @@ def parse_arguments(
         def error(self, message: str) -> None:
             raise InputError(message)
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    classes = list(argument_classes)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    classes = list(own)
     if training_arguments is not None and not {"-h", "--help"} & set(argv):
         classes.append(training_arguments())
         classes[-1]._argument_group_name = TRAINING_GROUP
     parser = Parser(
         usage="%(prog)s [--config RECIPE] [flags]",
-        description=description,
+        description=doc,
         allow_abbrev=False,
         conflict_handler="resolve",
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")
     if training_arguments is not None:
-        help_all = "Show the flags of transformers' TrainingArguments too."
-        parser.add_argument("--help_all", action="help", help=help_all)
+        parser.add_argument("--help_all", action="help", help=f"Show the flags of {TRAINING_GROUP} too.")
     # Of two flags of one name the later one stands, so the script's own are added last; in the help they come first.
-    for argument_class in (*classes[len(argument_classes) :], *argument_classes):
+    for argument_class in (*classes[len(own) :], *own):
         parser._add_dataclass_arguments(argument_class)
     parser._action_groups.sort(key=lambda group: group.title == TRAINING_GROUP)
     for action in list(parser._actions):
@@ -125,8 +120,8 @@ def parse_arguments(
         elif action.type is string_to_bool and action.default is None:
             # Where neither is given the script decides; transformers gives such a flag no bare form of its own.
             action.nargs, action.const = "?", True
-            names = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
-            parser.add_argument(*names, default=argparse.SUPPRESS, **opposite)
+            spelt = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
+            parser.add_argument(*spelt, default=argparse.SUPPRESS, **opposite)
     given = vars(parser.parse_args(_recipe_words(parser, argv) + argv))
     names = {one: [field.name for field in dataclasses.fields(one) if field.init] for one in classes}
     try:
@@ -212,22 +207,20 @@ def run(main: Callable[[], Any]) -> None:
     script = os.path.basename(sys.argv[0])
     try:
         main()
-    except InputError as error:
-        for line in error.lines():
-            print(f"{script}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        # A path that the user gave and that is not what it should be; whoever met it first, a library or we.
-        if error.filename is None:
-            raise
-        print(f"{script}: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        # An expected failure that is nobody's mistake (a push that did not arrive) brings its own exit status.
-        if not hasattr(error, "exit_code"):
-            raise
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # A path that the user gave and that is not what it should be; whoever met it first, a library or we.
+        of_path = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        if isinstance(error, InputError):
+            lines = error.lines()
+        elif isinstance(error, of_path) and error.filename is not None:
+            lines = [f"{error.filename}: {error.strerror}"]
+        elif hasattr(error, "exit_code"):  # nobody's mistake, such as a push that did not arrive
+            lines = [str(error)]
+        else:
+            raise
+        for line in lines:
+            print(f"{script}: error: {line}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))

@@ -69,14 +69,14 @@ def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups
 
 
 def test_another_fold_seed_gives_other_folds(demo):
-    assert assign_folds(demo, 5, 42) != assign_folds(demo, 5, 43)
+    assert assign_folds(demo, 5, 42, "dialogue") != assign_folds(demo, 5, 43, "dialogue")
 
 
 def test_few_dialogues_of_a_class_are_a_warning_with_the_count(caplog):
     rows = [
         Row(f"{number}", f"d{number}", (Turn("x", "seeker"),), 3 if number < 3 else 7) for number in range(20)
     ]
-    folds = assign_folds(rows, 5, 42)
+    folds = assign_folds(rows, 5, 42, "dialogue")
     assert caplog.messages == ["label 3 is in 3 dialogues only, fewer than 5 folds: some folds lack it"]
     check_folds(rows, folds, 5, "dialogue")
 
@@ -84,7 +84,7 @@ def test_few_dialogues_of_a_class_are_a_warning_with_the_count(caplog):
 def test_folds_that_cannot_be_made():
     rows = [Row(f"{number}", "d1", (Turn("x", "seeker"),), number % 2) for number in range(8)]
     with pytest.raises(InputError, match=r"^5 folds cannot be made of 1 dialogues$"):
-        assign_folds(rows, 5, 42)
+        assign_folds(rows, 5, 42, "dialogue")
     assert set(assign_folds(rows, 4, 42, "none").values()) == {0, 1, 2, 3}
 
 

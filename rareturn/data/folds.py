@@ -43,10 +43,10 @@ class FoldsFile(BaseModel):
     @classmethod
     def _exist(cls, folds: dict[str, int], info: ValidationInfo) -> dict[str, int]:
         number = info.data.get("num_folds")
-        wrong = {row_id: fold for row_id, fold in folds.items() if number and not 0 <= fold < number}
+        wrong = [name for name, fold in folds.items() if number and not 0 <= fold < number]
         if wrong:
-            of = f"is not one of 0..{number - 1}"
-            raise ValueError("\n".join(f"row {row_id!r}: fold {fold} {of}" for row_id, fold in wrong.items()))
+            lines = (f"row {name!r}: fold {folds[name]} is not one of 0..{number - 1}" for name in wrong)
+            raise ValueError("\n".join(lines))
         return folds
 
 
@@ -56,25 +56,18 @@ class FoldDataArguments(DataArguments):
 
     _argument_group_name = "Rows, folds and window"
 
-    train_file: str | None = flag(
-        None, "Labelled rows: file, folder or Hub dataset ORG/NAME[:path][@revision]."
-    )
-    augmented_file: str | None = flag(
-        None, "Variants by augment.py; one is trained on only where its source is."
-    )
+    train_file: str | None = flag(None, "Labelled rows: file, folder or Hub data ORG/NAME[:path][@revision].")
+    augmented_file: str | None = flag(None, "Variants by augment.py; trained on only where the source is.")
     test_file: str | None = flag(None, "Rows to predict; labels are optional.")
     num_folds: int = flag(5, "Folds of the run; 5 as in the paper.")
     fold_seed: int = flag(42, "Seed of the folds; not --seed, so that runs line up row by row.")
-    fold_groups: str = flag(
-        "dialogue",
-        "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split.",
-        choices=list(FOLD_GROUPS),
+    fold_groups: FoldGroups = flag(
+        "dialogue", "dialogue: a dialogue is in one fold (estimates new dialogues); none: rows are split."
     )
     label_scope: list[str] | None = flag(None, "Labels of a specialist, such as 1-8 or 1 2 3. Default: all.")
     max_turns: int = flag(30, "Turns that a row sees at most, its own included; 30 as in the paper.")
     max_seq_length: int = flag(
-        1024,
-        "Tokens of a row at most; the oldest turns go first. 1024 as in the paper. (An encoder's probe: of a turn.)",
+        1024, "Tokens of a row (encoder's probe: of a turn), oldest turns cut first; 1024 as in the paper."
     )
     window_stride: int = flag(
         10,
@@ -142,13 +135,10 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     path, split = run_dir / "folds.json", arguments.split
     if path.exists():
         there = read_folds(path)
-        differ = [
-            f"{key}: {there[key]!r} there, {split[key]!r} asked for"
-            for key in split
-            if there[key] != split[key]
-        ]
-        if differ:
-            raise InputError(*(f"{path}: {line}" for line in differ))
+        differ = [key for key in split if there[key] != split[key]]
+        lines = [f"{path}: {key}: {there[key]!r} there, {split[key]!r} asked for" for key in differ]
+        if lines:
+            raise InputError(*lines)
         folds, where = there["folds"], str(path)
     else:
         folds, where = assign_folds(originals, **split), "folds"
@@ -156,9 +146,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     return RunData(guide, originals, augmented, test, folds, scope)
 
 
-def assign_folds(
-    rows: Sequence[Row], num_folds: int, fold_seed: int, fold_groups: str = "dialogue"
-) -> dict[str, int]:
+def assign_folds(rows: Sequence[Row], num_folds: int, fold_seed: int, fold_groups: str) -> dict[str, int]:
     """The fold in which each original row is validated; an InputError where there are too few rows or dialogues.
 
     With `dialogue` a dialogue is in one fold (estimates new dialogues); with `none` rows are split (estimates new rows

@@ -13,8 +13,6 @@ from pydantic import AfterValidator, BaseModel, Field, StrictInt, StrictStr, Val
 from rareturn.errors import InputError
 from rareturn.files import check_content, packaged
 
-HUB_KEYS = ("license", "language", "dataset")
-
 
 def fold_whitespace(text: str) -> str:
     """One line: inner runs of white space become one space."""
@@ -29,6 +27,7 @@ def _not_empty(text: str) -> str:
 
 Definition = Annotated[StrictStr, AfterValidator(fold_whitespace)]
 Text = Annotated[Definition, AfterValidator(_not_empty)]
+Numbers = Annotated[tuple[StrictInt, ...], Field(min_length=1)]
 Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty)]
 
 
@@ -55,9 +54,7 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     speakers: Annotated[tuple[Annotated[StrictStr, AfterValidator(_not_empty)], ...], Field(min_length=1)]
     target_speaker: StrictStr | None = Field(None, validate_default=True)
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
-    positive: Annotated[tuple[StrictInt, ...], Field(min_length=1)] | None = Field(
-        None, validate_default=True
-    )
+    positive: Numbers | None = Field(None, validate_default=True)
     protected: StrictInt | None = None
 
     @field_validator("target_speaker")
@@ -110,8 +107,8 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
 
     def to_dict(self) -> dict[str, Any]:
         """The guide as the YAML file has it; `parse_label_guide` reads it back."""
-        content = self.model_dump(mode="json")
-        return {key: value for key, value in content.items() if key not in HUB_KEYS or value is not None}
+        unnamed = {key for key in ("license", "language", "dataset") if getattr(self, key) is None}
+        return self.model_dump(mode="json", exclude=unnamed)
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:
@@ -123,9 +120,7 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 def load_label_guide(path: str | os.PathLike) -> LabelGuide:
     """Read and check a guide; a relative path is looked up here first, then among the guides of this project."""
-    place = Path(path)
-    if not place.is_absolute() and not place.exists():
-        place = packaged(place)
+    place = Path(path) if Path(path).exists() else packaged(path)
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8"))
     except OSError as error:

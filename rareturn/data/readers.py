@@ -42,11 +42,10 @@ def read_records(source: str, split: str = "train") -> Iterable[Any]:
         return _read_dataset(repo, revision, split)
     import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         local = hf_hub_download(repo, inside, repo_type="dataset", revision=revision)
-    except (HFValidationError, httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise InputError(f"{source}: cannot be fetched from the Hub: {first_line(error)}") from None
     return _read_file(Path(local))
 

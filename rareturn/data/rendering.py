@@ -69,10 +69,7 @@ def window_start(lengths: Sequence[int], room: int, max_turns: int, window_strid
 
 @dataclass
 class Renderer:
-    """Rows to token pieces, for decoders (one prompt) and for encoders (the pair of target and context).
-
-    The window is in turns, tokens and turns (DESIGN 4); one that holds no target is an InputError.
-    """
+    """Rows to token pieces: one prompt for a decoder, the pair of target and context for an encoder (DESIGN 4)."""
 
     tokenizer: Any  # a fast one
     guide: LabelGuide
@@ -88,8 +85,13 @@ class Renderer:
             raise InputError(f"window_stride must be {limits}, not {self.window_stride}")
         self.instruction = "" if self.is_encoder else render_instruction(self.guide)
         if self.is_encoder:
-            self._template = _pair_template(self.tokenizer)
-            fixed = sum(map(len, self._template))
+            # The special tokens before, between and after a pair, learnt from an example.
+            example = self.tokenizer("a", "b", return_special_tokens_mask=True)
+            ids = np.array(example["input_ids"], dtype=np.int32)
+            body = np.flatnonzero(np.array(example["special_tokens_mask"]) == 0)
+            gap = int(np.flatnonzero(np.diff(body) > 1)[0])
+            self.special = (ids[: body[0]], ids[body[gap] + 1 : body[gap + 1]], ids[body[-1] + 1 :])
+            fixed = sum(map(len, self.special))
         else:
             bos = [self.tokenizer.bos_token_id]
             has_bos = bos != [None] and self.tokenizer(self.instruction)["input_ids"][:1] == bos
@@ -112,7 +114,7 @@ class Renderer:
         """The rows in tokens, in their order; each distinct turn is tokenized once. Warns how many targets were cut."""
         turns = {turn for row in rows for turn in row.turns[-self.max_turns :]}
         if self.is_encoder:
-            turns |= {_alone(row.turns[-1]) for row in rows}
+            turns |= {row.turns[-1]._replace(speaker="") for row in rows}
         distinct, tokens = list(turns), {}
         for begin in range(0, len(distinct), 4096):
             chunk = distinct[begin : begin + 4096]
@@ -127,6 +129,7 @@ class Renderer:
         return rendered
 
     def _text(self, turn: Turn) -> str:
+        """What is tokenized; an encoder's target has no speaker, its other turns no newline."""
         text = render_turn(turn) if turn.speaker else fold_whitespace(turn.text)
         return text.rstrip("\n") if self.is_encoder else text
 
@@ -143,26 +146,12 @@ class Renderer:
         return Rendered((self.prefix, *pieces), start, cut)
 
     def _render_pair(self, row: Row, tokens: dict[Turn, np.ndarray]) -> Rendered:
-        target = tokens[_alone(row.turns[-1])]
+        target = tokens[row.turns[-1]._replace(speaker="")]
         cut, target = len(target) > self.room, target[-self.room :]
         skipped, room = max(0, len(row.turns) - self.max_turns), self.room - len(target)
         context = [tokens[turn] for turn in row.turns[skipped:-1]] if room else []
         context = np.concatenate([np.zeros(0, dtype=np.int32), *context])[-room:]
-        begin, middle, end = self._template
+        begin, middle, end = self.special
         pieces = (begin, target, middle, context, end)
         segments = np.repeat(np.array([0, 0, 0, 1, 1], dtype=np.int32), [len(piece) for piece in pieces])
         return Rendered(pieces, skipped, cut, segments)
-
-
-def _alone(turn: Turn) -> Turn:
-    """An encoder's target: the text without its speaker."""
-    return Turn(turn.text, "")
-
-
-def _pair_template(tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The special tokens before, between and after a pair, learnt from an example pair."""
-    example = tokenizer("a", "b", return_special_tokens_mask=True)
-    ids = np.array(example["input_ids"], dtype=np.int32)
-    body = np.flatnonzero(np.array(example["special_tokens_mask"]) == 0)
-    gap = int(np.flatnonzero(np.diff(body) > 1)[0])
-    return ids[: body[0]], ids[body[gap] + 1 : body[gap + 1]], ids[body[-1] + 1 :]

@@ -35,17 +35,13 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One utterance to classify: the target, the last of its turns.
-
-    `label` is -1 where there is none. `augmented_from` is the id of the row that this one is a variant of; None for an
-    original row.
-    """
+    """One utterance to classify: the target, the last of its turns."""
 
     id: str
     dialogue_id: str
     turns: tuple[Turn, ...]
     label: int = NO_LABEL
-    augmented_from: str | None = None
+    augmented_from: str | None = None  # the id of the row that this one is a variant of
 
 
 @dataclass
@@ -54,9 +50,7 @@ class DataArguments:
 
     _argument_group_name = "Label guide and columns"
 
-    label_guide: str = flag(
-        "label_guides/dmrs.yaml", "YAML file of the labels, their definitions and the speakers."
-    )
+    label_guide: str = flag("label_guides/dmrs.yaml", "YAML file of labels, their definitions and speakers.")
     id_column: str = flag("id", "Column of the row's id.")
     dialogue_id_column: str = flag("dialogue_id", "Column of the dialogue's id.")
     dialogue_column: str = flag("dialogue", "Column of the turns, each {text, speaker}, the target last.")
@@ -140,10 +134,9 @@ def _fields(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
     if isinstance(fields["dialogue"], str):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             fields["dialogue"] = json.loads(fields["dialogue"])
-    if fields["label"] == "":
-        fields["label"] = None
-    elif isinstance(fields["label"], str) and re.fullmatch(r"\d+", fields["label"].strip()):
-        fields["label"] = int(fields["label"])
+    label = fields["label"]
+    if isinstance(label, str) and re.fullmatch(r"(\s*\d+\s*)?", label):
+        fields["label"] = int(label) if label else None
     return fields | {"augmented_from": record.get("augmented_from") or None}
 
 

@@ -134,8 +134,8 @@ def _sentences(text: str) -> list[Sentence]:
         start += len(text[start:end]) - len(text[start:end].lstrip())
         if not re.match(r"[A-Za-z]", text[start:end]) or _inside(text, start, start + 1):
             continue
-        hello, lead = PATTERNS.hello.match(text, start, end), PATTERNS.lead.match(text, start, end)
-        ahead = hello or lead
+        hello = PATTERNS.hello.match(text, start, end)
+        ahead = hello or PATTERNS.lead.match(text, start, end)
         gap, clause = ahead.span("gap") if ahead and ahead["gap"] else (start, start)
         first = PATTERNS.word.match(text, clause)[0]
         # After a lead, a capital is a name's; and "right now", "so sad", "sure as" hold no lead at all.
@@ -160,11 +160,10 @@ def _before_sentence(text: str, sentence: Sentence, marker: str) -> list[Edit]:
     """`marker` before the first word, which gives up its capital; a word that may be a name keeps it, behind "…"."""
     start, word = sentence.start, PATTERNS.word.match(text, sentence.start)[0]
     plain = _plain(word)
-    if word[0].islower() or (plain in SPEAKER_ITSELF and text.lstrip()[0].islower()):
-        return [Edit(start, start, f"{marker} ", marker)]
     capital = marker[0].upper() + marker[1:]
-    if plain in SPEAKER_ITSELF:
-        return [Edit(start, start, f"{capital} ", marker)]
+    lower = word[0].islower() or (plain in SPEAKER_ITSELF and text.lstrip()[0].islower())
+    if lower or plain in SPEAKER_ITSELF:
+        return [Edit(start, start, f"{marker if lower else capital} ", marker)]
     if plain in OPENERS and not word[1:].isupper():
         return [Edit(start, start + 1, f"{capital} {word[0].lower()}", marker)]
     return [Edit(start, start, f"{capital[:-1]}... ", marker)] if marker.endswith(",") else []
@@ -233,11 +232,10 @@ def _marked(text: str, sites_of: Callable[..., Iterable[Edit]], rng: random.Rand
                 break
             if other.marker not in {edit.marker for edit in chosen.values()}:
                 chosen.setdefault(other_place, other)
-        pieces, done = [], 0
-        for start, end, replacement, _ in sorted(chosen.values()):
-            pieces += [text[done:start], replacement]
-            done = end
-        yield "".join(pieces) + text[done:]
+        varied = text
+        for start, end, replacement, _ in sorted(chosen.values(), reverse=True):
+            varied = varied[:start] + replacement + varied[end:]
+        yield varied
 
 
 def made_by(text: str, pattern: int, rng: random.Random) -> Iterator[str]:
