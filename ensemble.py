@@ -179,8 +179,8 @@ def read_test(arguments: EnsembleArguments, first: Run) -> tuple[list[dict[str, 
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
     if guide.names != names:
         raise InputError(f"label guide: labels {guide.names}, but {names} in {first.reference}")
-    rows = load_rows(source, guide, columns=arguments.columns, require_labels=False, split="test")
-    return list(read_records(source, "test")[1]), rows
+    rows = load_rows(source, guide, columns=arguments.columns, require_labels=False)
+    return list(read_records(source, "test")), rows
 
 
 def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_column: str) -> dict[str, bytes]:

@@ -66,8 +66,8 @@ def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list
     from rareturn.classifier import target_rows
 
     chunk: list[Row] = []
-    name, records = read_records(arguments.input, "test")
-    for number, record in enumerate(records, 1):
+    name = arguments.input
+    for number, record in enumerate(read_records(name, "test"), 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
