@@ -107,7 +107,7 @@ def kill_a_fold(
 
     def doing(run_dir: Path, fold: int) -> int:
         """The number of the stage that the files tell of."""
-        if fold_is_complete(run_dir, fold, True):
+        if fold_is_complete(run_dir, fold) and table_path(run_dir, "test", fold).is_file():
             return 3
         if adapter_dir(run_dir, fold).exists():
             return 2
