@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn import command_line
 from rareturn.data.folds import FOLD_GROUPS
-from rareturn.data.label_guide import METRICS_HELP
+from rareturn.data.label_guide import DEFAULT_METRIC, METRICS_HELP, find_metric
 from rareturn.decisions.metrics import Truth, difference_interval
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
@@ -84,7 +84,7 @@ def read_system(reference: str) -> System:
             and set(content["positive_labels"]) <= set(range(len(names)))
             and isinstance(content["what"], str)
             and content["fold_groups"] in FOLD_GROUPS
-            and isinstance(content.get("metric", ""), str)
+            and find_metric(str(content.get("metric", DEFAULT_METRIC)), names)
         )
     except (KeyError, TypeError, ValueError):
         fits = False

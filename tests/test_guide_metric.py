@@ -178,6 +178,9 @@ def test_comparisons_follow_the_first_system(place: Path, capsys):
     assert run_script(compare_runs.main, "a", "out", "--metric", "weighted_f1") == 0
     shown = capsys.readouterr().out
     assert "weighted_f1 0." in shown and "was made for" not in shown
+    write_json("out/oof_predictions.json", read_json("out/oof_predictions.json") | {"metric": "f1:9"})
+    assert run_script(compare_runs.main, "a", "out") == 2
+    assert capsys.readouterr().err.endswith("out/oof_predictions.json: not what ensemble.py writes\n")
 
 
 def test_check_oof_shows_the_metric_first(place: Path):
