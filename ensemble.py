@@ -40,7 +40,14 @@ from rareturn.files import check_content, read_json, write_bytes, write_json
 from rareturn.reports.cards import ensemble_card
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure
 from rareturn.reports.tables import score_test
-from rareturn.runs.alignment import SHARED_KEYS, align_runs, align_test, make_voting, protected_label
+from rareturn.runs.alignment import (
+    SHARED_KEYS,
+    align_runs,
+    align_test,
+    display_names,
+    make_voting,
+    protected_label,
+)
 from rareturn.runs.bundle import Bundle, bundle_content, find_models, refer_to_hub
 from rareturn.runs.decision_file import OVERRIDE, read_decision, saved_decision
 from rareturn.runs.hub import add_to_collection, push_files
@@ -132,9 +139,10 @@ def fit_system(
     blend = given.blend if given else arguments.blend or BLENDS[0]
     untuned_weights = given.weights if given else check_weights(known, len(runs))
     untuned = Rule(Decision(np.zeros(truth.num_labels)), untuned_weights, "argmax", blend)
-    metrics = {run.name: metric_of(run.info) for run in runs}
-    if arguments.metric is None and len(set(metrics.values())) > 1:
-        made = ", ".join(f"{name} for {metric}" for name, metric in metrics.items())
+    metrics = [metric_of(run.info) for run in runs]
+    if arguments.metric is None and len(set(metrics)) > 1:
+        named = zip(display_names(runs), metrics, strict=True)
+        made = ", ".join(f"{name} for {metric}" for name, metric in named)
         notes.append(
             f"The runs were made for several metrics ({made}); this is for {truth.metric}, the first run's."
         )

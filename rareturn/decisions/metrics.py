@@ -2,7 +2,7 @@
 
 Every score comes from each label's hits, support and predicted rows, which lets a bootstrap work on per-dialogue counts.
 All but kappa are a sum over labels of weight_c * term(hits_c, support_c, predicted_c); kappa is a ratio of two such sums.
-Either way a sweep updates one row's change a step.
+Either way a moved row changes the counts of two labels alone, and a sweep scores every step in one pass.
 """
 
 from __future__ import annotations
