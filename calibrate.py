@@ -27,15 +27,16 @@ from tqdm import tqdm
 
 from rareturn import command_line
 from rareturn.command_line import REQUIRED, flag, parse_arguments, start_logging
+from rareturn.data.label_guide import METRICS_HELP
 from rareturn.decisions import cross_fitting
 from rareturn.decisions.cross_fitting import CrossFit, Recipe
 from rareturn.decisions.methods import METHODS
-from rareturn.decisions.metrics import METRIC_NAMES, Truth, check_labels, score_predictions
+from rareturn.decisions.metrics import Truth, check_labels, score_predictions
 from rareturn.decisions.probabilities import check_logits, fit_temperature, probability_quality, softmax
 from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
-from rareturn.reports.tables import FOLD_TEXTS, SCORE_TITLES, Table, interval_text
+from rareturn.reports.tables import Table, fold_text, interval_text, score_titles
 from rareturn.runs.alignment import protected_label
 from rareturn.runs.decision_file import saved_decision
 from rareturn.runs.reading import Run, read_run
@@ -60,7 +61,7 @@ class CalibrationArguments:
         "and argmax where that does not beat it.",
         choices=["auto", *METHODS],
     )
-    metric: str = flag("macro_f1_positive", "Score to maximise, 0 to 1.", choices=list(METRIC_NAMES))
+    metric: str | None = flag(None, f"Score to maximise: {METRICS_HELP}. Default: the run's.")
     protected_label: int | None = flag(None, "Label of the gate. Default: the guide's, or the most frequent.")
     gate: bool = flag(
         True, "Search a gate that keeps the protected label's rows; dropped if it does not help."
@@ -170,12 +171,12 @@ def print_tables(
         score = interval_text(crossed, interval)
         cells.append((name, f"{in_sample:.4f}", score, f"{in_sample - crossed:+.4f}", f"{row.seconds:.2f}"))
     note = (
-        f"Rows {len(run.oof)}, dialogues {truth.num_groups}; the run has {FOLD_TEXTS[run.info['fold_groups']]}. "
+        f"Rows {len(run.oof)}, dialogues {truth.num_groups}; the run has {fold_text(run.info)}. "
         f"Cross-fitted by dialogue, {arguments.repeats} times {arguments.num_splits} folds; what a row chooses "
         "(method, gate, temperature) is chosen inside the folds."
     )
     header = ("method", "in-sample", "cross-fitted (95 %)", "optimism", "seconds")
-    print(Table(f"{SCORE_TITLES[truth.metric]}: {run.reference}", header, cells, note).text())
+    print(Table(f"{score_titles(truth.metric)[truth.metric]}: {run.reference}", header, cells, note).text())
     stages = zip(("before", "after, in-sample", "after, cross-fitted"), quality.values(), strict=True)
     numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages]
     print()

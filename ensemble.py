@@ -27,24 +27,33 @@ from tqdm.auto import tqdm
 
 from rareturn import command_line
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, start_logging
-from rareturn.data.label_guide import load_label_guide, parse_label_guide
+from rareturn.data.label_guide import METRICS_HELP, load_label_guide, parse_label_guide
 from rareturn.data.readers import read_records
 from rareturn.data.rows import DataArguments, Row, load_rows
 from rareturn.decisions import cross_fitting as fitting
 from rareturn.decisions.methods import METHODS
-from rareturn.decisions.metrics import METRIC_NAMES, Truth, check_labels
+from rareturn.decisions.metrics import Truth, check_labels
 from rareturn.decisions.probabilities import BLENDS, check_weights, softmax
 from rareturn.decisions.rules import Decision, Outcome, Rule
 from rareturn.errors import InputError
 from rareturn.files import check_content, read_json, write_bytes, write_json
 from rareturn.reports.cards import ensemble_card
-from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure, score_test
-from rareturn.runs.alignment import SHARED_KEYS, align_runs, align_test, make_voting, protected_label
+from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure
+from rareturn.reports.tables import score_test
+from rareturn.runs.alignment import (
+    SHARED_KEYS,
+    align_runs,
+    align_test,
+    display_names,
+    make_voting,
+    protected_label,
+)
 from rareturn.runs.bundle import Bundle, bundle_content, find_models, refer_to_hub
 from rareturn.runs.decision_file import OVERRIDE, read_decision, saved_decision
 from rareturn.runs.hub import add_to_collection, push_files
 from rareturn.runs.reading import Run, read_run
 from rareturn.runs.references import check_name
+from rareturn.runs.schemas import metric_of
 
 VOTES = ("vote", "soft_vote")
 NUM_SPLITS = 5
@@ -71,9 +80,9 @@ class EnsembleArguments(DataArguments):
         "label, runs with a label_scope share the rest, in votes or in probabilities.",
         choices=["auto", *METHODS, *VOTES],
     )
-    metric: str = flag("macro_f1_positive", "Score to fit the rule for.", choices=list(METRIC_NAMES))
+    metric: str | None = flag(None, f"Score to maximise: {METRICS_HELP}. Default: the first run's.")
     repeats: int = flag(5, "Times the cross-fitting is repeated on other folds. 5 steadies the figure.")
-    test_file: str | None = flag(None, "Rows to predict; rows with labels are scored.")
+    test_file: str | None = flag(None, "Rows to predict; those with labels are scored, never learnt from.")
     seed: int = flag(42, "Seed of folds, searches and bootstraps.")
 
     def __post_init__(self) -> None:
@@ -130,6 +139,13 @@ def fit_system(
     blend = given.blend if given else arguments.blend or BLENDS[0]
     untuned_weights = given.weights if given else check_weights(known, len(runs))
     untuned = Rule(Decision(np.zeros(truth.num_labels)), untuned_weights, "argmax", blend)
+    metrics = [metric_of(run.info) for run in runs]
+    if arguments.metric is None and len(set(metrics)) > 1:
+        named = zip(display_names(runs), metrics, strict=True)
+        made = ", ".join(f"{name} for {metric}" for name, metric in named)
+        notes.append(
+            f"The runs were made for several metrics ({made}); this is for {truth.metric}, the first run's."
+        )
     if known and abs(sum(known) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
     if search:
@@ -272,7 +288,8 @@ def main() -> None:
     if arguments.test_file:
         predicted, argmax = (rule.predict(test_folds).labels for rule in (outcome.rule, outcome.untuned))
         files |= submission(records, predicted, arguments.label_column)
-        metrics |= score_test(rows, predicted, argmax, truth)
+        known = [row.label for row in rows], [row.dialogue_id for row in rows]
+        metrics |= score_test(*known, {"argmax": argmax, "decision": predicted}, truth)
     decision = saved_decision(outcome.rule, runs, metrics, metric=truth.metric, seed=truth.seed)
     tables, pictures = make_tables(runs, outcome, metrics), make_pictures(runs, outcome, metrics)
     print("\n\n".join(table.text() for table in tables.values()))
@@ -292,7 +309,7 @@ def main() -> None:
         write_bytes(output_dir / file, content)
     of_rows = {"id": first.oof.id, "dialogue_id": first.oof.dialogue_id, "label": truth.labels.tolist()}
     of_rows["predictions"] = outcome.cross_fitted.tolist()
-    what = {"what": f"decision ({outcome.rule.method}), cross-fitted"}
+    what = {"what": f"decision ({outcome.rule.method}), cross-fitted", "metric": truth.metric}
     shared = {key: first.info[key] for key in SHARED_KEYS}
     write_json(output_dir / "oof_predictions.json", what | shared | of_rows)
     write_json(output_dir / "decision.json", decision)

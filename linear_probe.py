@@ -63,6 +63,7 @@ class ProbeArguments(FoldDataArguments):
     seed: int = flag(42, "Seed of the inner folds that choose C.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not all(0 < C < math.inf for C in self.C):
             raise ValueError(f"--C: every value must be a positive number, not {self.C}")
         for name in ("max_turns", "per_device_eval_batch_size"):
@@ -72,17 +73,21 @@ class ProbeArguments(FoldDataArguments):
 
 
 def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """Print a line for each fold and one for all rows; the scores over all rows."""
+    """Print a line for each fold and one for all rows; the scores over all rows, and the `test` rows with labels."""
     results = run_results(run_dir, info)
     folds = [(f"fold {fold}", metrics) for fold, metrics in sorted(results["folds"].items())]
     total = sum(metrics["held_out_rows"] for _, metrics in folds)
-    header, rows = ("", "rows", "C", "macro_f1_positive", "accuracy"), []
-    for name, metrics in [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]:
+    header, rows = ("", "rows", "C", *dict.fromkeys((results["metric"], "accuracy"))), []
+    shown = [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]
+    test = results.get("test")
+    if test:
+        shown.append(("test file", test["argmax"] | {"held_out_rows": test["rows"]}))
+    for name, metrics in shown:
         C = f"{metrics['C']:g}" if "C" in metrics else ""
         scores = [f"{metrics[score]:.4f}" for score in header[3:]]
         rows.append([name, str(metrics["held_out_rows"]), C, *scores])
     print(Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
-    return results["argmax"]
+    return results["argmax"] | ({"test": test} if test else {})
 
 
 def main() -> None:
@@ -111,7 +116,7 @@ def main() -> None:
 
     # Data
     data = read_run_data(arguments, run_dir)
-    rows = data.originals + data.augmented
+    rows, fold_of = zip(*data.placed(), strict=True)
 
     # Model
     flags = {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
@@ -148,7 +153,7 @@ def main() -> None:
         # Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
         # because a few of them are orders of magnitude larger than the rest.
         fitting["block_size"] = features.shape[1] // len(frozen.parts) if frozen.is_encoder else 1
-    fold_of = np.array([data.folds[row.augmented_from or row.id] for row in rows])
+    fold_of = np.array(fold_of)
     for fold in sorted({*untrained, *untested}):
         head_path = folder.metrics_path(run_dir, fold).with_name("head.safetensors")
         if fold in untrained:

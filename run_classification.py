@@ -61,6 +61,7 @@ class FoldArguments(FoldDataArguments):
     max_train_samples: int | None = flag(None, "Smoke runs: rows to train on at most.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.fold < self.num_folds:
             raise ValueError(f"--fold {self.fold} is not one of 0 to {self.num_folds - 1}")
 

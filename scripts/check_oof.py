@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rareturn.command_line import run as run_script
 from rareturn.data.label_guide import load_label_guide
 from rareturn.errors import InputError
-from rareturn.reports.tables import SCORE_TITLES, measure_run
+from rareturn.reports.tables import measure_run, score_titles
 from rareturn.runs.reading import Run, read_run
 
 
@@ -56,11 +56,14 @@ def describe(run: Run) -> list[str]:
     for dialogue_id, fold in zip(run.oof.dialogue_id, run.oof.fold.tolist(), strict=True):
         folds_of.setdefault(dialogue_id, set()).add(fold)
     shared = sum(len(folds) > 1 for folds in folds_of.values())
+    parts = (
+        f"{len(sizes)} folds of {sizes.min()} to {sizes.max()}" if len(sizes) > 1 else "one validation file"
+    )
     tests = f"{len(run.test)} of {len(run.test[0])} rows" if run.test else "none, or not of every fold"
     return [
         f"run        {run.name} ({info['base_model']}, seed {info['seed']})",
         *([f"commit     {run.revision}"] if run.revision else []),
-        f"rows       {len(run.oof)}, each once, in {len(sizes)} folds of {sizes.min()} to {sizes.max()}",
+        f"rows       {len(run.oof)}, each once, in {parts}",
         f"dialogues  {len(folds_of)}, {shared or 'none'} of them in more than one fold",
         f"folds      of {'dialogues' if info['fold_groups'] == 'dialogue' else 'rows'}, seed {info['fold_seed']}",
         f"logits     {run.num_labels} per row, all finite, from {run.oof.logits.min():.2f} to {run.oof.logits.max():.2f}",
@@ -90,12 +93,17 @@ def main() -> None:
         check_label_guide(run, arguments.label_guide)
 
     # Evaluate
-    predictions, scores = run.oof.logits.argmax(axis=1), measure_run(run)["argmax"]
+    predictions, results = run.oof.logits.argmax(axis=1), measure_run(run)
+    scores = results["argmax"]
     print("\n".join(describe(run)))
-    print("\nArgmax on the out-of-fold rows (nothing is fitted to them; 95 % intervals over dialogues)")
-    for name in SCORE_TITLES:
-        low, high = scores["interval"].get(name, (np.nan, np.nan))
-        print(f"  {name:<24} {scores[name]:.4f}  [{low:.4f}, {high:.4f}]")
+    parts = {"out-of-fold rows": scores}
+    if "test" in results:
+        parts[f"{results['test']['rows']} labelled rows of the test tables"] = results["test"]["argmax"]
+    for where, of_part in parts.items():
+        print(f"\nArgmax on the {where} (nothing is fitted to them; 95 % intervals over dialogues)")
+        for name in score_titles(results["metric"]):
+            low, high = of_part["interval"].get(name, (np.nan, np.nan))
+            print(f"  {name:<24} {of_part[name]:.4f}  [{low:.4f}, {high:.4f}]")
     print("\n  label                          rows  predicted      F1")
     for number, (name, f1) in enumerate(zip(run.label_names, scores["f1_per_class"], strict=True)):
         counts = f"{(run.oof.label == number).sum():>6} {(predictions == number).sum():>10}"

@@ -26,12 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn import command_line
 from rareturn.data.folds import FOLD_GROUPS
-from rareturn.decisions.metrics import METRIC_NAMES, Truth, difference_interval
+from rareturn.data.label_guide import DEFAULT_METRIC, METRICS_HELP, find_metric
+from rareturn.decisions.metrics import Truth, difference_interval
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
 from rareturn.reports.tables import Table
 from rareturn.runs.alignment import check_shared, row_positions
 from rareturn.runs.reading import read_run
+from rareturn.runs.schemas import metric_of
 from rareturn.runs.tables import LogitTable
 
 PREDICTIONS_FILE = "oof_predictions.json"
@@ -82,6 +84,7 @@ def read_system(reference: str) -> System:
             and set(content["positive_labels"]) <= set(range(len(names)))
             and isinstance(content["what"], str)
             and content["fold_groups"] in FOLD_GROUPS
+            and find_metric(str(content.get("metric", DEFAULT_METRIC)), names)
         )
     except (KeyError, TypeError, ValueError):
         fits = False
@@ -167,17 +170,20 @@ def main() -> None:
     )
     parser.add_argument("systems", nargs=2, metavar="SYSTEM", help="Runs, or output folders of ensemble.py.")
     parser.add_argument(
-        "--metric", default="macro_f1_positive", choices=METRIC_NAMES, help="Score to compare."
+        "--metric", help=f"Score to compare: {METRICS_HELP}. Default: that of the first system."
     )
     parser.add_argument("--seed", type=int, default=42, help="Seed of the bootstrap. Default: 42.")
     parser.add_argument("--output_file", help="JSON file for the figures and the ids of all rows that flip.")
     arguments = parser.parse_args()
 
     first, second = (read_system(reference) for reference in arguments.systems)
-    found = compare(first, second, arguments.metric, arguments.seed)
+    metric, other = metric_of(first.info, arguments.metric), metric_of(second.info)
+    found = compare(first, second, metric, arguments.seed)
     sides = list(zip("AB", (first, second), found.scores, strict=True))
     for letter, system, score in sides:
-        print(f"{letter}: {system.reference} ({system.what}): {arguments.metric} {score:.4f}")
+        print(f"{letter}: {system.reference} ({system.what}): {metric} {score:.4f}")
+    if arguments.metric is None and other != metric:
+        print(f"B was made for {other}; both are compared by {metric}, for which A was made")
     low, high = found.interval
     print(
         f"B less A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
@@ -185,7 +191,7 @@ def main() -> None:
     print(flip_table(found, first.info["label_names"], len(first.table)).text())
     if arguments.output_file:
         content = {
-            "metric": arguments.metric,
+            "metric": metric,
             **{
                 letter.lower(): {"reference": system.reference, "what": system.what, "score": score}
                 for letter, system, score in sides

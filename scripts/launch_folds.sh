@@ -51,9 +51,11 @@ def main() -> None:
         key = key.replace("-", "_").removeprefix("__") if key.startswith("--") else ""
         if key == "fold":
             raise InputError("--fold: every fold is launched; for one alone, run the script itself")
-        if key in ("num_folds", "output_dir"):
+        if key in ("num_folds", "output_dir", "validation_file"):
             settings[key] = value if given else (flags[position + 1 :] or [""])[0]
-    if not str(settings["num_folds"]).isdecimal() or int(settings["num_folds"]) < 2:
+    if settings.get("validation_file"):
+        settings["num_folds"] = 1  # one model, judged on that file
+    elif not str(settings["num_folds"]).isdecimal() or int(settings["num_folds"]) < 2:
         raise InputError(f"num_folds must be a number from 2 up, not {settings['num_folds']!r}")
     if not settings.get("output_dir"):
         raise InputError(f"{recipe}: output_dir is neither in the recipe nor among the flags")
@@ -92,6 +94,7 @@ fi
 
 mkdir -p "$output_dir/logs" || die "$output_dir: cannot be written"
 stamps=$(mktemp -d) || exit 1
+metric=score                           # the name of what a fold's metrics hold
 pid_in=() fold_in=()                  # by the slot's position
 began=() seconds=() status=() score=() # by fold
 
@@ -167,17 +170,18 @@ import sys
 def find(content):
     if not isinstance(content, dict):
         return None
-    if isinstance(content.get("macro_f1_positive"), (int, float)):
-        return content["macro_f1_positive"]
-    return next((score for value in content.values() if (score := find(value)) is not None), None)
+    metric = content.get("metric", "macro_f1_positive")
+    if isinstance(content.get(metric), (int, float)):
+        return metric, content[metric]
+    return next((found for value in content.values() if (found := find(value))), None)
 
 
 try:
     with open(sys.argv[1], encoding="utf-8") as file:
-        score = find(json.load(file))
+        found = find(json.load(file))
 except (OSError, ValueError):
-    score = None
-print("-" if score is None else f"{score:.4f}")
+    found = None
+print("{} {:.4f}".format(*found) if found else "score -")
 PY
 }
 
@@ -193,9 +197,9 @@ finish_fold() {
         # A script that finds its fold complete leaves the metrics as they are.
         status[fold]='done'
         [ ! -e "$metrics" ] || [ "$metrics" -nt "$stamps/$fold" ] || status[fold]=skipped
-        score[fold]=$(read_score "$fold")
+        read -r metric "score[fold]" <<<"$(read_score "$fold")"
     fi
-    echo "fold $fold (${slots[$slot]}): ${status[fold]} after ${seconds[fold]} s, macro F1 ${score[fold]}"
+    echo "fold $fold (${slots[$slot]}): ${status[fold]} after ${seconds[fold]} s, $metric ${score[fold]}"
 }
 
 next=0
@@ -214,7 +218,7 @@ while [ "$next" -lt "$num_folds" ] || [ ${#pid_in[@]} -gt 0 ]; do
 done
 
 failed=()
-printf '\n%4s  %-7s  %8s  %8s\n' fold status seconds 'macro F1'
+printf '\n%4s  %-7s  %8s  %8s\n' fold status seconds "$metric"
 for ((fold = 0; fold < num_folds; fold++)); do
     printf '%4s  %-7s  %8s  %8s\n' "$fold" "${status[fold]}" "${seconds[fold]}" "${score[fold]}"
     [ "${status[fold]}" != failed ] || failed+=("$fold")

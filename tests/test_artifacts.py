@@ -282,7 +282,7 @@ def test_run_info_is_written_once_and_guards_the_folder(tmp_path: Path) -> None:
         ("positive_labels", [True, 2], "positive_labels.0: Input should be a valid integer"),
         ("positive_labels", [{}], "positive_labels.0: Input should be a valid integer"),
         ("num_folds", True, "num_folds: Input should be a valid integer"),
-        ("num_folds", 1, "greater than or equal to 2"),
+        ("num_folds", 0, "greater than or equal to 1"),
         ("fold_groups", "rows", "'dialogue' or 'none'"),
         ("recipe", [], "recipe: Input should be a valid dictionary"),
         ("base_revision", 3, "base_revision: Input should be a valid string"),

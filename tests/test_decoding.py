@@ -11,9 +11,15 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    cohen_kappa_score,
+    precision_recall_fscore_support,
+)
 from sklearn.metrics import log_loss as sklearn_log_loss
 
+from rareturn.data.label_guide import find_metric
 from rareturn.decisions import cross_fitting
 from rareturn.decisions.cross_fitting import (
     Recipe,
@@ -51,10 +57,12 @@ from rareturn.decisions.search import Problem
 from rareturn.decisions.voting import Voting, scoped
 from rareturn.errors import InputError
 
+METRICS = (*METRIC_NAMES, "f1:2")
+
 
 def score(labels, predictions, num_labels, positive, metric="macro_f1_positive"):
     """One of `scores`."""
-    return scores(labels, predictions, num_labels, positive)[metric]
+    return scores(labels, predictions, num_labels, positive, metric)[metric]
 
 
 def draw(seed, rows=120, num_labels=4, num_groups=20, ties=False):
@@ -107,9 +115,14 @@ def test_scores_are_those_of_scikit_learn(seed):
     assert found["macro_f1"] == pytest.approx(f1.mean())
     assert found["weighted_f1"] == pytest.approx((f1 * support).sum() / 80)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predictions))
+    with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+    assert found["kappa"] == pytest.approx(cohen_kappa_score(labels, predictions))
     assert list(found) == [*METRIC_NAMES, "f1_per_class"]
     for metric in METRIC_NAMES:
         assert score(labels, predictions, 7, positive, metric) == pytest.approx(found[metric])
+    for label in range(7):
+        assert score(labels, predictions, 7, positive, f"f1:{label}") == pytest.approx(f1[label])
 
 
 def test_a_label_without_rows_and_predictions_counts_as_zero():
@@ -117,21 +130,47 @@ def test_a_label_without_rows_and_predictions_counts_as_zero():
     assert score([1, 1, 0], [1, 0, 1], 3, [1, 2]) == pytest.approx(0.25)
 
 
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="f1_macro"):
-        Truth([0, 1], ["a", "b"], 2, [1], "f1_macro")
+def test_kappa_of_one_label_throughout_is_zero():
+    assert score([1, 1], [1, 1], 2, [1], "kappa") == 0
+    assert score([0, 1, 1], [1, 0, 0], 2, [1], "kappa") == pytest.approx(
+        cohen_kappa_score([0, 1, 1], [1, 0, 0])
+    )
 
 
-def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand():
+@pytest.mark.parametrize("metric", ["f1_macro", "f1:2", "f1"])
+def test_an_unknown_metric_is_refused(metric):
+    with pytest.raises(ValueError, match=metric):
+        Truth([0, 1], ["a", "b"], 2, [1], metric)
+
+
+def test_a_metric_names_a_label_by_number_or_name():
+    names = ["none", "anger", "0"]
+    assert [find_metric(f"f1:{label}", names) for label in ("1", "anger", "2", "0")] == [
+        "f1:1",
+        "f1:1",
+        "f1:2",
+        "f1:0",  # a number is a number, though label 2 has this name
+    ]
+    assert find_metric("kappa", names) == "kappa"
+    for wrong, problem in (
+        ("f1:joy", "no label has this number or name"),
+        ("mcc", "is not one of accuracy, "),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            find_metric(wrong, names)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_interval_is_the_bootstrap_of_rows_put_together_by_hand(metric):
     probabilities, labels, groups = draw(0)
     predictions = probabilities.argmax(1)
-    truth = Truth(labels, groups, 4, [0, 1, 2], seed=3)
+    truth = Truth(labels, groups, 4, [0, 1, 2], metric, seed=3)
     found = bootstrap_scores(truth, predictions, 30)
     names = list(dict.fromkeys(groups))
     draws = np.random.default_rng(3).integers(len(names), size=(30, len(names)))
     for value, sample in zip(found, draws, strict=True):
         rows = [row for group in sample for row in range(len(labels)) if groups[row] == names[group]]
-        assert value == pytest.approx(score(labels[rows], predictions[rows], 4, [0, 1, 2]))
+        assert value == pytest.approx(score(labels[rows], predictions[rows], 4, [0, 1, 2], metric))
     # Repeats are averaged within a sample.
     twice = bootstrap_scores(truth, np.stack([predictions, labels]), 30)
     perfect = bootstrap_scores(truth, labels, 30)
@@ -208,7 +247,7 @@ def test_decide_is_the_rule_row_by_row(seed):
 # ------------------------------------------------------------------------------------------------------- exact search
 
 
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ties):
     for seed in range(4):
@@ -238,7 +277,7 @@ def test_the_sweep_over_a_bias_finds_what_trying_every_interval_finds(metric, ti
             assert problem.score(np.array(bias_there), threshold) == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_sweep_over_the_gate_finds_what_trying_every_threshold_finds(metric, ties):
     for seed in range(6):
@@ -263,7 +302,7 @@ def test_a_sweep_takes_the_middle_of_the_widest_best_interval():
     assert value == pytest.approx(3.5) and best == 1.0
 
 
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_many_biases_at_once_score_as_one_by_one(metric, ties):
     probabilities, labels, _ = draw(5, rows=60, num_labels=5, ties=ties)
@@ -274,15 +313,16 @@ def test_many_biases_at_once_score_as_one_by_one(metric, ties):
     assert problem.scores(biases).tolist() == [problem.score(bias) for bias in biases]
 
 
-def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule():
+@pytest.mark.parametrize("metric", [*METRIC_NAMES, "f1:1"])
+def test_exact_finds_the_optimum_of_two_labels_and_a_gate_free_rule(metric):
     # With two labels one difference of biases decides: every distinct rule can be tried.
     for seed in range(5):
         probabilities, labels, _ = draw(seed, rows=50, num_labels=2)
-        decision = fit("exact", probabilities, alone(labels, 2, [0]))
+        decision = fit("exact", probabilities, alone(labels, 2, [0], metric))
         margins = np.log(probabilities[:, 1] / probabilities[:, 0])
         candidates = [-np.inf, *np.sort(margins)]
-        best = max(score(labels, (margins > edge).astype(int), 2, [0]) for edge in candidates)
-        found = score(labels, decide(probabilities, decision), 2, [0])
+        best = max(score(labels, (margins > edge).astype(int), 2, [0], metric) for edge in candidates)
+        found = score(labels, decide(probabilities, decision), 2, [0], metric)
         assert found == pytest.approx(best)
 
 
@@ -312,7 +352,7 @@ def test_random_is_the_best_of_its_vectors():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRICS)
 def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     probabilities, labels, _ = draw(2, rows=80)
     labels[labels == 0] = 1
@@ -323,7 +363,7 @@ def test_every_method_takes_every_metric_and_empty_labels(method, metric):
     assert (rules[0].threshold is None) == (rules[0].protected_class is None)
 
 
-@pytest.mark.parametrize("metric", METRIC_NAMES)
+@pytest.mark.parametrize("metric", METRICS)
 def test_the_gradient_of_the_soft_score(metric):
     probabilities, labels, _ = draw(3, rows=30)
     problem = Problem(probabilities, alone(labels, 4, [0, 1, 2], metric))
@@ -674,6 +714,9 @@ def test_unusable_logits_and_labels():
         with pytest.raises(InputError, match=message):
             check_logits(logits, "x")
     check_labels(Truth([0, 1], ["a", "b"], 2, [1]), ["n", "p"], "x")
+    # What the metric does not average over may be absent.
+    check_labels(Truth([0, 0], ["a", "b"], 2, [1], "weighted_f1"), ["n", "p"], "x")
+    check_labels(Truth([0, 0], ["a", "b"], 2, [1], "f1:0"), ["n", "p"], "x")
     for labels, groups, message in [
         ([0, 0], ["a", "b"], r"label 1 \(p\) has no row"),
         ([0, 1], ["a", "a"], "one dialogue only"),

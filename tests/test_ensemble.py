@@ -105,11 +105,12 @@ def write_run(folder: Path, info: dict, logits: np.ndarray, test: list, **column
     write_folds(folder, folds, **keys)
     whole = LogitTable(ids, dialogues, fold_of, labels, logits.astype(np.float32))
     test_ids = columns.get("test_id", [f"t{row}" for row in range(len(test))])
+    test_dialogues = columns.get("test_dialogue_id", ["d0"] * len(test))
     for fold in range(FOLDS):
         write_table(table_path(folder, "oof", fold), whole.take(np.flatnonzero(fold_of == fold)))
         of_fold = np.log([row[fold] for row in test]).astype(np.float32)
         table = LogitTable(
-            test_ids, ["d0"] * len(test), np.full(len(test), fold), np.full(len(test), -1), of_fold
+            test_ids, test_dialogues, np.full(len(test), fold), np.full(len(test), -1), of_fold
         )
         write_table(table_path(folder, "test", fold), table)
         write_bytes(adapter_dir(folder, fold) / "adapter_model.safetensors", b"weights %d" % fold)

@@ -72,7 +72,7 @@ def metrics(place: Path, run: str = "run") -> list[dict]:
 
 
 def table(output: str) -> dict[int, tuple[str, str]]:
-    rows = re.findall(r"^ +(\d+)  (\w+) +\d+ +(\S+)$", output.split("macro F1\n")[-1], re.MULTILINE)
+    rows = re.findall(r"^ +(\d+)  (\w+) +\d+ +(\S+)$", output.split("macro_f1_positive\n")[-1], re.MULTILINE)
     return {int(fold): (status, score) for fold, status, score in rows}
 
 
@@ -99,7 +99,9 @@ def test_failed_folds_are_named_and_complete_ones_skipped(place: Path) -> None:
     again = launch(place)
     assert again.returncode == 0
     assert table(again.stdout) == {0: ("done", "0.2500"), 1: ("skipped", "0.2600"), 2: ("done", "0.2700")}
-    assert re.search(r"^fold 1 \(cpu\): skipped after \d+ s, macro F1 0\.2600$", again.stdout, re.MULTILINE)
+    assert re.search(
+        r"^fold 1 \(cpu\): skipped after \d+ s, macro_f1_positive 0\.2600$", again.stdout, re.MULTILINE
+    )
     log = (place / "run/logs/fold-1.log").read_text()
     assert log.index("training with") < log.index("complete")
 

@@ -42,6 +42,8 @@ def test_hand_worked(metric):
             "macro_recall_positive": (1 / 2 + 1 + 0) / 3,
             "macro_f1": (2 / 3 + 1 / 2 + 2 / 3 + 0) / 4,
             "weighted_f1": (2 * 2 / 3 + 2 * 1 / 2 + 1 * 2 / 3) / 5,
+            "balanced_accuracy": (1 / 2 + 1 / 2 + 1) / 3,  # label 3 has no row
+            "kappa": (3 / 5 - 8 / 25) / (1 - 8 / 25),  # by chance: 2 * 1 + 2 * 2 + 1 * 2 of 25
             "f1_0": 2 / 3,
             "f1_1": 1 / 2,
             "f1_2": 2 / 3,
@@ -82,6 +84,10 @@ def test_agrees_with_scikit_learn_and_with_the_searches(metric, seed):
             "macro_recall_positive": macro(metrics.recall_score, positive),
             "macro_f1": macro(metrics.f1_score, everything),
             "weighted_f1": metrics.f1_score(references, predictions, average="weighted", zero_division=0),
+            "balanced_accuracy": metrics.recall_score(
+                references, predictions, labels=np.unique(references), average="macro"
+            ),
+            "kappa": np.nan_to_num(metrics.cohen_kappa_score(references, predictions)),  # of one label alone
             "f1_per_class": metrics.f1_score(
                 references, predictions, labels=everything, average=None, zero_division=0
             ).tolist(),

@@ -40,10 +40,13 @@ STAGE = {
     "macro_recall_positive": 0.7,
     "macro_f1": 0.8,
     "weighted_f1": 0.76,
+    "balanced_accuracy": 0.7,
+    "kappa": 0.6,
     "f1_per_class": [1.0, 0.5, 0.25],
     "interval": {"macro_f1_positive": [0.5, 0.7], "f1_per_class": [[0.9, 1.0], [0.4, 0.6], [0.0, 0.5]]},
 }
-RESULTS = {"folds": {0: STAGE}, "argmax": STAGE, "rows_per_class": [30, 20, 5]}
+METRIC = {"metric": "macro_f1_positive"}
+RESULTS = {**METRIC, "folds": {0: STAGE}, "argmax": STAGE, "rows_per_class": [30, 20, 5]}
 GUIDE = {
     "task": "Say which.",
     "labels": [
@@ -53,7 +56,8 @@ GUIDE = {
     "speakers": ["patient", "therapist"],
     "target_speaker": "patient",
 }
-METRICS = {"argmax": STAGE, "in_sample": STAGE, "cross_fitted": STAGE, "fold_groups": "dialogue"}
+METRICS = {**METRIC, "argmax": STAGE, "in_sample": STAGE, "cross_fitted": STAGE}
+METRICS |= {"fold_groups": "dialogue", "num_folds": 5}
 
 
 def run_info(**changes):
@@ -124,7 +128,7 @@ class _Links(html.parser.HTMLParser):
 
 
 def test_page_needs_nothing_beside_itself():
-    metrics = METRICS | {"metric": "macro_f1_positive", "method": "prior <b>", "rows": 1234, "dialogues": 2}
+    metrics = METRICS | {"method": "prior <b>", "rows": 1234, "dialogues": 2}
     metrics["notes"] = ["Text & more."]
     hostile = Table("Scores <i>", ("x", "y"), [["<img src=http://example.org/x>", "1 [0.1, 0.2]"]])
     tables = dict.fromkeys(("scores", "per class", "runs", "rule", "probabilities"), hostile)

@@ -20,8 +20,9 @@ Args:
     positive_labels (list of int): the labels averaged over; every label but 0 by default.
     num_labels (int): number of labels, 9 by default.
 Returns:
-    accuracy, macro_f1_positive, macro_precision_positive, macro_recall_positive, macro_f1 and weighted_f1 (floats in
-    0 .. 1), f1_per_class (list of num_labels floats). A label with no row and no prediction scores 0 and is averaged.
+    accuracy, macro_f1_positive, macro_precision_positive, macro_recall_positive, macro_f1, weighted_f1 and
+    balanced_accuracy (floats in 0 .. 1), kappa (a float up to 1), f1_per_class (list of num_labels floats). A label
+    with no row and no prediction scores 0 and is averaged, except in balanced_accuracy.
 Examples:
     >>> metric = evaluate.load("metrics/defense_f1")
     >>> scores = metric.compute(predictions=[0, 1, 2, 2], references=[0, 1, 1, 2], num_labels=3)

@@ -1,6 +1,7 @@
 """The rows of a run and their folds: the flags that name them, reading and checking them, who trains and who is judged.
 
-A fold is held out, its rows judged by a model of the others. Runs that share `fold_seed` line up row by row.
+A fold is held out, its rows judged by a model of the others. Runs that share `fold_seed` line up row by row. With a
+validation file that file is the one fold, and every training row is trained on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,8 +21,8 @@ import numpy as np
 from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validator
 
 from rareturn.command_line import flag
-from rareturn.data.label_guide import LabelGuide, load_label_guide
-from rareturn.data.rows import DataArguments, Row, data_fingerprint, load_rows
+from rareturn.data.label_guide import LabelGuide, find_metric, load_label_guide
+from rareturn.data.rows import DataArguments, Row, Turn, data_fingerprint, load_rows
 from rareturn.errors import InputError, first_line
 from rareturn.files import check_content, read_json, write_json
 
@@ -34,7 +35,7 @@ FOLD_GROUPS = get_args(FoldGroups)
 class FoldsFile(BaseModel):
     """A `folds.json`: how the folds were made, and the fold of each row by its id."""
 
-    num_folds: Annotated[StrictInt, Field(ge=2)]
+    num_folds: Annotated[StrictInt, Field(ge=1)]
     fold_seed: StrictInt
     fold_groups: FoldGroups
     folds: Annotated[dict[str, StrictInt], Field(min_length=1)]
@@ -58,7 +59,12 @@ class FoldDataArguments(DataArguments):
 
     train_file: str | None = flag(None, "Labelled rows: file, folder or Hub data ORG/NAME[:path][@revision].")
     augmented_file: str | None = flag(None, "Variants by augment.py; trained on only where the source is.")
-    test_file: str | None = flag(None, "Rows to predict; labels are optional.")
+    validation_file: str | None = flag(
+        None,
+        "Labelled rows to hold out, of a corpus with a split of its own: one model, fold 0, trained on all of "
+        "--train_file; --num_folds has no effect.",
+    )
+    test_file: str | None = flag(None, "Rows to predict; those with labels are scored, never learnt from.")
     num_folds: int = flag(5, "Folds of the run; 5 as in the paper.")
     fold_seed: int = flag(42, "Seed of the folds; not --seed, so that runs line up row by row.")
     fold_groups: FoldGroups = flag(
@@ -75,6 +81,10 @@ class FoldDataArguments(DataArguments):
         "sliding window. At most --max_turns: a larger number counts as that.",
     )
 
+    def __post_init__(self) -> None:
+        if self.validation_file:
+            self.num_folds = 1
+
     @property
     def split(self) -> dict[str, Any]:
         """What decides the folds of given rows."""
@@ -89,7 +99,11 @@ class FoldDataArguments(DataArguments):
 
 @dataclass(frozen=True)
 class RunData:
-    """All rows of a run, read and checked, and the fold of each original one."""
+    """All rows of a run, read and checked, and the fold of each that is held out once.
+
+    These are the original rows, or those of the validation file. The latter are kept apart, as test rows are: their ids
+    and their dialogues' may be those of other rows in the training file.
+    """
 
     guide: LabelGuide
     originals: list[Row]
@@ -97,15 +111,21 @@ class RunData:
     test: list[Row]
     folds: dict[str, int]
     scope: list[int]
+    validation: list[Row] = field(default_factory=list)
+
+    def placed(self) -> list[tuple[Row, int]]:
+        """Every row, variants too, with its fold: that of its source, or -1 where all models are trained on it."""
+        rows, own = self.originals + self.augmented, {} if self.validation else self.folds
+        trained = [(row, own.get(row.augmented_from or row.id, -1)) for row in rows]
+        return trained + [(row, self.folds[row.id]) for row in self.validation]
 
     def training_part(self, fold: int) -> list[Row]:
         """What a fold's model is trained on, within the scope: other folds' originals, and variants of those."""
-        rows = [row for row in self.originals + self.augmented if row.label in self.scope]
-        return [row for row in rows if self.folds[row.augmented_from or row.id] != fold]
+        return [row for row, own in self.placed() if own != fold and row.label in self.scope]
 
     def held_out_part(self, fold: int) -> list[Row]:
-        """The original rows that a fold's model is judged on, of all labels."""
-        return [row for row in self.originals if self.folds[row.id] == fold]
+        """The rows that a fold's model is judged on, of all labels; no variants."""
+        return [row for row, own in self.placed() if own == fold and row.augmented_from is None]
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says of the rows (DESIGN 6)."""
@@ -113,9 +133,10 @@ class RunData:
             "label_names": self.guide.names,
             "positive_labels": list(self.guide.positive),
             "protected_label": self.guide.protected,
+            "metric": find_metric(self.guide.metric, self.guide.names),
             "label_scope": None if self.scope == list(self.guide.numbers) else self.scope,
             "label_guide": self.guide.to_dict(),
-            "data_fingerprint": data_fingerprint(self.originals),
+            "data_fingerprint": data_fingerprint(self.originals + self.validation),
         }
 
 
@@ -131,7 +152,12 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     if variants := [row.id for row in originals if row.augmented_from]:
         raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
+    validation = load_rows(arguments.validation_file, guide, columns=columns)
     test = load_rows(arguments.test_file, guide, columns=columns, require_labels=False)
+    by_dialogue = arguments.fold_groups == "dialogue"
+    check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
+    check_apart(arguments.test_file, test, arguments.train_file, originals)
+    check_apart(arguments.test_file, test, arguments.validation_file, validation)
     path, split = run_dir / "folds.json", arguments.split
     if path.exists():
         there = read_folds(path)
@@ -140,10 +166,44 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         if lines:
             raise InputError(*lines)
         folds, where = there["folds"], str(path)
+    elif validation:
+        folds, where = {row.id: 0 for row in validation}, arguments.validation_file
     else:
         folds, where = assign_folds(originals, **split), "folds"
-    check_folds(originals, folds, arguments.num_folds, arguments.fold_groups, where)
-    return RunData(guide, originals, augmented, test, folds, scope)
+    held_out, trained = (validation, originals) if validation else (originals, ())
+    check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained)
+    return RunData(guide, originals, augmented, test, folds, scope, validation)
+
+
+def check_apart(
+    source: str | None,
+    rows: Sequence[Row],
+    other: str | None,
+    others: Sequence[Row],
+    by_dialogue: bool = False,
+) -> None:
+    """Refuse rows that another file has too; with `by_dialogue`, rows of its dialogues.
+
+    Ids may begin anew in each file, so the text tells. A row is the same where id and turns are; a dialogue, where its
+    id is, and its turns are as far as the shorter of the two goes.
+    """
+    known = {row.id: row for row in others}
+    same = [row for row in rows if row.id in known and row.turns == known[row.id].turns]
+    lines = [f"row {row.id!r} is in {other} too, with the same turns" for row in same]
+    if by_dialogue and not lines:
+        mine, theirs = longest_turns(rows), longest_turns(others)
+        for name in filter(theirs.__contains__, mine):
+            shorter = min(len(mine[name]), len(theirs[name]))
+            if mine[name][:shorter] == theirs[name][:shorter]:
+                shared = f"dialogue {name!r} is in {other} too, with the same turns"
+                lines.append(f"{shared}; --fold_groups none holds out rows of known dialogues")
+    if lines:
+        raise InputError(*(f"{source}: {line}" for line in lines))
+
+
+def longest_turns(rows: Sequence[Row]) -> dict[str, Sequence[Turn]]:
+    """Each dialogue's turns, as far as its last row goes."""
+    return {row.dialogue_id: row.turns for row in sorted(rows, key=lambda row: len(row.turns))}
 
 
 def assign_folds(rows: Sequence[Row], num_folds: int, fold_seed: int, fold_groups: str) -> dict[str, int]:
@@ -177,27 +237,34 @@ def assign_folds(rows: Sequence[Row], num_folds: int, fold_seed: int, fold_group
 
 
 def check_folds(
-    originals: Sequence[Row], folds: Mapping[str, int], num_folds: int, fold_groups: str, where: str = "folds"
+    held_out: Sequence[Row],
+    folds: Mapping[str, int],
+    num_folds: int,
+    fold_groups: str,
+    where: str = "folds",
+    trained: Sequence[Row] = (),
 ) -> None:
     """Refuse folds of other rows, a dialogue in two folds, an empty fold, a class that no model is trained on.
 
-    `where` is what the error lines begin with: the file that the folds come from.
+    `where` is what the error lines begin with: the file that the folds come from. `trained` are, where the held-out rows
+    are a validation file's, the rows of the training file.
     """
-    wanted = {row.id: row for row in originals}
-    lines = [f"row {name!r} of the training file is in no fold" for name in wanted if name not in folds]
-    lines += [f"row {name!r} is not in the training file" for name in folds if name not in wanted]
+    wanted, file = {row.id: row for row in held_out}, "validation file" if trained else "training file"
+    lines = [f"row {name!r} of the {file} is in no fold" for name in wanted if name not in folds]
+    lines += [f"row {name!r} is not in the {file}" for name in folds if name not in wanted]
     if lines:
         raise InputError(*(f"{where}: {line}; use another output_dir" for line in lines))
-    folds_of, classes = defaultdict(set), {row.label for row in originals}
-    for row in originals:
+    folds_of, classes = defaultdict(set), {row.label for row in held_out}
+    for row in held_out:
         folds_of[row.dialogue_id].add(folds[row.id])
     if fold_groups == "dialogue":
         lines = [f"dialogue {name!r} is in two folds" for name, found in folds_of.items() if len(found) > 1]
     for fold in range(num_folds):
         if fold not in folds.values():
             lines.append(f"fold {fold} is empty")
-        missing = classes - {row.label for row in originals if folds[row.id] != fold}
-        lost = f"are in fold {fold}: nothing to train on"
+        there = (*trained, *(row for row in held_out if folds[row.id] != fold))
+        missing = classes - {row.label for row in there}
+        lost = f"are in {'the validation file' if trained else f'fold {fold}'}: nothing to train on"
         lines += [f"all rows of label {label} {lost}" for label in sorted(missing)]
     if lines:
         raise InputError(*(f"{where}: {line}" for line in lines))

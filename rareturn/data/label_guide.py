@@ -25,6 +25,38 @@ def _not_empty(text: str) -> str:
     return text
 
 
+# Every score that is given; a guide's `metric` is one of them, or the F1 of one label (`find_metric`).
+METRIC_NAMES = (
+    "accuracy",
+    "macro_f1_positive",
+    "macro_precision_positive",
+    "macro_recall_positive",
+    "macro_f1",
+    "weighted_f1",
+    "balanced_accuracy",
+    "kappa",
+)
+METRICS_HELP = f"{', '.join(METRIC_NAMES)}, or f1:LABEL, a label's number or name"
+DEFAULT_METRIC = "macro_f1_positive"
+
+
+def find_metric(name: str, label_names: Sequence[str]) -> str:
+    """A metric by its name; `f1:LABEL`, by the label's number or name, becomes `f1:NUMBER`. A ValueError for any other.
+
+    A number is always the label's own, even where another label is named like it.
+    """
+    if name in METRIC_NAMES:
+        return name
+    kind, _, label = name.partition(":")
+    if kind != "f1":
+        raise ValueError(f"{name!r} is not one of {METRICS_HELP}")
+    numbers = {known: number for number, known in enumerate(label_names)}
+    numbers |= {str(number): number for number in range(len(label_names))}
+    if label not in numbers:
+        raise ValueError(f"{name!r}: no label has this number or name")
+    return f"f1:{numbers[label]}"
+
+
 Definition = Annotated[StrictStr, AfterValidator(fold_whitespace)]
 Text = Annotated[Definition, AfterValidator(_not_empty)]
 Numbers = Annotated[tuple[StrictInt, ...], Field(min_length=1)]
@@ -43,7 +75,7 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     """What the task is and which labels there are. Label numbers are 0 … n-1 and double as class indices.
 
     `positive` are the labels that the macro scores average over (all by default); `protected` is the one that a
-    decision's gate protects (the majority class).
+    decision's gate protects (the majority class). `metric` is what is optimised, and shown first: see `find_metric`.
     """
 
     # A field's check sees the fields above it, so the order matters. What the corpus is stands in the Hub's words.
@@ -56,6 +88,7 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
     positive: Numbers | None = Field(None, validate_default=True)
     protected: StrictInt | None = None
+    metric: StrictStr = DEFAULT_METRIC
 
     @field_validator("target_speaker")
     @classmethod
@@ -97,6 +130,13 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("a label is listed twice")
         return given if one else tuple(numbers)
 
+    @field_validator("metric")
+    @classmethod
+    def _is_known(cls, metric: str, info: ValidationInfo) -> str:
+        if "labels" in info.data:
+            find_metric(metric, [label.name for label in info.data["labels"]])
+        return metric
+
     @property
     def names(self) -> list[str]:
         return [label.name for label in self.labels]
@@ -107,7 +147,8 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
 
     def to_dict(self) -> dict[str, Any]:
         """The guide as the YAML file has it; `parse_label_guide` reads it back."""
-        unnamed = {key for key in ("license", "language", "dataset") if getattr(self, key) is None}
+        optional, fields = ("license", "language", "dataset", "metric"), type(self).model_fields
+        unnamed = {key for key in optional if getattr(self, key) == fields[key].default}
         return self.model_dump(mode="json", exclude=unnamed)
 
 

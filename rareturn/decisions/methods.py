@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from rareturn.decisions.metrics import Truth, ratio, term
+from rareturn.decisions.metrics import Truth, ratio, score_counts
 from rareturn.decisions.probabilities import fit_vector, log_softmax, softmax
 from rareturn.decisions.rules import Decision
 from rareturn.decisions.search import Problem
@@ -83,9 +83,13 @@ def _soft_score(
     """
     q = softmax(sharpness * (log_p + bias))
     hits, support, predicted = (q * targets).sum(axis=0), targets.sum(axis=0), q.sum(axis=0)
-    value = float((problem.term_weights * term(problem.metric, hits, support, predicted)).sum())
+    value = float(score_counts(problem.metric, (hits, support, predicted), problem.term_weights))
     one, by_prediction = np.ones(len(hits)), np.zeros(len(hits))
-    if problem.metric in ("accuracy", "macro_recall_positive"):
+    if problem.metric == "kappa":
+        rows, beyond = support.sum(), support.sum() ** 2 - support @ predicted
+        by_hit = ratio(rows * one, beyond)
+        by_prediction = support * ratio(rows * (hits.sum() - rows), beyond**2)
+    elif problem.metric in ("accuracy", "macro_recall_positive", "balanced_accuracy"):
         by_hit = one if problem.metric == "accuracy" else ratio(one, support)
     else:
         precision = problem.metric == "macro_precision_positive"

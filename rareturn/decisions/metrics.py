@@ -1,7 +1,8 @@
 """Scores, and their intervals by bootstrap over dialogues.
 
-Every score is a sum over labels of weight_c * term(hits_c, support_c, predicted_c), which is what lets a sweep update
-one term a step and a bootstrap work on per-dialogue counts.
+Every score comes from each label's hits, support and predicted rows, which lets a bootstrap work on per-dialogue counts.
+All but kappa are a sum over labels of weight_c * term(hits_c, support_c, predicted_c); kappa is a ratio of two such sums.
+Either way a moved row changes the counts of two labels alone, and a sweep scores every step in one pass.
 """
 
 from __future__ import annotations
@@ -13,16 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from rareturn.data.label_guide import DEFAULT_METRIC, METRIC_NAMES, find_metric
 from rareturn.errors import InputError
-
-METRIC_NAMES = (
-    "accuracy",
-    "macro_f1_positive",
-    "macro_precision_positive",
-    "macro_recall_positive",
-    "macro_f1",
-    "weighted_f1",
-)
 
 # Two scores closer than this are equal: it is far above the rounding of a mean of ratios, far below one row's worth.
 SCORE_TOLERANCE = 1e-11
@@ -34,30 +27,58 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def term(metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Each label's term of the metric, of counts [..., c]."""
+    """Each label's term of a metric other than kappa, of counts [..., c]."""
     if metric == "macro_precision_positive":
         return ratio(hits, predicted)
-    if metric == "macro_recall_positive":
+    if metric in ("macro_recall_positive", "balanced_accuracy"):
         return ratio(hits, support)
     if metric == "accuracy":
         return np.asarray(hits, dtype=np.float64)
     return ratio(2.0 * hits, support + predicted)
 
 
+def averaged_labels(metric: str, num_labels: int, positive_labels: Sequence[int]) -> Sequence[int]:
+    """The labels that a metric averages over even where one has no row; none for the metrics that rows weigh."""
+    if metric.startswith("f1:"):
+        return [int(metric.removeprefix("f1:"))]
+    if metric.endswith("_positive"):
+        return positive_labels
+    return range(num_labels) if metric == "macro_f1" else []
+
+
 def term_weights(metric: str, support: np.ndarray, positive_labels: Sequence[int]) -> np.ndarray:
-    """Weight of each label's term, [..., c] like `support`."""
+    """Weight of each label's term, [..., c] like `support`; ones for kappa, which has no terms."""
+    if metric == "kappa":
+        return np.ones(support.shape)
+    if metric == "balanced_accuracy":
+        return ratio(support > 0, (support > 0).sum(axis=-1, keepdims=True))
     if metric in ("accuracy", "weighted_f1"):
         share = np.ones(support.shape) if metric == "accuracy" else support
         return ratio(share, support.sum(axis=-1, keepdims=True))
-    counted = range(support.shape[-1]) if metric == "macro_f1" else positive_labels
+    counted = averaged_labels(metric, support.shape[-1], positive_labels)
     weights = np.zeros(support.shape[-1])
     weights[list(counted)] = 1.0 / len(counted)
     return np.broadcast_to(weights, support.shape)
 
 
+def kappa(hits: np.ndarray, chance: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cohen's kappa (1960) of the right rows, the sum over labels of support * predicted, and all rows.
+
+    0 where every row has, and is given, one and the same label: the formula has no value there.
+    """
+    return ratio(rows * hits - chance, rows * rows - chance)
+
+
+def score_counts(metric: str, counts: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """The metric of hits, support and predicted counts [..., c], at its `term_weights`; the leading axes are kept."""
+    if metric == "kappa":
+        hits, support, predicted = counts
+        return kappa(hits.sum(axis=-1), (support * predicted).sum(axis=-1), support.sum(axis=-1))
+    return (weights * term(metric, *counts)).sum(axis=-1)
+
+
 def _score_counts(metric: str, counts: np.ndarray, positive_labels: Sequence[int]) -> np.ndarray:
-    """The metric of hits, support and predicted counts [3, ..., c]; the middle axes are kept."""
-    return (term_weights(metric, counts[1], positive_labels) * term(metric, *counts)).sum(axis=-1)
+    return score_counts(metric, counts, term_weights(metric, counts[1], positive_labels))
 
 
 def count_rows(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
@@ -66,16 +87,25 @@ def count_rows(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> 
     return np.stack([np.bincount(of, minlength=num_labels) for of in rows]).astype(np.float64)
 
 
+def score_names(metric: str) -> tuple[str, ...]:
+    """Every score by name, this one among them."""
+    return METRIC_NAMES if metric in METRIC_NAMES else (*METRIC_NAMES, metric)
+
+
 def scores(
-    labels: np.ndarray, predictions: np.ndarray, num_labels: int, positive_labels: Sequence[int]
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    num_labels: int,
+    positive_labels: Sequence[int],
+    metric: str = DEFAULT_METRIC,
 ) -> dict[str, Any]:
-    """Every metric of DESIGN 9 by name, and `f1_per_class` (a list, one number a label).
+    """The scores of `score_names`, and `f1_per_class` (a list, one number a label).
 
     A label with no row and no prediction counts 0. Of predictions [repeats, n] every score is the mean of the repeats.
     """
     labels, repeats = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
     counts = np.stack([count_rows(labels, row, num_labels) for row in repeats], axis=1)
-    found = {name: float(_score_counts(name, counts, positive_labels).mean()) for name in METRIC_NAMES}
+    found = {name: float(_score_counts(name, counts, positive_labels).mean()) for name in score_names(metric)}
     return found | {"f1_per_class": term("macro_f1", *counts).mean(axis=0).tolist()}
 
 
@@ -87,6 +117,7 @@ class Truth:
         labels: int64 [n].
         groups: dialogue ids [n]; here 0..g-1 in order of first appearance.
         positive_labels: what the `_positive` metrics average over.
+        metric: as `find_metric` gives it.
         seed: of folds, searches and bootstraps.
     """
 
@@ -94,12 +125,11 @@ class Truth:
     groups: Sequence[Hashable] | np.ndarray
     num_labels: int
     positive_labels: Sequence[int]
-    metric: str = "macro_f1_positive"
+    metric: str = DEFAULT_METRIC
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.metric not in METRIC_NAMES:
-            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(METRIC_NAMES)}")
+        find_metric(self.metric, [str(label) for label in range(self.num_labels)])
         numbers: dict[Hashable, int] = {}
         self.groups = np.array([numbers.setdefault(group, len(numbers)) for group in self.groups], np.int64)
         self.labels, self.num_groups = np.asarray(self.labels, dtype=np.int64), len(numbers)
@@ -110,7 +140,7 @@ class Truth:
 
     def scores(self, predictions: np.ndarray) -> dict[str, Any]:
         """`scores` of predictions [n] or [repeats, n]."""
-        return scores(self.labels, predictions, self.num_labels, self.positive_labels)
+        return scores(self.labels, predictions, self.num_labels, self.positive_labels, self.metric)
 
     def score(self, predictions: np.ndarray) -> float:
         """The truth's metric of predictions [n] or [repeats, n]."""
@@ -196,8 +226,9 @@ def difference_interval(truth: Truth, first: np.ndarray, second: np.ndarray) -> 
 
 
 def check_labels(truth: Truth, label_names: Sequence[str], source: str) -> None:
-    """Refuse a positive label without rows, or fewer than two dialogues: no rule can be fitted and scored there."""
-    empty = [label for label in truth.positive_labels if label not in truth.labels]
+    """Refuse a label without rows that the metric counts, or fewer than two dialogues: no rule can be fitted there."""
+    counted = averaged_labels(truth.metric, truth.num_labels, truth.positive_labels)
+    empty = [label for label in counted if label not in truth.labels]
     if empty:
         problem = "has no row: its F1 is not defined"
         raise InputError(*(f"{source}: label {label} ({label_names[label]}) {problem}" for label in empty))
@@ -206,7 +237,7 @@ def check_labels(truth: Truth, label_names: Sequence[str], source: str) -> None:
 
 
 def score_predictions(truth: Truth, predictions: np.ndarray) -> dict[str, Any]:
-    """Every score of DESIGN 9 of predictions [n] or [repeats, n] and, under `interval`, its 95 % interval.
+    """The `scores` of predictions [n] or [repeats, n] and, under `interval`, its 95 % interval.
 
     `interval` is empty where all rows are of one dialogue.
     """
@@ -214,7 +245,7 @@ def score_predictions(truth: Truth, predictions: np.ndarray) -> dict[str, Any]:
     if truth.num_groups < 2:
         return result
     drawn = _resample(truth, predictions)
-    for name in METRIC_NAMES:
+    for name in score_names(truth.metric):
         result["interval"][name] = list(_accelerated_interval(*_metric_of(truth, drawn, name)))
     per_class = zip(*(term("macro_f1", *counts).mean(axis=1).T for counts in drawn), strict=True)
     result["interval"]["f1_per_class"] = [list(_accelerated_interval(*values)) for values in per_class]

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from rareturn.decisions.metrics import SCORE_TOLERANCE, Truth, count_rows, term, term_weights
+from rareturn.decisions.metrics import (
+    SCORE_TOLERANCE,
+    Truth,
+    count_rows,
+    kappa,
+    score_counts,
+    term,
+    term_weights,
+)
 from rareturn.decisions.probabilities import log_probabilities
 
 
@@ -28,7 +36,7 @@ class Problem:
         if threshold is not None:
             predictions[self.probabilities[:, self.protected_class] >= threshold] = self.protected_class
         counts = count_rows(self.labels, predictions, self.num_labels)
-        return float((self.term_weights * term(self.metric, *counts)).sum())
+        return float(score_counts(self.metric, counts, self.term_weights))
 
     def scores(self, biases: np.ndarray) -> np.ndarray:
         """`score` of many biases [v, c] without a gate, float64 [v]: one label at a time, a block of biases at once."""
@@ -54,8 +62,8 @@ class Problem:
                 chosen = predictions == label
                 predicted[:, label] = np.count_nonzero(chosen, axis=1)
                 hits[:, label] = np.count_nonzero(chosen[:, ends[label] : ends[label + 1]], axis=1)
-            terms = term(self.metric, hits, np.broadcast_to(self.support, hits.shape), predicted)
-            found[start : start + step] = (self.term_weights * terms).sum(axis=1)
+            counts = hits, np.broadcast_to(self.support, hits.shape), predicted
+            found[start : start + step] = score_counts(self.metric, counts, self.term_weights)
         return found
 
     def _sweep(self, labels: np.ndarray, origin: np.ndarray, target: int, counts: np.ndarray) -> np.ndarray:
@@ -67,6 +75,14 @@ class Problem:
         """
         hits, support, predicted = counts
         metric, weights = self.metric, self.term_weights
+        if metric == "kappa":
+            gains = (
+                (labels == target).astype(np.float64) - (labels == origin),
+                support[target] - support[origin],
+            )
+            starts = hits.sum(), (support * predicted).sum()
+            sums = [np.cumsum([start, *gain]) for start, gain in zip(starts, gains, strict=True)]
+            return kappa(*sums, support.sum())
         moved = np.arange(len(labels) + 1.0)
         moved_hits = np.concatenate([[0.0], np.cumsum(labels == target)])
         gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)

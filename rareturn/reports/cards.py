@@ -15,9 +15,10 @@ from rareturn.data.rendering import render_instruction, render_turn
 from rareturn.data.rows import Turn
 from rareturn.files import read_json
 from rareturn.reports import tables
-from rareturn.reports.tables import SCORE_TITLES, Table
+from rareturn.reports.tables import Table, score_titles
 from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path
 from rareturn.runs.reading import read_run
+from rareturn.runs.schemas import metric_of
 
 LIBRARIES = {"lora": "peft", "full": "transformers"}  # of loader.tuning; a probe's head is scikit-learn's
 METRIC_TYPES = {
@@ -26,6 +27,7 @@ METRIC_TYPES = {
     "macro_recall_positive": "recall",
     "accuracy": "accuracy",
 }
+OTHER_TYPES = {"balanced_accuracy": "balanced_accuracy", "kappa": "cohen_kappa"}  # and f1
 FOLD_SCORES = ("macro_f1_positive", "accuracy", "macro_f1")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -55,17 +57,21 @@ def run_card(info: Mapping[str, Any], results: Mapping[str, Any], repo_id: str |
     """The README.md of one run's model repo; `results` is what `run_results` gives."""
     overall, shown = results.get("argmax"), []
     if overall:
-        shown.append(tables.score_table({**results, "fold_groups": info["fold_groups"]}))
+        shown.append(
+            tables.score_table({**results, **{key: info[key] for key in ("fold_groups", "num_folds")}})
+        )
     if results["folds"]:
-        header = ("held-out fold", *(SCORE_TITLES[name] for name in FOLD_SCORES))
+        names, titles = dict.fromkeys((metric_of(info), *FOLD_SCORES)), score_titles(metric_of(info))
+        header = ("held-out fold", *(titles[name] for name in names))
         rows = [
-            [f"fold {fold}", *(f"{scores[name]:.4f}" for name in FOLD_SCORES)]
+            [f"fold {fold}", *(f"{scores[name]:.4f}" for name in names)]
             for fold, scores in sorted(results["folds"].items())
         ]
         shown.append(Table("Folds", header, rows))
     if overall:
         shown.append(tables.per_class_table(info["label_names"], results["rows_per_class"], results))
-    scores = overall, "out-of-fold, argmax"
+        shown += tables.tables_of_test(info["label_names"], results).values()
+    scores = metric_of(info), overall, "out-of-fold, argmax"
     return _card(repo_id or info["name"], [info], scores, kind="run", tables=shown, results=results)
 
 
@@ -77,19 +83,24 @@ def ensemble_card(
     pictures: Iterable[str],
 ) -> str:
     """The README.md of an ensemble's repo, also written beside its files; `infos` are the runs' `run.json`."""
-    scores = metrics["cross_fitted"], "out-of-fold, decision cross-fitted"
+    scores = metrics["metric"], metrics["cross_fitted"], "out-of-fold, decision cross-fitted"
     return _card(title, infos, scores, kind="ensemble", tables=shown, pictures=pictures)
 
 
 def _card(
     title: str,
     infos: Sequence[Mapping[str, Any]],
-    scores: tuple[Mapping[str, Any] | None, str],
+    scores: tuple[str, Mapping[str, Any] | None, str],
     **parts: Any,
 ) -> str:
-    """The template filled in, for one run or for an ensemble of several; `scores` go into the model index."""
+    """The template filled in, for one run or for an ensemble of several.
+
+    `scores` go into the model index: the metric, which comes first there, all scores, and how they came about.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    metric, found, how = scores
+    types = {metric: OTHER_TYPES.get(metric, "f1")} | METRIC_TYPES
     guides = [info.get("label_guide") or {} for info in infos]
     libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
     datasets = _unique(map(dataset_of, infos))
@@ -102,11 +113,11 @@ def _card(
             dataset_name=datasets[0] if datasets else "unpublished dialogues",
             dataset_split="train",
             metric_type=metric_type,
-            metric_name=_metric_name(name, *scores),
-            metric_value=round(scores[0][name], 4),
+            metric_name=_metric_name(name, found, how),
+            metric_value=round(found[name], 4),
         )
-        for name, metric_type in METRIC_TYPES.items()
-        if scores[0]
+        for name, metric_type in types.items()
+        if found
     ]
     data = ModelCardData(
         library_name=libraries.pop() if len(libraries) == 1 else "transformers",
@@ -118,8 +129,10 @@ def _card(
         eval_results=results or None,
         **{key: values[0] if len(values) == 1 else values or None for key, values in stated.items()},
     )
-    fold_text = tables.FOLD_TEXTS[infos[0]["fold_groups"]]
-    parts |= {"title": title, "infos": infos, "datasets": datasets, "on_hub": on_hub, "fold_text": fold_text}
+    folds = tables.fold_text(infos[0])
+    if infos[0]["num_folds"] > 1:
+        folds = f"{infos[0]['num_folds']} {folds}"
+    parts |= {"title": title, "infos": infos, "datasets": datasets, "on_hub": on_hub, "fold_text": folds}
     parts["guide"] = parse_label_guide(guides[0], "run.json: label_guide") if guides[0] else None
     functions = (hub_model, quoted, render_instruction, render_turn, Turn)
     parts |= {function.__name__: function for function in functions}
@@ -140,7 +153,7 @@ def _unique(values: Iterable[str | None]) -> list[str]:
 def _metric_name(name: str, stage: Mapping[str, Any], how: str) -> str:
     interval = stage["interval"].get(name)
     bounds = f", 95 % interval {interval[0]:.4f} to {interval[1]:.4f} over dialogues" if interval else ""
-    return f"{SCORE_TITLES[name]} ({how}{bounds})"
+    return f"{score_titles(name)[name]} ({how}{bounds})"
 
 
 def dataset_of(info: Mapping[str, Any]) -> str | None:

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from rareturn.data.rows import NO_LABEL, Row
 from rareturn.decisions.metrics import Truth, cohens_kappa, score_predictions
 from rareturn.decisions.probabilities import probability_quality
 from rareturn.decisions.rules import Outcome, Rule, decide
 from rareturn.reports import figures
 from rareturn.reports.tables import (
-    SCORE_TITLES,
     Table,
     per_class_table,
     render,
     rows_per_class,
     score_table,
     score_text,
+    score_titles,
+    tables_of_test,
 )
 from rareturn.runs.alignment import display_names, protected_label
 from rareturn.runs.reading import Run
@@ -37,6 +37,7 @@ def measure(
         "metric": truth.metric,
         "method": outcome.rule.method,
         "fold_groups": runs[0].info["fold_groups"],
+        "num_folds": runs[0].info["num_folds"],
         "rows": len(truth.labels),
         "dialogues": truth.num_groups,
         "notes": outcome.notes,
@@ -56,43 +57,22 @@ def measure(
     return metrics | {"agreement": {"systems": list(systems), "cohens_kappa": kappa}}
 
 
-def score_test(
-    rows: Sequence[Row], predicted: np.ndarray, argmax: np.ndarray, truth: Truth
-) -> dict[str, Any]:
-    """`test` for metrics.json: the scores of the rows that have a label; empty if none has."""
-    labels, dialogues = np.array([row.label for row in rows]), np.array([row.dialogue_id for row in rows])
-    known = labels != NO_LABEL
-    if not known.any():
-        return {}
-    truth = dataclasses.replace(truth, labels=labels[known], groups=dialogues[known])
-    stages = {"argmax": argmax, "decision": predicted}
-    scores = {name: score_predictions(truth, of_rows[known]) for name, of_rows in stages.items()}
-    return {"test": {"rows": int(known.sum()), **scores}}
-
-
 def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any]) -> dict[str, Table]:
-    """The tables of terminal, report and card: `scores`, `per class`, `runs`, and `rule`, `probabilities`, `test` if any."""
+    """The tables of terminal, report and card: `scores`, `per class`, `runs`, and `rule`, `probabilities`, those of the test if any."""
     label_names, metric = runs[0].label_names, metrics["metric"]
     of_runs = []
     for name, run, weight in zip(display_names(runs), runs, outcome.rule.weights, strict=True):
         base, revision = run.info["base_model"].rstrip("/").split("/")[-1], (run.revision or "folder")[:12]
         of_runs.append([name, f"{weight:.3f}", base, revision, score_text(metrics["runs"][name], metric)])
-    header = ("run", "weight", "base model", "revision", f"{SCORE_TITLES[metric]}, argmax")
+    header = ("run", "weight", "base model", "revision", f"{score_titles(metric)[metric]}, argmax")
     tables = {
         "scores": score_table(metrics),
-        "per class": per_class_table(label_names, rows_per_class(runs[0]), metrics),
+        "per class": per_class_table(label_names, rows_per_class(runs[0].truth()), metrics),
         "runs": Table("Runs and their weights", header, of_runs),
     }
     if outcome.rule.voting is None:
         tables |= _tables_of_rule(label_names, outcome.rule, metrics)
-    if "test" in metrics:
-        test = metrics["test"]
-        tables["test"] = dataclasses.replace(
-            score_table({**test, "fold_groups": metrics["fold_groups"]}),
-            title=f"Scores on the {test['rows']:,} labelled rows of the test file",
-            note="[95 % interval, bootstrap over dialogues]; nothing was tuned on these rows.",
-        )
-    return tables
+    return tables | tables_of_test(label_names, metrics)
 
 
 def _tables_of_rule(label_names: Sequence[str], rule: Rule, metrics: Mapping[str, Any]) -> dict[str, Table]:
@@ -126,7 +106,7 @@ def make_pictures(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, A
     stages = metrics["argmax"], metrics["cross_fitted"]
     pictures = {
         "per_class_f1": figures.per_class_f1(
-            run.label_names, rows_per_class(run), *stages, run.positive_labels
+            run.label_names, rows_per_class(run.truth()), *stages, run.positive_labels
         ),
         "confusion": figures.confusion_matrix(run.label_names, counts, title),
         "agreement": figures.agreement(kappa["systems"], np.array(kappa["cohens_kappa"])),
@@ -155,7 +135,7 @@ def _pictures_of_rule(run: Run, outcome: Outcome, metrics: Mapping[str, Any]) ->
         f"before: ECE {quality['before_temperature']['ece']:.3f}",
         f"after, fitted on other dialogues: ECE {quality['after_temperature_cross_fitted']['ece']:.3f}",
     )
-    cross_fitted, title = metrics["cross_fitted"], SCORE_TITLES[metric]
+    cross_fitted, title = metrics["cross_fitted"], score_titles(metric)[metric]
     return {
         "reliability": figures.reliability_diagram(outcome.before, outcome.scaled, run.oof.label, texts),
         "search_curves": figures.search_curves(curves, cross_fitted, metric, title),
@@ -167,5 +147,5 @@ def make_page(
 ) -> str:
     """report.html: one file that holds everything it shows, without links, scripts or requests."""
     uris = {key: f"data:image/png;base64,{base64.b64encode(png).decode()}" for key, png in pictures.items()}
-    parts = {"name": name, "metrics": metrics, "tables": tables, "uris": uris}
-    return render("report.html.jinja", **parts, score=SCORE_TITLES[metrics["metric"]], score_text=score_text)
+    parts = {"name": name, "metrics": metrics, "tables": tables, "uris": uris, "score_text": score_text}
+    return render("report.html.jinja", **parts, score=score_titles(metrics["metric"])[metrics["metric"]])

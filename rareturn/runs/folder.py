@@ -16,7 +16,7 @@ from rareturn.data.folds import FoldDataArguments, RunData
 from rareturn.decisions.metrics import scores
 from rareturn.errors import InputError
 from rareturn.files import check_content, file_digest, read_json, write_json
-from rareturn.runs.schemas import RunInfo
+from rareturn.runs.schemas import RunInfo, metric_of
 from rareturn.runs.tables import read_rows_digest, read_table, rows_digest
 
 if TYPE_CHECKING:
@@ -31,10 +31,12 @@ FREE_FLAGS = """
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 """
 # What these name is compared by its content, so that a file may move.
-BY_CONTENT = "train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision"
+BY_CONTENT = """
+    train_file augmented_file validation_file test_file label_guide label_scope model_name_or_path model_revision
+"""
 PARTS = {
     "label_guide": "--label_guide",
-    "rows": "the rows of --train_file",
+    "rows": "the rows of --train_file, or of --validation_file",
     "folds": "the fold of each row",
     "augmented": "the rows of --augmented_file",
     "label_scope": "--label_scope",
@@ -92,7 +94,7 @@ def describe_run(
     parts = {
         "flags": json.loads(json.dumps(flags, default=str)),
         "label_guide": _digest(data.guide.to_dict()),
-        "rows": rows_digest(data.originals),
+        "rows": rows_digest(data.originals + data.validation),
         "folds": _digest(data.folds),
         "augmented": rows_digest(data.augmented) if data.augmented else None,
         "label_scope": list(data.scope),
@@ -176,10 +178,11 @@ def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **fact
 
     table = read_table(table_path(run_dir, "oof", fold))
     predicted = table.logits.argmax(axis=1)
-    result = scores(table.label, predicted, len(info["label_names"]), info["positive_labels"])
+    metric = metric_of(info)
+    result = scores(table.label, predicted, len(info["label_names"]), info["positive_labels"], metric)
     facts = {"fold": fold, "held_out_rows": len(table), "peak_memory_bytes": peak_memory(), **facts}
-    write_json(metrics_path(run_dir, fold), result | facts)
-    shown = [f"{name} {result[name]:.4f}" for name in ("macro_f1_positive", "accuracy")]
+    write_json(metrics_path(run_dir, fold), {"metric": metric, **result, **facts})
+    shown = [f"{name} {result[name]:.4f}" for name in dict.fromkeys((metric, "accuracy"))]
     shown += [f"C {facts['C']:g}"] if "C" in facts else []
     print(f"fold {fold}: {', '.join(shown)}, {facts['seconds']} s")
 

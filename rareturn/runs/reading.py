@@ -16,6 +16,7 @@ from rareturn.errors import InputError
 from rareturn.runs.folder import read_run_info
 from rareturn.runs.publish import pull_run
 from rareturn.runs.references import parse_reference
+from rareturn.runs.schemas import metric_of
 from rareturn.runs.tables import LogitTable, read_table
 
 
@@ -51,9 +52,9 @@ class Run:
     def positive_labels(self) -> list[int]:
         return self.info["positive_labels"]
 
-    def truth(self, metric: str = "macro_f1_positive", seed: int = 42) -> Truth:
-        """What predictions of the out-of-fold rows are scored against."""
-        labels, dialogues = self.oof.label, self.oof.dialogue_id
+    def truth(self, metric: str | None = None, seed: int = 42) -> Truth:
+        """What predictions of the out-of-fold rows are scored against, by default with the run's own metric."""
+        labels, dialogues, metric = self.oof.label, self.oof.dialogue_id, metric_of(self.info, metric)
         return Truth(labels, dialogues, self.num_labels, self.positive_labels, metric, seed)
 
 

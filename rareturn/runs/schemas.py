@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from rareturn.data.label_guide import DEFAULT_METRIC, find_metric
 from rareturn.errors import InputError
 from rareturn.runs.references import check_name
 
@@ -23,6 +25,14 @@ def _distinct(values: list) -> list:
     return values
 
 
+def metric_of(info: Mapping[str, Any], asked: str | None = None) -> str:
+    """The metric of a run, or the one that `--metric` asks for, as `find_metric` gives it."""
+    try:
+        return find_metric(asked or info.get("metric", DEFAULT_METRIC), info["label_names"])
+    except ValueError as error:
+        raise InputError(f"--metric: {error}") from None
+
+
 Labels = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -36,8 +46,9 @@ class RunInfo(BaseModel):
     label_names: Annotated[list[Name], Field(min_length=2), AfterValidator(_distinct)]
     positive_labels: Labels
     protected_label: int | None = None
+    metric: str = DEFAULT_METRIC
     label_scope: Labels | None = None
-    num_folds: Annotated[int, Field(ge=2)]
+    num_folds: Annotated[int, Field(ge=1)]
     fold_seed: int
     fold_groups: Literal["dialogue", "none"]
     seed: int
@@ -61,6 +72,10 @@ class RunInfo(BaseModel):
             labels = [value] if isinstance(value, int) else value or []
             if not all(0 <= label <= last for label in labels):
                 problems.append(f"{key}: numbers of 0..{last} expected, not {labels}")
+        try:
+            find_metric(self.metric, self.label_names)
+        except ValueError as error:
+            problems.append(f"metric: {error}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
