@@ -261,7 +261,7 @@ def main() -> None:
     # Train
     rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
     batching = (arguments, training, model, base, tokenizer)
-    batches = {name: make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
+    batches = {name: make_batches(*batching) for name in rendered}
     if arguments.pack_dialogues:
         accept_packed(model)
     plan = batches["train"].plan(train, rendered["train"], training.seed)

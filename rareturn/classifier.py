@@ -94,7 +94,7 @@ class _TrainedVoter:
                 segments = segment_name(self.base, self.tokenizer)
                 batches = RowBatches(self.tokenizer.pad_token_id, 1, 1, 32, segments)
             else:
-                branches = can_branch(model, max(map(len, rendered)))
+                branches = can_branch(model)
                 batches = PackedBatches(branches=branches)
             how = {"scope": self.scope, "bf16": self.bf16, "alone": True}
             results.append(predict_logits(model, batches, rows, rendered, **how))

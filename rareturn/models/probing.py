@@ -132,7 +132,7 @@ class FrozenFeatures:
         """A decoder's features, a dialogue's rows in one pass."""
         rendered = self.renderer.render(rows)
         try:
-            branches = can_branch(model, max(map(len, rendered)))
+            branches = can_branch(model)
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
         way = PackedBatches(branches=branches)
