@@ -40,7 +40,7 @@ LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_rem
 class BaseModel:
     """A pretrained model and how it is loaded.
 
-    The revision is the resolved commit SHA of a Hub model, the package and version of a packaged one, None for a folder.
+    The revision is the resolved commit of a Hub model, the package and version of a packaged one, None for a folder.
     Quantization is `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
     """
 
@@ -227,12 +227,9 @@ def _without_loading_report() -> Iterator[None]:
 def _settled(model: nn.Module) -> nn.Module:
     """The model, freed from two things that make equal models give unequal logits on a CPU.
 
-    safetensors gives views into the mapped file at whatever offset they have there. Kernels sum in another order where
-    weights are not aligned: a model that was just trained and the same one loaded again would differ in the last bit.
-    And a file that is replaced would change under the model.
-
-    Where the processor has bf16 units, bitsandbytes repacks 4-bit weights at the first prediction for a kernel of its
-    own: the scales are rounded to bf16, gradients are lost from then on, and widths must be multiples of 64.
+    safetensors gives views into the mapped file, aligned or not, and kernels sum unaligned weights in another order
+    (and a file that is replaced would change under the model). Where the processor has bf16 units, bitsandbytes repacks
+    4-bit weights at the first prediction: scales are rounded to bf16, gradients lost, widths must be multiples of 64.
     """
     for weight in (*model.parameters(), *model.buffers()):
         if weight.device.type == "cpu" and weight.data_ptr() % 64:
@@ -244,7 +241,7 @@ def _settled(model: nn.Module) -> nn.Module:
 
 
 def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None) -> nn.Module:
-    """Freeze the base, put LoRA on the target modules (None: PEFT's choice for the architecture), train the head whole."""
+    """Freeze the base, put LoRA on the targets (None: PEFT's choice for the architecture), train the head whole."""
     from peft import LoraConfig, get_peft_model
 
     heads = [name for name in HEADS if hasattr(model, name)]
@@ -264,8 +261,8 @@ def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list
 def save_trained(model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path, state: Any = None) -> None:
     """Save what `from_pretrained` needs into `folder`, safetensors only; the folder appears whole or not at all.
 
-    An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself. `state` is the
-    gathered state dict of a model that holds only a shard of it.
+    An adapter's config gets the base's Hub id and resolved revision, which PEFT does not store by itself. `state` is
+    the gathered state dict of a model that holds only a shard of it.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:

@@ -267,7 +267,7 @@ class PackedBatches:
     or fewer, since no dialogue is split for it, and the loss divides by the true number. No batch has more than
     `tokens_per_batch` tokens in any of `num_epochs`; where that is tight, an epoch has more and smaller steps. A larger
     budget saves little (batches share only the label guide) and costs memory. For the optimizer one thing changes: a
-    dialogue's rows share a step. `micro_batches` counts a step's forward passes; rows and passes are over all processes.
+    dialogue's rows share a step. `micro_batches` counts a step's passes; rows and passes are over all processes.
     For `branches` see `lay_out`; `can_branch` knows.
     """
 
