@@ -45,7 +45,7 @@ from rareturn.decisions.metrics import METRIC_NAMES, check_labels
 from rareturn.decisions.probabilities import BLENDS, check_weights, softmax
 from rareturn.decisions.rules import Decision, Outcome, Rule
 from rareturn.errors import InputError
-from rareturn.files import check_content, read_json, write_bytes, write_json, write_text
+from rareturn.files import check_content, read_json, write_bytes, write_json
 from rareturn.reports.cards import ensemble_card
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure, score_test
 from rareturn.runs.alignment import SHARED_KEYS, align_runs, align_test, make_voting, protected_label
@@ -262,7 +262,7 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
         card = card.replace(spelling.format(local_name), spelling.format(repo_id))
     write_json(files["ensemble.json"], bundle)
     write_json(files["decision.json"], decision)
-    write_text(files["README.md"], card)
+    write_bytes(files["README.md"], card.encode())
     for part in bundle["runs"]:
         if part["model"]:
             part["model"].pop("folder", None)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 
 class InputError(Exception):
-    """A mistake in what the user gave. Shown as its lines, without a traceback; the script exits with status 2.
-
-    Args:
-        problems: one line a problem. The first 20 are shown, then a count of the rest.
-    """
+    """A mistake in what the user gave: a line a problem, shown without a traceback; the script exits with status 2."""
 
     shown = 20
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -22,48 +23,40 @@ Model = TypeVar("Model", bound=BaseModel)
 def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True) -> None:
     """Write a file beside its place and rename it there: a killed process leaves the old file or the new one.
 
-    Args:
-        overwrite: if false, a file that is there already (or that another process is first to put there) stays.
-
-    Raises:
-        InputError: the disk is full or the place cannot be written; what was there before is untouched.
+    Without `overwrite` a file stays that is there already, or that another process is first to put there. An InputError
+    where the disk is full or the place cannot be written; what was there before is untouched.
     """
     path = Path(path)
     # The name is unique: the folds of a run are processes that write into one folder.
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(beside, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                os.replace(beside, path)
-            elif not path.exists():
-                _link(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            os.replace(beside, path)
+        elif not path.exists():
+            _link(beside, path)
     except OSError as error:
         raise InputError(f"{path}: cannot write: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what libraries raise on a full disk, each its own, into one line.
-
-    Raises:
-        InputError: the block failed and there is no room in the folder.
-    """
+    """Turn what libraries raise on a full disk, each its own, into one line: an InputError."""
     try:
         yield
     except Exception as error:
         full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, InputError) or not (full or shutil.disk_usage(folder).free < 1 << 16):
             raise
-        raise InputError(
-            f"{folder}: no space left on the disk; make room and repeat, what is complete stays"
-        ) from None
+        problem = "no space left on the disk; make room and repeat, what is complete stays"
+        raise InputError(f"{folder}: {problem}") from None
 
 
 def _link(beside: Path, path: Path) -> None:
@@ -78,11 +71,6 @@ def _link(beside: Path, path: Path) -> None:
         os.replace(beside, path)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
-    write_bytes(path, text.encode())
-
-
 def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True) -> None:
     """`write_bytes` of indented JSON; a NaN or an infinity in it is a ValueError, since other readers refuse them."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -90,11 +78,7 @@ def write_json(path: str | os.PathLike, content: Any, *, overwrite: bool = True)
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        InputError: the file is missing, unreadable, cut short or no JSON.
-    """
+    """What a JSON file holds; an InputError where it is missing, unreadable, cut short or no JSON."""
     try:
         return json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
     except OSError as error:
@@ -107,19 +91,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def packaged(name: str | os.PathLike) -> Path:
     """A file or folder that is not code: an installed package has it inside, a checkout in its root."""
-    package = Path(__file__).parent
-    inside = package / name
-    return inside if inside.exists() else package.parent / name
+    inside, outside = (folder / name for folder in Path(__file__).parents[:2])
+    return inside if inside.exists() else outside
 
 
 def check_content(model: type[Model], content: Any, where: str) -> Model:
-    """What a file holds, as a pydantic model.
+    """What a file holds, as a pydantic model; an InputError has a line for each problem and its place in the file.
 
-    Raises:
-        InputError: one line for each problem: the file, the place in it, what is wrong. A validator of the model that finds
-            several raises a ValueError with a line for each.
+    A validator of the model that finds several problems raises a ValueError with a line for each.
     """
     try:
         return model.model_validate(content)

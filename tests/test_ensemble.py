@@ -252,7 +252,7 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         "fold-1/adapter",
     ]
     read_back, folder = read_bundle("out")
-    assert read_back.model_dump(include={"label_guide", "name"}) == {"label_guide": GUIDE, "name": "out"}
+    assert (read_back.guide.to_dict(), read_back.name) == (GUIDE, "out")
     assert model_folders(read_back.runs[1], folder)[1].resolve() == place / "b/fold-1/adapter"
 
     # In-sample never stands without its cross-fitted figure beside it.
@@ -508,7 +508,7 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
         for fold in range(FOLDS):
             push_fold(run, fold, "org", "psy")
         card = run_card(run_info(run), {"folds": {}}, f"org/psy-{run}")
-        push_run(run, "org", "psy", model_card=card, collection=False)
+        push_run(run, "org", "psy", model_card=card)
     capsys.readouterr()
 
     mixed = ["--runs", "a", "org/psy-oof:b", *GIVEN[3:]]
@@ -744,7 +744,7 @@ def test_a_run_whose_models_are_not_shared(place: Path, hub_here, caplog):
     for fold in range(FOLDS):
         push_fold("b", fold, "org", "psy")
     card = run_card(run_info("b"), {"folds": {}}, "org/psy-b")
-    push_run("b", "org", "psy", model_card=card, collection=False)
+    push_run("b", "org", "psy", model_card=card)
     del hub_here.repos["model", "org/psy-b"]
     assert call("--runs", "org/psy-oof:b", *QUICK, "--output_dir", "out") == 0
     assert read("out/ensemble.json")["runs"][0]["model"] is None

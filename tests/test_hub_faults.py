@@ -171,7 +171,7 @@ def test_a_pull_meets_faults(hub_here: HubServer, tmp_path: Path) -> None:
     push_fold(run_dir, 0, "org", "demo")
     for fold in (1, 2):
         push_fold(run_dir, fold, "org", "demo")
-    push_run(run_dir, "org", "demo", model_card=CARD, collection=False)
+    push_run(run_dir, "org", "demo", model_card=CARD)
     hub_here.faults = Faults(
         script=[("info", "503"), ("tree", "drop_before"), ("resolve", "500"), ("resolve", "502")]
     )
@@ -201,7 +201,7 @@ import sys
 from rareturn.runs.publish import push_fold, push_run
 shared, fold, own, card = sys.argv[1:]
 push_fold(shared, int(fold), "org", "demo")
-push_run(own, "org", "demo", model_card=card, collection=False)
+push_run(own, "org", "demo", model_card=card)
 """
 
 

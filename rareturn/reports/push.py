@@ -14,14 +14,7 @@ from rareturn.runs.references import model_repo
 
 
 def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = None) -> None:
-    """Push complete folds and the card of the run, which covers every fold that is complete by then.
-
-    Args:
-        folds: which of them; None for all that are complete.
-
-    Raises:
-        InputError: no run in the folder, or none of its folds is complete.
-    """
+    """Push complete folds (None: all of them) and the card of the run, which covers every fold that is complete by then."""
     info = read_run_info(run_dir) if (run_dir / "run.json").exists() else {"num_folds": 0}
     folds = complete_folds(run_dir, info["num_folds"]) if folds is None else folds
     if not folds:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -10,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from rareturn.data.label_guide import LabelGuide, parse_label_guide
+from rareturn.data.label_guide import LabelGuide
 from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
-from rareturn.files import check_content, read_json
+from rareturn.files import check_content, file_digest, read_json
 from rareturn.runs.decision_file import Checked, Label, SavedRule, WeightedRun, rule_content
-from rareturn.runs.folder import adapter_dir
 from rareturn.runs.hub import pull_files, resolve_revision
 from rareturn.runs.publish import public_info, pull_adapters
 from rareturn.runs.reading import Run
@@ -30,6 +28,7 @@ HUB_BUNDLE = re.compile(rf"(?P<repo>{HUB_REPO})(?:@(?P<revision>[^@\s]+))?")
 HUB_BASE = re.compile(rf"{HUB_REPO}|[A-Za-z0-9][\w.-]*")
 DECISION = ("bias", "protected_class", "threshold", "temperature")
 
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
 WeightsFile = Annotated[str, Field(pattern=r"^[\w.-]+\.safetensors$")]
 
@@ -62,9 +61,7 @@ class Loader(Checked):
     pooling: Literal["native", "mean"] = "native"
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: (
-        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
-    ) = None
+    attn_implementation: Attention | None = None
     trust_remote_code: bool = False
     bf16: bool = False
 
@@ -102,7 +99,7 @@ class Bundle(SavedRule):
 
     schema_version: Literal[1]
     name: str
-    label_guide: dict[str, Any]
+    guide: LabelGuide = Field(alias="label_guide")
     runs: list[BundledRun] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -111,60 +108,39 @@ class Bundle(SavedRule):
         decision = content.get("decision") if isinstance(content, dict) else None
         return {**content, **decision} if isinstance(decision, dict) else content
 
-    @field_validator("label_guide")
-    @classmethod
-    def _same_labels(cls, guide: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        try:
-            names = parse_label_guide(guide, "label guide").names
-        except InputError as error:
-            raise ValueError(str(error)) from None
-        if names != info.data.get("label_names", names):
-            raise ValueError(f"labels {names}, but label_names {info.data['label_names']}")
-        return guide
-
-    @property
-    def guide(self) -> LabelGuide:
-        """The label guide."""
-        return parse_label_guide(self.label_guide, "label guide")
+    @model_validator(mode="after")
+    def _same_labels(self) -> Bundle:
+        if self.guide.names != self.label_names:
+            raise ValueError(f"label_guide: labels {self.guide.names}, but label_names {self.label_names}")
+        return self
 
 
 def read_bundle(reference: str) -> tuple[Bundle, Path]:
-    """Read and check a bundle.
+    """What an `ensemble.json` holds, and the folder that it lies in: that of ensemble.py, or a copy from the Hub.
 
-    Args:
-        reference: the output folder of ensemble.py, or `ORG/NAME[@REVISION]` on the Hub.
-
-    Returns:
-        What `ensemble.json` holds, and the folder that it lies in.
-
-    Raises:
-        InputError: no bundle there, or one line for each field that is missing or wrong. A bundle from the Hub may not
-            name folders of this machine, neither for its models nor for their bases.
+    An InputError has a line for each field that is missing or wrong. A bundle from the Hub (`ORG/NAME[@REVISION]`) may
+    not name folders of this machine, neither for its models nor for their bases.
     """
     folder = Path(reference)
     if pulled := not folder.is_dir():
-        match = HUB_BUNDLE.fullmatch(reference)
-        if match is None:
+        if (match := HUB_BUNDLE.fullmatch(reference)) is None:
             raise InputError(f"{reference}: no such folder, nor a repo ORG/NAME[@REVISION] on the Hub")
-        if match["revision"] is not None:
-            check_revision(match["revision"], reference)
+        check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
     if not (folder / "ensemble.json").is_file():
         raise InputError(f"{reference}: holds no ensemble.json")
-    where, problems = f"{reference}: ensemble.json", []
+    where, lines = f"{reference}: ensemble.json", []
     bundle = check_content(Bundle, read_json(folder / "ensemble.json"), where)
     for place, run in enumerate(bundle.runs):
         if run.model is None:
-            problems.append(f"{where}: {run.name} came without its models: only its tables were shared")
+            lines.append(f"{run.name} came without its models: only its tables were shared")
         elif pulled and run.model.folder is not None:
-            problems.append(
-                f"{where}: runs.{place}.model.folder: a bundle from the Hub may not name a folder here"
-            )
+            lines.append(f"runs.{place}.model.folder: a bundle from the Hub may not name a folder here")
         if pulled and is_local_base(run.base_model):
             problem = f"{run.base_model!r} is a path on this machine, not a Hub id"
-            problems.append(f"{where}: runs.{place}.base_model: {problem}")
-    if problems:
-        raise InputError(*problems)
+            lines.append(f"runs.{place}.base_model: {problem}")
+    if lines:
+        raise InputError(*(f"{where}: {line}" for line in lines))
     return bundle, folder
 
 
@@ -176,11 +152,8 @@ def is_local_base(name: str) -> bool:
 def model_folders(run: BundledRun, folder: Path) -> list[Path]:
     """The folder of each fold's model: the run folder if its weights are the bundle's, else pulled from the Hub.
 
-    Args:
-        folder: where the bundle lies, as `read_bundle` gives it.
-
-    Raises:
-        InputError: a model that is nowhere to be had, or whose weights are not those that the bundle was made with.
+    `folder` is where the bundle lies. An InputError for a model that is nowhere to be had, or whose weights are not
+    those that the bundle was made with.
     """
     model = run.model
     if model.folder is not None:
@@ -190,8 +163,7 @@ def model_folders(run: BundledRun, folder: Path) -> list[Path]:
             if model.repo_id is None:
                 raise
     names = [fold.subfolder.removesuffix("/adapter") for fold in model.folds]
-    numbers = [int(name.removeprefix("fold-")) for name in names]
-    root, _ = pull_adapters(model.repo_id, numbers, revision=model.revision)
+    root, _ = pull_adapters(model.repo_id, names, revision=model.revision)
     return _checked(model.folds, [root / name for name in names])
 
 
@@ -200,14 +172,9 @@ def _checked(folds: Sequence[Fold], places: list[Path]) -> list[Path]:
         for name, digest in fold.sha256.items():
             if not (place / name).is_file():
                 raise InputError(f"{place / name}: missing; the ensemble needs it")
-            if _sha256(place / name) != digest:
+            if file_digest(place / name) != digest:
                 raise InputError(f"{place / name}: its SHA-256 is not that of the ensemble's weights")
     return places
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bundle_content(name: str, rule: Rule, runs: Sequence[Run], models: Sequence[Any]) -> dict[str, Any]:
@@ -215,8 +182,8 @@ def bundle_content(name: str, rule: Rule, runs: Sequence[Run], models: Sequence[
     content = {"schema_version": 1, "name": name, **rule_content(rule, runs)}
     decision = {key: content.pop(key) for key in DECISION}
     for part, run, model in zip(content["runs"], runs, models, strict=True):
-        of_run = {key: run.info.get(key) for key in BundledRun.model_fields if key not in part}
-        part |= of_run | {"model": model}
+        part |= {key: run.info.get(key) for key in BundledRun.model_fields if key not in part}
+        part["model"] = model
     return {**content, "label_guide": runs[0].info.get("label_guide"), "decision": decision}
 
 
@@ -231,10 +198,10 @@ def find_models(run: Run, output_dir: Path) -> dict[str, Any] | None:
     else:
         folds, problem = [], f"{run.reference}: holds no models of its folds"
         for fold in range(run.info["num_folds"]):
-            adapter = adapter_dir(where.folder, fold)
-            place = adapter if adapter.is_dir() else adapter.parent
-            hashes = {path.name: _sha256(path) for path in sorted(place.glob("*.safetensors"))}
-            folds.append({"subfolder": place.relative_to(where.folder).as_posix(), "sha256": hashes})
+            name = f"fold-{fold}"
+            name += "/adapter" if (where.folder / name / "adapter").is_dir() else ""
+            weights = sorted((where.folder / name).glob("*.safetensors"))
+            folds.append({"subfolder": name, "sha256": {path.name: file_digest(path) for path in weights}})
         if all(fold["sha256"] for fold in folds):
             return {"folder": Path(os.path.relpath(where.folder, output_dir)).as_posix(), "folds": folds}
     logger.warning(f"{problem}; ensemble.json lists the run without a model: predict.py cannot use it")
@@ -247,8 +214,7 @@ def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[s
     if read_json(folder / "run.json") not in (info, public_info(info)):
         raise InputError(f"{repo_id}: run.json: not that of {reference}")
     names = [f"fold-{fold}" for fold in range(info["num_folds"])]
-    missing = [name for name in names if not (folder / name / "metrics.json").is_file()]
-    if missing:
+    if missing := [name for name in names if not (folder / name / "metrics.json").is_file()]:
         raise InputError(f"{repo_id}: {', '.join(missing)} is not there; push it first (--push_only)")
     return {"repo_id": repo_id, "revision": sha, "folds": [{"subfolder": name} for name in names]}
 
@@ -256,21 +222,18 @@ def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[s
 def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str, Any]:
     """A run of the bundle with its repos on the Hub; its folder stays, for predictions on this machine.
 
-    Raises:
-        InputError: a run that others could not load, because it or its base is only on this disk.
+    An InputError for a run that others could not load, because it or its base is only on this disk.
     """
-    if is_local_base(part["base_model"]):
-        problem = f"its base model is a folder, {part['base_model']}"
-    elif part["revision"] is not None:
-        return dict(part)
-    else:
-        try:
-            info, tables = read_json(Path(part["reference"]) / "run.json"), table_repo(namespace, name)
-            found = _hub_models(model_repo(namespace, name, part["name"]), info, part["reference"])
-            revision = resolve_revision(tables, repo_type="dataset")
-            model = part["model"] and {**found, **part["model"], "revision": found["revision"]}
-            return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
-        except InputError as error:
-            problem = str(error)
-    where = f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub"
-    raise InputError(f"{where}: {problem}")
+    try:
+        if is_local_base(part["base_model"]):
+            raise InputError(f"its base model is a folder, {part['base_model']}")
+        if part["revision"] is not None:
+            return dict(part)
+        info, tables = read_json(Path(part["reference"]) / "run.json"), table_repo(namespace, name)
+        found = _hub_models(model_repo(namespace, name, part["name"]), info, part["reference"])
+        revision = resolve_revision(tables, repo_type="dataset")
+        model = part["model"] and {**found, **part["model"], "revision": found["revision"]}
+        return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
+    except InputError as error:
+        where = f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub"
+        raise InputError(f"{where}: {error}") from None

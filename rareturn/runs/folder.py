@@ -15,29 +15,23 @@ from rareturn.command_line import SECRET, provenance
 from rareturn.data.folds import FoldDataArguments, RunData, short
 from rareturn.decisions.metrics import scores
 from rareturn.errors import InputError
-from rareturn.files import read_json, write_json
-from rareturn.runs.schemas import check_run_info
+from rareturn.files import check_content, file_digest, read_json, write_json
+from rareturn.runs.schemas import RunInfo
 from rareturn.runs.tables import read_rows_digest, read_table, rows_digest
 
 if TYPE_CHECKING:
     from rareturn.models.loading import BaseModel
 
 # What may differ between two launches of one run: where it runs, how loudly, and where results go.
+FREE_PREFIXES = ("_", "do_", "hub_", "log_", "logging_", "push_", "trackio_")
 FREE_FLAGS = """
-    fold output_dir run_name do_train do_eval do_predict use_cpu local_rank ddp_backend ddp_timeout debug
-    push_to_hub push_only hub_namespace hub_name hub_private_repo
-    hub_model_id hub_strategy hub_always_push hub_revision
-    project trackio_space_id trackio_bucket_id trackio_static_space_id report_to disable_tqdm
-    log_level log_level_replica log_on_each_node logging_strategy logging_steps logging_first_step
-    logging_nan_inf_filter include_for_metrics include_num_input_tokens_seen skip_memory_metrics
+    fold output_dir run_name use_cpu local_rank ddp_backend ddp_timeout debug project report_to disable_tqdm
+    include_for_metrics include_num_input_tokens_seen skip_memory_metrics accelerator_config remove_unused_columns
     keep_checkpoints save_strategy save_steps save_total_limit save_on_each_node resume_from_checkpoint
-    accelerator_config remove_unused_columns
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 """
 # What these name is compared by its content, so that a file may move.
-FLAGS_BY_CONTENT = (
-    "train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision"
-)
+BY_CONTENT = "train_file augmented_file test_file label_guide label_scope model_name_or_path model_revision"
 PARTS = {
     "label_guide": "--label_guide",
     "rows": "the rows of --train_file",
@@ -53,11 +47,7 @@ PARTS = {
 
 
 def run_recipe(*argument_sets: Any) -> dict[str, Any]:
-    """The flags to run a run again: those that have no default or another value, without free and secret ones.
-
-    Raises:
-        InputError: a value that is not a number.
-    """
+    """The flags to run a run again: those that have no default or another value, without free and secret ones."""
     recipe: dict[str, Any] = {}
     for item, value in _flags(argument_sets):
         if isinstance(value, float) and math.isnan(value):
@@ -71,7 +61,7 @@ def _flags(argument_sets: Iterable[Any]) -> Iterator[tuple[dataclasses.Field, An
     """Each field that counts, with its value."""
     for arguments in argument_sets:
         for item in dataclasses.fields(arguments):
-            free = item.name in FREE_FLAGS.split() or item.name.startswith("_")
+            free = item.name in FREE_FLAGS.split() or item.name.startswith(FREE_PREFIXES)
             if item.init and not free and not SECRET.fullmatch(f"--{item.name}"):
                 yield item, getattr(arguments, item.name)
 
@@ -81,15 +71,7 @@ def _default(item: dataclasses.Field) -> Any:
 
 
 def describe_run(
-    name: str,
-    data: RunData,
-    base: BaseModel,
-    *argument_sets: Any,
-    seed: int,
-    loader: Mapping[str, Any],
-    prompt_fingerprint: str | None,
-    processes: int = 1,
-    **facts: Any,
+    name: str, data: RunData, base: BaseModel, *argument_sets: Any, processes: int = 1, **facts: Any
 ) -> dict[str, Any]:
     """The content of `run.json`.
 
@@ -98,14 +80,13 @@ def describe_run(
 
     Args:
         argument_sets: the script's flags, a `FoldDataArguments` first.
-        loader: `base.loader` and what else decides how the model computes.
-        prompt_fingerprint: see `Renderer.fingerprint`; None for a model that sees no prompt.
-        facts: further keys of `run.json`.
+        facts: `seed`; `loader` (`base.loader` and what else decides how the model computes); `prompt_fingerprint` (see
+            `Renderer.fingerprint`; None for a model that sees no prompt); and further keys of `run.json`.
     """
     arguments: FoldDataArguments = argument_sets[0]
     recipe = run_recipe(*argument_sets)
-    flags = {**recipe, **arguments.split, **arguments.window, **loader, "seed": seed}
-    for key in [key for key in flags if key in FLAGS_BY_CONTENT.split() or key.endswith("_column")]:
+    flags = {**recipe, **arguments.split, **arguments.window, **facts["loader"], "seed": facts["seed"]}
+    for key in [key for key in flags if key in BY_CONTENT.split() or key.endswith("_column")]:
         del flags[key]
     local = base.revision is None and Path(base.path).is_dir()
     parts = {
@@ -118,21 +99,18 @@ def describe_run(
         "base_model": None if local else base.name,
         "base_revision": base.revision,
         "weights": _folder_digest(base.path) if local else None,
-        "prompt": prompt_fingerprint,
+        "prompt": facts["prompt_fingerprint"],
         "processes": processes,
     }
     return {
         "name": name,
         **data.describe(),
         **arguments.split,
-        "seed": seed,
         "base_model": base.name,
         "base_revision": base.revision,
-        "loader": dict(loader),
         "window": arguments.window,
         **facts,
         "recipe": recipe,
-        "prompt_fingerprint": prompt_fingerprint,
         "identity": {"digest": _digest(parts), **parts},
         **provenance(),
     }
@@ -144,28 +122,19 @@ def _digest(content: Any) -> str:
 
 def _folder_digest(folder: str) -> str:
     """Of a model folder's weights, configuration and tokenizer, each file by its name and its bytes."""
-    content = {}
-    for path in Path(folder).iterdir():
-        if path.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and path.is_file():
-            with open(path, "rb") as file:
-                content[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digest(content)
+    kinds = (".safetensors", ".json", ".txt", ".model", ".py")
+    files = [path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file()]
+    return _digest({path.name: file_digest(path) for path in files})
 
 
 def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
-    """Refuse a folder that holds another run; an empty folder is fine.
+    """Refuse a folder that holds another run: a line for each flag, with both values. An empty folder is fine.
 
-    Args:
-        argument_sets: of the run that asks; they name the defaults that a recipe leaves out.
-
-    Raises:
-        InputError: the folder holds a run with another identity (one line for each flag, with both values), with none,
-            or models without any `run.json`.
+    A recipe leaves defaults out: `argument_sets`, of the run that asks, name them.
     """
     path, other = Path(run_dir) / "run.json", "use another --output_dir"
     if not path.exists():
-        models = [*path.parent.glob("fold-*/adapter"), *path.parent.glob("fold-*/head.safetensors")]
-        if models:
+        if models := [*path.parent.glob("fold-*/adapter"), *path.parent.glob("fold-*/head.safetensors")]:
             raise InputError(f"{path}: missing, so nothing says how {models[0]} was made; {other}")
         return
     present = read_run_info(path.parent)
@@ -175,17 +144,16 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
     if not (there and here):
         raise InputError(f"{path}: no identity, so its folds cannot be continued; {other}")
     before, now = there.get("flags", {}), here["flags"]
-    differing = {}
     defaults = {item.name: _default(item) for item, _ in _flags(argument_sets)}
-    for key in sorted({*before, *now}):
-        default = json.loads(json.dumps(defaults.get(key), default=lambda value: None))
-        pair = before.get(key, default), now.get(key, default)
-        if (key in before) != (key in now) or pair[0] != pair[1]:
-            differing[f"--{key}"] = pair
+    defaults = json.loads(json.dumps(defaults, default=lambda value: None))
+    differing = {
+        f"--{key}": (before.get(key, defaults.get(key)), now.get(key, defaults.get(key)))
+        for key in sorted({*before, *now})
+        if before.get(key, ...) != now.get(key, ...)
+    }
     if not differing:
-        parts = (PARTS | {"digest": "identity"}).items()
-        pairs = {name: (there.get(part), here[part]) for part, name in parts}
-        differing = dict([(name, pair) for name, pair in pairs.items() if pair[0] != pair[1]][:1])
+        part = next(part for part in (*PARTS, "digest") if there.get(part) != here[part])
+        differing = {PARTS.get(part, "identity"): (there.get(part), here[part])}
     lines = [f"{name}: {short(a)} there, {short(b)} asked for" for name, (a, b) in differing.items()]
     raise InputError(*(f"{path}: {line}; {other}" for line in lines))
 
@@ -193,7 +161,7 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
 def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
     """Write `run.json`, once: the run's other folds find it there, and must agree with it (`check_same_run`)."""
     path = Path(run_dir) / "run.json"
-    check_run_info(info, str(path))
+    check_content(RunInfo, info, str(path))
     write_json(path, info, overwrite=False)
     check_same_run(run_dir, info, *argument_sets)
 
@@ -201,8 +169,7 @@ def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
 def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **facts: Any) -> None:
     """Score a fold's out-of-fold table, write its `metrics.json`, which makes the fold complete, and print a line.
 
-    Args:
-        facts: what else is known of the fold; `seconds` at least.
+    `facts` is what else is known of the fold; `seconds` at least.
     """
     from rareturn.models.inference import peak_memory
 
@@ -231,18 +198,14 @@ def table_path(run_dir: str | os.PathLike, split: str, fold: int) -> Path:
     return Path(run_dir) / split / f"fold-{fold}.parquet"
 
 
-def complete_folds(run_dir: str | os.PathLike, num_folds: int, needs_test: bool = False) -> list[int]:
+def complete_folds(run_dir: str | os.PathLike, num_folds: int) -> list[int]:
     """The folds of a run folder that are complete."""
-    return [fold for fold in range(num_folds) if fold_is_complete(run_dir, fold, needs_test)]
+    return [fold for fold in range(num_folds) if fold_is_complete(run_dir, fold)]
 
 
-def fold_is_complete(run_dir: str | os.PathLike, fold: int, needs_test: bool = False) -> bool:
-    """Whether a fold's tables and metrics are there; being renamed into place, they are whole if they are."""
-    return (
-        metrics_path(run_dir, fold).is_file()
-        and table_path(run_dir, "oof", fold).is_file()
-        and (not needs_test or table_path(run_dir, "test", fold).is_file())
-    )
+def fold_is_complete(run_dir: str | os.PathLike, fold: int) -> bool:
+    """Whether a fold's table and metrics are there; being renamed into place, they are whole if they are."""
+    return metrics_path(run_dir, fold).is_file() and table_path(run_dir, "oof", fold).is_file()
 
 
 def test_table_is_current(run_dir: str | os.PathLike, fold: int, rows_of_test: str) -> bool:
@@ -250,6 +213,8 @@ def test_table_is_current(run_dir: str | os.PathLike, fold: int, rows_of_test: s
     return read_rows_digest(table_path(run_dir, "test", fold)) == rows_of_test
 
 
-def read_run_info(run_dir: Path) -> dict[str, Any]:
-    """A folder's `run.json`, checked."""
-    return check_run_info(read_json(run_dir / "run.json"), str(run_dir / "run.json"))
+def read_run_info(run_dir: Path, where: str | None = None) -> dict[str, Any]:
+    """A folder's `run.json`, as it is; an InputError has a line for each key that is missing or wrong."""
+    info = read_json(run_dir / "run.json")
+    check_content(RunInfo, info, where or str(run_dir / "run.json"))
+    return info

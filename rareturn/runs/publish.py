@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
@@ -25,13 +26,7 @@ def push_fold(
     """Push a complete fold: one commit to each repo, of paths that no other fold writes; again changes nothing.
 
     The model's files are those in `RUN/fold-<k>/adapter/` and directly in `RUN/fold-<k>/` (metrics, a linear head).
-
-    Returns:
-        Repo id to the SHA of a commit that holds the files.
-
-    Raises:
-        InputError: the fold is not complete, or a name that the Hub does not take.
-        PushError: see `hub.push_files`.
+    Returns repo id to the SHA of a commit that holds the files; fails as `push_files` does.
     """
     run_dir = Path(run_dir)
     run = read_run_info(run_dir)["name"]
@@ -46,10 +41,9 @@ def push_fold(
         # PEFT writes an empty card template beside each adapter; the run's own card is at the root.
         if path.is_file() and may_travel(place) and path.name != "README.md" and path.name[0] != "."
     }
+    paths = {split: table_path(run_dir, split, fold) for split in ("oof", "test")}
     tables: dict[str, Content] = {
-        f"data/{run}/{split}-fold-{fold}.parquet": table_path(run_dir, split, fold)
-        for split in ("oof", "test")
-        if table_path(run_dir, split, fold).is_file()
+        f"data/{run}/{split}-fold-{fold}.parquet": path for split, path in paths.items() if path.is_file()
     }
     options = {"message": f"{run}: fold {fold}", "kept_in": run_dir, "private": private}
     repos = model_repo(namespace, name, run), table_repo(namespace, name)
@@ -60,24 +54,12 @@ def push_fold(
 
 
 def push_run(
-    run_dir: str | os.PathLike,
-    namespace: str,
-    name: str,
-    *,
-    model_card: str,
-    private: bool = True,
-    collection: bool = True,
+    run_dir: str | os.PathLike, namespace: str, name: str, *, model_card: str, private: bool = True
 ) -> dict[str, str]:
     """Push what belongs to the whole run: `run.json`, `folds.json`, the card, and the run's config in the dataset card.
 
     Other configs and all prose of an existing dataset card are kept, even if another process changes it at the same
-    moment. The collection `NAME` ties the repos together.
-
-    Returns:
-        Repo id to the SHA of a commit that holds the files.
-
-    Raises:
-        InputError, PushError: as `push_fold`.
+    moment. The collection `NAME` ties the repos together. Returns and fails as `push_fold`.
     """
     run_dir = Path(run_dir)
     info = public_info(read_run_info(run_dir))
@@ -96,8 +78,7 @@ def push_run(
         repos[0]: push_files(repos[0], {**facts, "README.md": model_card.encode()}, **options),
         repos[1]: push_files(repos[1], tables, repo_type="dataset", **options),
     }
-    if collection:
-        add_to_collection(namespace, name, [(repos[0], "model"), (repos[1], "dataset")], private=private)
+    add_to_collection(namespace, name, [(repos[0], "model"), (repos[1], "dataset")], private=private)
     return shas
 
 
@@ -127,21 +108,13 @@ def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) -> bytes:
-    """The dataset repo's README.md with the config of one run in it; everything else in it stays.
+    """The dataset repo's README.md (None: there is none yet) with the config of one run; everything else in it stays.
 
-    Args:
-        present: the README as it is; None if there is none.
-
-    Raises:
-        ValueError: the README's YAML header cannot be read, so it cannot be kept.
+    A ValueError where the YAML header cannot be read, so that it cannot be kept.
     """
-    from huggingface_hub import DatasetCard, DatasetCardData
-
     splits = ("oof", "test") if has_test else ("oof",)
-    config = {
-        "config_name": run,
-        "data_files": [{"split": split, "path": f"data/{run}/{split}-fold-*.parquet"} for split in splits],
-    }
+    files = [{"split": split, "path": f"data/{run}/{split}-fold-*.parquet"} for split in splits]
+    config = {"config_name": run, "data_files": files}
     if present is None:
         name = repo_id.split("/")[1].removesuffix("-oof")
         template = packaged("reports/templates/dataset_card.md.jinja")
@@ -150,27 +123,20 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
         return str(card).encode()
     try:
         card = DatasetCard(present.decode())
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
     configs = card.data.get("configs", [])
     if not isinstance(configs, list) or not all(isinstance(other, dict) for other in configs):
         raise ValueError("the configs in the YAML header of its README.md are not a list of mappings")
     if config in configs:
         return present
-    names = [other.get("config_name") for other in configs]
-    if run in names:
-        configs[names.index(run)] = config
-    else:
-        card.data["configs"] = [*configs, config]
+    others = [other for other in configs if other.get("config_name") != run]
+    card.data["configs"] = [*others, config]
     return str(card).encode()
 
 
 def pull_run(reference: str | os.PathLike, where: Reference) -> tuple[Path, str]:
-    """Fetch a run's tables from the Hub into the cache; returns the folder with `run.json` and the commit's SHA.
-
-    Raises:
-        InputError: no such repo, revision or run, or the Hub cannot be reached.
-    """
+    """Fetch a run's tables from the Hub into the cache; returns the folder with `run.json` and the commit's SHA."""
     options = {"repo_type": "dataset", "revision": where.revision}
     root, sha = pull_files(where.repo_id, [f"data/{where.run}/*"], **options)
     folder = root / "data" / where.run
@@ -179,14 +145,10 @@ def pull_run(reference: str | os.PathLike, where: Reference) -> tuple[Path, str]
     return folder, sha
 
 
-def pull_adapters(repo_id: str, folds: Sequence[int], *, revision: str | None = None) -> tuple[Path, str]:
-    """Fetch a run's adapters from its model repo into the cache; returns the folder of `fold-<k>/` and the commit's SHA.
-
-    Raises:
-        InputError: as `hub.pull_files`, or a fold without safetensors.
-    """
-    folder, sha = pull_files(repo_id, [f"fold-{fold}/*" for fold in folds], revision=revision)
+def pull_adapters(repo_id: str, folds: Sequence[str], *, revision: str | None = None) -> tuple[Path, str]:
+    """Fetch models from a run's repo into the cache; returns the folder of the `fold-<k>` and the commit's SHA."""
+    folder, sha = pull_files(repo_id, [f"{fold}/*" for fold in folds], revision=revision)
     for fold in folds:
-        if not any((folder / f"fold-{fold}").glob("*.safetensors")):
-            raise InputError(f"{repo_id}: fold-{fold} holds no safetensors at {sha}")
+        if not any((folder / fold).glob("*.safetensors")):
+            raise InputError(f"{repo_id}: {fold} holds no safetensors at {sha}")
     return folder, sha

@@ -28,39 +28,29 @@ class Reference:
 def check_name(name: str, what: str) -> str:
     """Return the name if it can be part of a path and of a repo id; an InputError says what can."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(
-            f"{what} {name!r}: letters, digits, '_', '.', '-' only (96 at most, starting with a letter or a digit; "
-            "no '..', no '--', no '.', '-' or '.git' at the end)"
-        )
+        kinds = "letters, digits, '_', '.', '-' only (96 at most, starting with a letter or a digit"
+        raise InputError(f"{what} {name!r}: {kinds}; no '..', no '--', no '.', '-' or '.git' at the end)")
     return name
 
 
-def check_revision(revision: str, where: str) -> str:
-    """Return the revision if it can be a branch, a tag or a commit SHA; an InputError if not."""
-    if not REVISION.fullmatch(revision):
+def check_revision(revision: str | None, where: str) -> str | None:
+    """Return the revision if it can be a branch, a tag or a commit SHA (or is None); an InputError if not."""
+    if revision is not None and not REVISION.fullmatch(revision):
         raise InputError(f"{where}: {revision!r} is not a revision: give a branch, a tag or a commit SHA")
     return revision
 
 
 def parse_reference(reference: str | os.PathLike) -> Reference:
-    """Read a run reference; a folder that exists wins over a Hub reference of the same spelling.
-
-    Raises:
-        InputError: neither a folder nor of the form `ORG/NAME-oof:RUN[@REVISION]`.
-    """
+    """Read a run reference, a folder or `ORG/NAME-oof:RUN[@REVISION]`; a folder of that spelling wins."""
     if os.path.isdir(reference):
         return Reference(folder=Path(reference))
-    match = REFERENCE.fullmatch(os.fspath(reference))
-    if match is None:
-        raise InputError(
-            f"{reference}: no such run; name an existing folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
-        )
+    if (match := REFERENCE.fullmatch(os.fspath(reference))) is None:
+        form = "name an existing folder, or ORG/NAME-oof:RUN[@REVISION] on the Hub"
+        raise InputError(f"{reference}: no such run; {form}")
     *names, revision = match.groups()
     parts = zip(names, ("organisation", "dataset", "run"), strict=True)
     organisation, dataset, run = (check_name(name, f"{reference}: {part}") for name, part in parts)
-    if revision is not None:
-        check_revision(revision, os.fspath(reference))
-    return Reference(repo_id=f"{organisation}/{dataset}", run=run, revision=revision)
+    return Reference(None, f"{organisation}/{dataset}", run, check_revision(revision, os.fspath(reference)))
 
 
 def model_repo(namespace: str, name: str, run: str) -> str:

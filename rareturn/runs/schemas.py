@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from rareturn.errors import InputError
-from rareturn.files import check_content
 from rareturn.runs.references import check_name
 
 
@@ -25,6 +24,7 @@ def _distinct(values: list) -> list:
 
 
 Labels = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class RunInfo(BaseModel):
@@ -33,9 +33,7 @@ class RunInfo(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     name: Annotated[str, AfterValidator(_name)]
-    label_names: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(min_length=2), AfterValidator(_distinct)
-    ]
+    label_names: Annotated[list[Name], Field(min_length=2), AfterValidator(_distinct)]
     positive_labels: Labels
     protected_label: int | None = None
     label_scope: Labels | None = None
@@ -66,13 +64,3 @@ class RunInfo(BaseModel):
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def check_run_info(info: Any, where: str) -> dict[str, Any]:
-    """The content of a `run.json`, as it is, once `RunInfo` has accepted it.
-
-    Raises:
-        InputError: one line for each key that is missing or wrong.
-    """
-    check_content(RunInfo, info, where)
-    return info

@@ -13,29 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
-TABLE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("dialogue_id", pa.string()),
-        ("fold", pa.int32()),
-        ("label", pa.int32()),
-        ("logits", pa.list_(pa.float32())),
-    ]
-)
+COLUMNS = {"id": pa.string(), "dialogue_id": pa.string(), "fold": pa.int32(), "label": pa.int32()}
+TABLE_SCHEMA = pa.schema({**COLUMNS, "logits": pa.list_(pa.float32())})
 # Another tool's table may hold wider types (pandas: large strings, int64, lists of doubles).
-TYPES = {
-    "id": ("strings", "(large_)?string"),
-    "dialogue_id": ("strings", "(large_)?string"),
-    "fold": ("integers", r"int\d+"),
-    "label": ("integers", r"int\d+"),
-    "logits": ("lists of float32", r"(large_)?list<\w+: (halffloat|float|double)( not null)?>"),
-}
+STRINGS, INTEGERS = ("strings", "(large_)?string"), ("integers", r"int\d+")
+LISTS = ("lists of float32", r"(large_)?list<\w+: (halffloat|float|double)( not null)?>")
+TYPES = {"id": STRINGS, "dialogue_id": STRINGS, "fold": INTEGERS, "label": INTEGERS, "logits": LISTS}
 ROWS_KEY = b"rareturn.rows"  # in the schema's metadata: the digest of the rows that a table was made for
 
 
@@ -63,13 +53,9 @@ class LogitTable:
 
     def take(self, positions: Sequence[int] | np.ndarray) -> LogitTable:
         """The rows at these positions, in this order."""
-        return LogitTable(
-            [self.id[position] for position in positions],
-            [self.dialogue_id[position] for position in positions],
-            self.fold[positions],
-            self.label[positions],
-            self.logits[positions],
-        )
+        ids = [self.id[position] for position in positions]
+        dialogues = [self.dialogue_id[position] for position in positions]
+        return LogitTable(ids, dialogues, self.fold[positions], self.label[positions], self.logits[positions])
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -83,37 +69,24 @@ def rows_digest(rows: Iterable[Row]) -> str:
 
 def make_table(rows: Sequence[Row], fold: int, logits: np.ndarray) -> LogitTable:
     """The table of a fold's model on these rows; `logits` of shape (rows, labels)."""
-    return LogitTable(
-        [row.id for row in rows],
-        [row.dialogue_id for row in rows],
-        np.full(len(rows), fold, dtype=np.int64),
-        np.array([row.label for row in rows], dtype=np.int64),
-        logits.astype(np.float32),
-        rows_digest(rows),
-    )
+    ids, dialogues = [row.id for row in rows], [row.dialogue_id for row in rows]
+    folds = np.full(len(rows), fold, dtype=np.int64)
+    labels = np.array([row.label for row in rows], dtype=np.int64)
+    return LogitTable(ids, dialogues, folds, labels, logits.astype(np.float32), rows_digest(rows))
 
 
 def write_table(path: str | os.PathLike, table: LogitTable) -> None:
     """Write a table as Parquet (columns of `TABLE_SCHEMA`, zstd); equal tables give equal bytes.
 
-    Raises:
-        InputError: a logit is not finite, the disk is full or the place cannot be written.
+    An InputError where a logit is not finite, the disk is full or the place cannot be written.
     """
-    logits = np.ascontiguousarray(table.logits, dtype=np.float32)
-    if not np.isfinite(logits).all():
-        row = table.id[int(np.argmin(np.isfinite(logits).all(1)))]
+    finite = np.isfinite(table.logits).all(1)
+    if not finite.all():
+        row = table.id[int(np.argmin(finite))]
         raise InputError(f"{path}: row {row!r}: logits are not finite, so the model's training diverged")
-    offsets = np.arange(len(logits) + 1, dtype=np.int32) * logits.shape[1]
-    columns = [
-        pa.array(table.id, pa.string()),
-        pa.array(table.dialogue_id, pa.string()),
-        pa.array(np.asarray(table.fold), pa.int32()),
-        pa.array(np.asarray(table.label), pa.int32()),
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(logits.reshape(-1))),
-    ]
     schema = TABLE_SCHEMA if table.rows is None else TABLE_SCHEMA.with_metadata({ROWS_KEY: table.rows})
-    buffer = io.BytesIO()
-    whole = pa.Table.from_arrays(columns, schema=schema)
+    columns = {name: getattr(table, name) for name in schema.names} | {"logits": list(table.logits)}
+    whole, buffer = pa.table(columns, schema=schema), io.BytesIO()
     pq.write_table(whole, buffer, compression="zstd", write_page_checksum=True)
     write_bytes(path, buffer.getvalue())
 
@@ -131,21 +104,17 @@ def _rows_digest_in(schema: pa.Schema) -> str | None:
 
 
 def read_table(path: str | os.PathLike) -> LogitTable:
-    """Read and check one table.
+    """Read and check one table; an InputError names the file and the first row that is wrong.
 
-    Raises:
-        InputError: no Parquet file, a missing column, a wrong type, an empty cell, a duplicate id, logits that are not
-            finite or whose number changes from row to row; names the file and the first row.
+    Refused are a missing column, a wrong type, an empty cell, an id that appears twice, and logits that are not finite or
+    whose number changes from row to row.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            missing = [name for name in TABLE_SCHEMA.names if name not in file.schema_arrow.names]
-            if missing:
+            if missing := [name for name in TABLE_SCHEMA.names if name not in file.schema_arrow.names]:
                 raise InputError(f"{path}: no column {', '.join(map(repr, missing))}")
-            table = file.read(columns=TABLE_SCHEMA.names).combine_chunks()
+            table = file.read(columns=TABLE_SCHEMA.names)
         table.validate(full=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error)[:200]}") from None
     for name, (expected, pattern) in TYPES.items():
@@ -160,20 +129,13 @@ def read_table(path: str | os.PathLike) -> LogitTable:
 
     for name in TABLE_SCHEMA.names:
         check(table[name].is_valid().to_numpy(), f"{name}: empty")
-    for row_id, count in Counter(ids).items():
-        if count > 1:
-            raise InputError(f"{path}: row {row_id!r}: id: appears more than once")
-    lists = table["logits"].combine_chunks().cast(pa.large_list(pa.float32()))
-    widths = np.diff(lists.offsets.to_numpy()) if ids else np.zeros(0, np.int64)
+    count = Counter(ids)
+    check(np.array([count[row_id] == 1 for row_id in ids], dtype=bool), "id: appears more than once")
+    widths = pc.list_value_length(table["logits"]).to_numpy()
     width = int(widths[0]) if ids else 0
     check(widths == width, f"logits: not {width} numbers, as in the first row")
-    logits = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), width)
+    logits = pc.list_flatten(table["logits"]).cast(pa.float32()).to_numpy().reshape(len(ids), width)
     check(np.isfinite(logits).all(1), "logits: not finite")
-    return LogitTable(
-        ids,
-        table["dialogue_id"].to_pylist(),
-        table["fold"].to_numpy().astype(np.int64),
-        table["label"].to_numpy().astype(np.int64),
-        np.array(logits, dtype=np.float32),
-        _rows_digest_in(table.schema),
-    )
+    dialogues, digest = table["dialogue_id"].to_pylist(), _rows_digest_in(table.schema)
+    fold, label = (table[name].to_numpy().astype(np.int64) for name in ("fold", "label"))
+    return LogitTable(ids, dialogues, fold, label, np.array(logits), digest)
