@@ -44,12 +44,14 @@ class Rendered:
         start: the first turn that the row sees.
         cut: whether the target itself lost its beginning.
         segment_ids: an encoder's: 0 up to the separator after the target, 1 on the context. None for decoders.
+        nodes: the number of each token's state in `models.trunk`, where the lower layers are computed beforehand.
     """
 
     pieces: tuple[np.ndarray, ...]
     start: int
     cut: bool
     segment_ids: np.ndarray | None = None
+    nodes: np.ndarray | None = None
 
     @property
     def input_ids(self) -> np.ndarray:

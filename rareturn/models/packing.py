@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from rareturn.errors import InputError
 from rareturn.models.inference import segment_name
 from rareturn.models.loading import BaseModel, is_encoder, load_config
 from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step
+
+if TYPE_CHECKING:
+    from rareturn.models.trunk import TrunkStates
 
 logger = logging.getLogger(__name__)
 
@@ -138,19 +141,14 @@ def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
 
     The batch has `input_ids` or, where the lower layers are computed already, their output as `inputs_embeds`.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "inputs_embeds", "position_ids") if name in batch}
+    known = {name: batch.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+    inputs = {name: value for name, value in known.items() if value is not None}
     config, mask = backbone.config.get_text_config(), None
     if "subtree_end" in batch:
-        device = batch["position_ids"].device.type
+        embeds, device = inputs.get("inputs_embeds"), batch["subtree_end"].device.type
+        dtype = (backbone.get_input_embeddings().weight if embeds is None else embeds).dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        else:
-            known = (
-                inputs["inputs_embeds"]
-                if "inputs_embeds" in inputs
-                else backbone.get_input_embeddings().weight
-            )
-            dtype = known.dtype
         mask = attention_masks(config, batch, dtype)
     return backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[0]
 
@@ -276,17 +274,23 @@ class PackedBatches:
     tokens_per_batch: int = 4096  # as much as a prediction takes; a batch's mask grows with its square
     num_epochs: int = 1
     branches: bool = True
+    states: TrunkStates | None = None  # of rows that have `nodes`
 
     def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """Rows as one packed batch for a model that `accept_packed` prepared.
 
         `input_ids` and `position_ids` have shape (1, tokens), `row_positions` has shape (rows,); `subtree_end`, (1,
         tokens), is there unless the rows form a single causal sequence. Without `branches` it is left out: transformers
-        itself keeps sequences apart where `position_ids` start anew, under flash attention too.
+        itself keeps sequences apart where `position_ids` start anew, under flash attention too. With `states` of a trunk
+        there are `inputs_embeds` in place of `input_ids`.
         """
-        layout = lay_out([row.input_ids for row in rendered], self.branches)
-        batch = {
-            "input_ids": torch.from_numpy(layout.input_ids)[None],
+        if self.states is None:
+            layout = lay_out([row.input_ids for row in rendered], self.branches)
+            tokens = {"input_ids": torch.from_numpy(layout.input_ids)[None]}
+        else:  # nodes are numbered in trie order, so their trie is that of the tokens
+            layout = lay_out([row.nodes for row in rendered], self.branches)
+            tokens = {"inputs_embeds": self.states[layout.input_ids][None]}
+        batch = tokens | {
             "position_ids": torch.from_numpy(layout.position_ids)[None],
             "row_positions": torch.from_numpy(layout.row_positions),
         }
@@ -347,13 +351,18 @@ def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: boo
 
 
 def make_batches(
-    arguments: Any, training: FoldTrainingArguments, model: Any, base: BaseModel, tokenizer: Any
+    arguments: Any,
+    training: FoldTrainingArguments,
+    model: Any,
+    base: BaseModel,
+    tokenizer: Any,
+    states: TrunkStates | None = None,
 ) -> RowBatches | PackedBatches:
     """How rows become forward passes: a dialogue at a time, or rows of like length."""
     passes = training.gradient_accumulation_steps * training.world_size
     if arguments.pack_dialogues:
         budget = arguments.rows_per_batch * passes, passes, arguments.tokens_per_batch
-        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model))
+        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model), states)
     segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
     sizes = training.train_batch_size * passes, passes, training.per_device_eval_batch_size
     return RowBatches(tokenizer.pad_token_id, *sizes, segments)
