@@ -48,12 +48,8 @@ class ScriptArguments:
 
     train_file: str = flag(REQUIRED, "Labelled rows: file, folder or Hub dataset ORG/NAME[:path][@revision].")
     output_file: str = flag("augmented.jsonl", "Where the variants go: .jsonl or .parquet.")
-    labels: list[str] = flag(
-        ["rare"], "Label numbers, or the word rare: those with fewer rows than --rare_below."
-    )
-    rare_below: int = flag(
-        90, "A label of fewer rows is rare. 90 gives the paper's labels 2, 4, 5 and 8, without 3."
-    )
+    labels: list[str] = flag(["rare"], "Label numbers, or the word rare: those below --rare_below rows.")
+    rare_below: int = flag(90, "A label of fewer rows is rare. 90 gives the paper's 2, 4, 5, 8, without 3.")
     k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
     seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
 
@@ -76,36 +72,30 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
             raise InputError(f"{arguments.train_file}: no label has fewer than {arguments.rare_below} rows")
         return labels
     labels = sorted(set(map(int, arguments.labels)))
-    unknown = [
-        f"--labels: {label} is not in the label guide" for label in labels if label not in guide.numbers
-    ]
-    empty = [f"{arguments.train_file}: no row has label {label}" for label in labels if not counts[label]]
-    if unknown or empty:
-        raise InputError(*(unknown or empty))
+    if unknown := set(labels).difference(guide.numbers):
+        raise InputError(*(f"--labels: {label} is not in the label guide" for label in sorted(unknown)))
+    if empty := [label for label in labels if not counts[label]]:
+        raise InputError(*(f"{arguments.train_file}: no row has label {label}" for label in empty))
     return labels
 
 
 def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     """At most `k` variants of the source, the selected row of that running number."""
     *context, target = source.turns
-    texts = enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}"))
-    turns = {f"{source.id}#aug{j}": (*context, target._replace(text=text)) for j, text in texts}
-    return [replace(source, id=name, turns=said, augmented_from=source.id) for name, said in turns.items()]
+    found = []
+    for j, text in enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}")):
+        turns = (*context, target._replace(text=text))
+        found.append(replace(source, id=f"{source.id}#aug{j}", turns=turns, augmented_from=source.id))
+    return found
 
 
 def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
     """The output file; equal rows give equal bytes."""
-    records = [
-        {
-            columns.id: row.id,
-            columns.dialogue_id: row.dialogue_id,
-            columns.dialogue: [turn._asdict() for turn in row.turns],
-            columns.current_text: row.turns[-1].text,
-            columns.label: row.label,
-            "augmented_from": row.augmented_from,
-        }
-        for row in rows
-    ]
+    records = []
+    for row in rows:
+        turns = [turn._asdict() for turn in row.turns]
+        values = (row.id, row.dialogue_id, turns, row.turns[-1].text, row.label, row.augmented_from)
+        records.append(dict(zip((*columns, "augmented_from"), values, strict=True)))
     if suffix == ".jsonl":
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     import pyarrow.parquet
@@ -135,13 +125,10 @@ def card(rows: Sequence[Row], guide: LabelGuide) -> str:
     """The README.md of the pushed dataset; licence, language and corpus are those that the guide names."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
-    data = DatasetCardData(
-        configs=[{"config_name": "default", "data_files": "augmented.parquet"}],
-        license=guide.license,
-        language=guide.language,
-        source_datasets=[guide.dataset] if guide.dataset else None,
-        tags=["rareturn"],
-    )
+    configs = [{"config_name": "default", "data_files": "augmented.parquet"}]
+    corpus = {"license": guide.license, "language": guide.language}
+    corpus |= {"source_datasets": [guide.dataset]} if guide.dataset else {}
+    data = DatasetCardData(configs=configs, tags=["rareturn"], **corpus)
     numbers = {"rows": len(rows), "sources": len({row.augmented_from for row in rows})}
     return str(DatasetCard.from_template(data, template_str=CARD, corpus=guide.dataset, **numbers)) + "\n"
 
@@ -153,10 +140,10 @@ def push(rows: Sequence[Row], kept_in: str, columns: Columns, hub: HubArguments,
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    table, readme = file_bytes(rows, columns, ".parquet"), card(rows, guide).encode()
-    files = {"augmented.parquet": table, "README.md": readme}
-    options = {"repo_type": "dataset", "private": hub.hub_private_repo}
-    sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", kept_in=kept_in, **options)
+    table = file_bytes(rows, columns, ".parquet")
+    files = {"augmented.parquet": table, "README.md": card(rows, guide).encode()}
+    options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": kept_in}
+    sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", **options)
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")
 
 

@@ -27,26 +27,11 @@ from tqdm import tqdm
 
 from rareturn import command_line
 from rareturn.command_line import REQUIRED, flag, parse_arguments, start_logging
-from rareturn.decisions.cross_fitting import (
-    CrossFit,
-    Recipe,
-    choose,
-    cross_fit,
-    cross_fitted_scaling,
-    fit_rule,
-    repeated_folds,
-    rule_fitter,
-    run_tasks,
-)
+from rareturn.decisions import cross_fitting
+from rareturn.decisions.cross_fitting import CrossFit, Recipe
 from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import METRIC_NAMES, Truth, check_labels, score_predictions
-from rareturn.decisions.probabilities import (
-    BLENDS,
-    check_logits,
-    fit_temperature,
-    probability_quality,
-    softmax,
-)
+from rareturn.decisions.probabilities import check_logits, fit_temperature, probability_quality, softmax
 from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
@@ -57,6 +42,7 @@ from rareturn.runs.reading import Run, read_run
 
 logger = logging.getLogger(__name__)
 
+Data = tuple[list[np.ndarray], Truth]  # logits [n, c] of each run (here one), and their truth
 Quality = dict[str, dict[str, float]]  # stage, name of the figure
 
 
@@ -74,25 +60,15 @@ class CalibrationArguments:
         "and argmax where that does not beat it.",
         choices=["auto", *METHODS],
     )
-    metric: str = flag(
-        "macro_f1_positive",
-        "Score to maximise, 0 to 1. The shared task's by default.",
-        choices=list(METRIC_NAMES),
-    )
-    protected_label: int | None = flag(
-        None, "Label number of the gate. Default: the label guide's, else the most frequent one."
-    )
+    metric: str = flag("macro_f1_positive", "Score to maximise, 0 to 1.", choices=list(METRIC_NAMES))
+    protected_label: int | None = flag(None, "Label of the gate. Default: the guide's, or the most frequent.")
     gate: bool = flag(
-        True, "Search a gate that keeps rows of the protected label; dropped where it does not help."
+        True, "Search a gate that keeps the protected label's rows; dropped if it does not help."
     )
     num_vectors: int = flag(22_000, "Bias vectors of `random`; the paper's number.")
-    repeats: int = flag(
-        5, "Partitions into folds a cross-fitted score is averaged over; 5 steady the figure."
-    )
+    repeats: int = flag(5, "Partitions a cross-fitted score is averaged over; 5 steady the figure.")
     num_splits: int = flag(5, "Folds of dialogues a partition. 5, as the runs have.")
-    jobs: int | None = flag(
-        None, "Processes that fit at the same time; the result is the same. Default: one a core."
-    )
+    jobs: int | None = flag(None, "Processes that fit at once; the result is the same. Default: one a core.")
     seed: int = flag(42, "Seed of folds, searches and intervals.")
 
     def __post_init__(self) -> None:
@@ -101,17 +77,18 @@ class CalibrationArguments:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name}: {value} is below {bound}")
+        if self.protected_label is not None and not self.gate:
+            raise ValueError("--protected_label: given, but --no_gate leaves out the gate that it belongs to")
 
 
 @dataclass(frozen=True)
 class Row:
     """A way of fitting: the rule fitted on all rows, what it predicts there (int64 [n]), and its cross-fitted score.
 
-    Attributes:
-        seconds: of the fit on all rows.
+    `seconds` are those of the fit on all rows.
     """
 
-    name: str
+    recipe: Recipe
     rule: Rule
     in_sample: np.ndarray
     cross_fitted: CrossFit
@@ -119,66 +96,50 @@ class Row:
 
     def figures(self, truth: Truth) -> dict[str, Any]:
         """The row's scores: `in_sample`, `cross_fitted` and the latter's 95 % `interval`."""
-        return {
-            "in_sample": truth.scores(self.in_sample)[truth.metric],
-            "cross_fitted": self.cross_fitted.metrics[truth.metric],
-            "interval": list(self.cross_fitted.interval),
-        }
+        crossed = self.cross_fitted
+        figures = {"in_sample": truth.score(self.in_sample), "cross_fitted": crossed.metrics[truth.metric]}
+        return figures | {"interval": list(crossed.interval)}
 
 
-def find_protected(arguments: CalibrationArguments, run: Run) -> int | None:
-    """The gate's label: the flag's, the run's, the most frequent one; None without a gate."""
-    if not arguments.gate:
-        if arguments.protected_label is not None:
-            raise InputError("--protected_label: given, but --no_gate leaves out the gate that it belongs to")
-        return None
-    label = arguments.protected_label
-    if label is not None and not 0 <= label < run.num_labels:
-        raise InputError(f"--protected_label: {label} is not one of 0..{run.num_labels - 1}")
-    return protected_label(run) if label is None else label
-
-
-def table_recipes(arguments: CalibrationArguments, run: Run) -> dict[str, Recipe]:
+def table_recipes(arguments: CalibrationArguments, run: Run) -> list[Recipe]:
     """What the table compares, the method asked for last: with `auto` every method, the gate left to `auto`."""
-    protected, asked = find_protected(arguments, run), arguments.method
+    protected, asked = arguments.protected_label, arguments.method
+    if protected is not None and not 0 <= protected < run.num_labels:
+        raise InputError(f"--protected_label: {protected} is not one of 0..{run.num_labels - 1}")
+    if arguments.gate and protected is None:
+        protected = protected_label(run)
     methods = [*METHODS, "auto"] if asked == "auto" else list(dict.fromkeys(("argmax", asked)))
     gates = {method: protected if method in ("random", asked) else None for method in methods}
     options = {"num_vectors": arguments.num_vectors, "num_splits": arguments.num_splits}
-    return {method: Recipe(method, protected_class=gate, **options) for method, gate in gates.items()}
+    return [Recipe(method, protected_class=gate, **options) for method, gate in gates.items()]
 
 
 def timed_fit(recipe: Recipe, logits: list[np.ndarray], truth: Truth) -> tuple[Rule, float]:
     """The rule fitted on all rows, and the seconds that took."""
     started = time.perf_counter()
-    rule = fit_rule(recipe, logits, truth)
+    rule = cross_fitting.fit_rule(recipe, logits, truth)
     return rule, time.perf_counter() - started
 
 
-def fit_rows(
-    recipes: dict[str, Recipe],
-    logits: list[np.ndarray],
-    truth: Truth,
-    folds: list[np.ndarray],
-    jobs: int | None,
-) -> list[Row]:
+def fit_rows(recipes: list[Recipe], data: Data, folds: list[np.ndarray], jobs: int | None) -> list[Row]:
     """Fit every recipe on all rows, score it there, and cross-fit it."""
+    fitted, rows = [], []
     num_fits = 1 + sum(len(np.unique(partition)) for partition in folds)
     with tqdm(total=num_fits * len(recipes), desc="fits", unit="fit", leave=False) as bar:
-        tasks = [(recipe, logits, truth) for recipe in recipes.values()]
-        fitted = run_tasks(timed_fit, tasks, jobs, bar.update)
-        rows = []
-        for (name, recipe), (rule, seconds) in zip(recipes.items(), fitted, strict=True):
-            bar.set_postfix_str(name)
-            fitter = rule_fitter(recipe, logits, truth)
-            cross_fitted = cross_fit(fitter, truth, folds, jobs, bar.update)
-            rows.append(Row(name, rule, rule.predict([logits]).labels, cross_fitted, seconds))
+        for found in cross_fitting.run_tasks(timed_fit, [(recipe, *data) for recipe in recipes], jobs):
+            fitted.append(found)
+            bar.update()
+        for recipe, (rule, seconds) in zip(recipes, fitted, strict=True):
+            bar.set_postfix_str(recipe.method)
+            cross_fitted = cross_fitting.cross_fit(recipe, *data, folds, jobs, bar.update)
+            rows.append(Row(recipe, rule, rule.predict([data[0]]).labels, cross_fitted, seconds))
     return rows
 
 
 def temperature_quality(run: Run, folds: np.ndarray) -> Quality:
     """Log loss, Brier score and ECE before a temperature, after it, and after one fitted on the other dialogues."""
     logits, labels = run.oof.logits, run.oof.label
-    scaled = cross_fitted_scaling([logits], labels, np.ones(1), BLENDS[0], folds)
+    scaled = cross_fitting.cross_fitted_scaling([logits], labels, np.ones(1), "arithmetic", folds)
     temperature = fit_temperature([logits], labels)
     return {
         "before_temperature": probability_quality(softmax(logits), labels),
@@ -203,16 +164,15 @@ def print_tables(
     """The methods' table and the one of the probabilities."""
     cells = []
     for row in rows:
-        figures = row.figures(truth)
-        in_sample, crossed = figures["in_sample"], figures["cross_fitted"]
-        name = row.name if row.name != "auto" else f"auto ({row.rule.method})"
+        in_sample, crossed, interval = row.figures(truth).values()
+        name = row.recipe.method if row.recipe.method != "auto" else f"auto ({row.rule.method})"
         name += " + gate" if row.rule.decision.threshold is not None else ""
-        score = interval_text(crossed, figures["interval"])
+        score = interval_text(crossed, interval)
         cells.append((name, f"{in_sample:.4f}", score, f"{in_sample - crossed:+.4f}", f"{row.seconds:.2f}"))
     note = (
-        f"Rows {len(run.oof)}, dialogues {len(set(run.oof.dialogue_id))}; the run has "
-        f"{FOLD_TEXTS[run.info['fold_groups']]}. Cross-fitted by dialogue, {arguments.repeats} times "
-        f"{arguments.num_splits} folds; what a row chooses (method, gate, temperature) is chosen inside the folds."
+        f"Rows {len(run.oof)}, dialogues {truth.num_groups}; the run has {FOLD_TEXTS[run.info['fold_groups']]}. "
+        f"Cross-fitted by dialogue, {arguments.repeats} times {arguments.num_splits} folds; what a row chooses "
+        "(method, gate, temperature) is chosen inside the folds."
     )
     header = ("method", "in-sample", "cross-fitted (95 %)", "optimism", "seconds")
     print(Table(f"{SCORE_TITLES[truth.metric]}: {run.reference}", header, cells, note).text())
@@ -220,23 +180,6 @@ def print_tables(
     numbers = [(name, *(f"{value:.4f}" for value in values.values())) for name, values in stages]
     print()
     print(Table("Probabilities, temperature", ("", "log loss", "Brier", "ECE"), numbers).text())
-
-
-def decision_content(
-    rows: Sequence[Row], chosen: Row, reason: str, quality: Quality, run: Run, truth: Truth
-) -> dict[str, Any]:
-    """decision.json of DESIGN 8; nothing in it changes from one launch to the next."""
-    metrics = {
-        "argmax": score_predictions(truth, run.oof.logits.argmax(axis=1)),
-        "in_sample": score_predictions(truth, chosen.in_sample),
-        "cross_fitted": score_predictions(truth, chosen.cross_fitted.predictions),
-    }
-    return {
-        **saved_decision(chosen.rule, [run], metrics, metric=truth.metric, seed=truth.seed),
-        "reason": reason,
-        "methods": {row.name: row.figures(truth) for row in rows},
-        "probabilities": quality,
-    }
 
 
 def main() -> None:
@@ -249,24 +192,36 @@ def main() -> None:
     # Data
     run = read_run(arguments.run)
     check_logits(run.oof.logits, run.reference)
-    logits, truth = [run.oof.logits], run.truth(arguments.metric, arguments.seed)
+    truth = run.truth(arguments.metric, arguments.seed)
     check_labels(truth, run.label_names, run.reference)
+    data = ([run.oof.logits], truth)
 
     # Decide
     recipes = table_recipes(arguments, run)
-    folds = repeated_folds(truth, arguments.num_splits, arguments.repeats)
-    rows = fit_rows(recipes, logits, truth, folds, arguments.jobs)
-    last = rows[-1]
-    rule, cross_fitted, reason = choose(recipes[last.name], last.rule, last.cross_fitted, logits, truth)
-    chosen = Row(last.name, rule, rule.predict([logits]).labels, cross_fitted, last.seconds)
+    folds = cross_fitting.repeated_folds(truth, arguments.num_splits, arguments.repeats)
+    rows = fit_rows(recipes, data, folds, arguments.jobs)
+    asked = rows[-1]
+    rule, cross_fitted, reason = cross_fitting.choose(asked.recipe, asked.rule, asked.cross_fitted, *data)
 
     # Evaluate
+    predictions = {
+        "argmax": run.oof.logits.argmax(axis=1),
+        "in_sample": rule.predict([data[0]]).labels,
+        "cross_fitted": cross_fitted.predictions,
+    }
+    metrics = {stage: score_predictions(truth, of_stage) for stage, of_stage in predictions.items()}
     quality = temperature_quality(run, folds[0])
     print_tables(rows, quality, run, truth, arguments)
     print(f"\n{reason}\n{describe(rule, run.label_names)}")
 
-    # Save
-    write_json(arguments.output, decision_content(rows, chosen, reason, quality, run, truth))
+    # Save: decision.json of DESIGN 8; nothing in it changes from one launch to the next
+    content = {
+        **saved_decision(rule, [run], metrics, metric=truth.metric, seed=truth.seed),
+        "reason": reason,
+        "methods": {row.recipe.method: row.figures(truth) for row in rows},
+        "probabilities": quality,
+    }
+    write_json(arguments.output, content)
     logger.info("wrote %s", arguments.output)
 
 

@@ -30,18 +30,9 @@ from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments,
 from rareturn.data.label_guide import load_label_guide, parse_label_guide
 from rareturn.data.readers import read_records
 from rareturn.data.rows import DataArguments, Row, load_rows
-from rareturn.decisions.cross_fitting import (
-    Recipe,
-    choose,
-    cross_fit,
-    cross_fitted_scaling,
-    fit_rule,
-    repeated_folds,
-    rule_fitter,
-    search_weights,
-)
+from rareturn.decisions import cross_fitting as fitting
 from rareturn.decisions.methods import METHODS
-from rareturn.decisions.metrics import METRIC_NAMES, check_labels
+from rareturn.decisions.metrics import METRIC_NAMES, Truth, check_labels
 from rareturn.decisions.probabilities import BLENDS, check_weights, softmax
 from rareturn.decisions.rules import Decision, Outcome, Rule
 from rareturn.errors import InputError
@@ -73,9 +64,7 @@ class EnsembleArguments(DataArguments):
         None, "Weighted mean of probabilities. Default: --decision's, or arithmetic.", choices=list(BLENDS)
     )
     decision: str | None = flag(None, "decision.json to apply to its runs. Default: fit a rule by --method.")
-    decision_from_other_runs: bool = flag(
-        False, "Apply --decision to what it was not fitted for, and say so."
-    )
+    decision_from_other_runs: bool = flag(False, "Apply --decision to what it was not fitted for.")
     method: str = flag(
         "auto",
         "How the rule is fitted; auto chooses inside the cross-fitting. vote and soft_vote: gatekeepers decide one "
@@ -88,6 +77,12 @@ class EnsembleArguments(DataArguments):
     seed: int = flag(42, "Seed of folds, searches and bootstraps.")
 
     def __post_init__(self) -> None:
+        if self.weights and self.weights != ["search"]:
+            try:
+                self.weights = list(map(float, self.weights))
+            except ValueError:
+                given = " ".join(self.weights)
+                raise ValueError(f"--weights {given}: numbers, or the one word search") from None
         if self.repeats < 1:
             raise ValueError("--repeats: one or more")
         if self.method in VOTES and (self.weights or self.decision):
@@ -98,26 +93,13 @@ class EnsembleArguments(DataArguments):
             raise ValueError("--decision_from_other_runs: needs a --decision")
 
 
-def parse_weights(given: Sequence[str] | None, num_runs: int) -> tuple[float, ...] | str | None:
-    """What `--weights` says: numbers, "search", or None for equal ones; an InputError if neither."""
-    if not given or list(given) == ["search"]:
-        return given[0] if given else None
-    try:
-        weights = tuple(map(float, given))
-    except ValueError:
-        raise InputError(f"--weights {' '.join(given)}: numbers, or the one word search") from None
-    check_weights(weights, num_runs)
-    return weights
-
-
 def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
     """The rule in `--decision`, at the weights and with the blend that it was made for, or that the flags name.
 
-    Raises:
-        InputError: an unreadable file, or one line with what the file and the command disagree about.
+    An InputError says what the file and the command disagree about.
     """
-    path = arguments.decision
-    saved, weights = read_decision(path), parse_weights(arguments.weights, len(runs))
+    path, weights = arguments.decision, arguments.weights
+    saved = read_decision(path)
     for key in ("label_names", "positive_labels"):
         mine, theirs = getattr(saved, key), getattr(runs[0], key)
         if mine != theirs:
@@ -128,9 +110,9 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
         weights = check_weights(weights, len(runs))
         return dataclasses.replace(saved.rule(), weights=weights, blend=arguments.blend or BLENDS[0])
     rule = saved.rule_for(runs, path)
-    if weights is not None and not np.allclose(check_weights(weights, len(runs)), rule.weights):
-        fitted = " ".join(f"{weight:g}" for weight in rule.weights)
-        problem = f"weights {fitted}, --weights says {' '.join(arguments.weights)}"
+    if weights and not np.allclose(check_weights(weights, len(runs)), rule.weights):
+        fitted, asked = (" ".join(f"{weight:g}" for weight in some) for some in (rule.weights, weights))
+        problem = f"weights {fitted}, --weights says {asked}"
     elif arguments.blend not in (None, rule.blend):
         problem = f"blend {rule.blend}, --blend says {arguments.blend}"
     else:
@@ -138,112 +120,85 @@ def given_rule(arguments: EnsembleArguments, runs: Sequence[Run]) -> Rule:
     raise InputError(f"{path}: the decision belongs to {problem}; {OVERRIDE}")
 
 
-def fit_system(arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray]) -> Outcome:
+def fit_system(
+    arguments: EnsembleArguments, runs: Sequence[Run], logits: Sequence[np.ndarray], truth: Truth
+) -> Outcome:
     """Fit or apply the rule, and predict every out-of-fold row in the ways that the report compares."""
-    truth, notes = runs[0].truth(arguments.metric, arguments.seed), []
-    weights, protected = parse_weights(arguments.weights, len(runs)), protected_label(runs[0])
+    search, protected, notes = arguments.weights == ["search"], protected_label(runs[0]), []
+    known = None if search or not arguments.weights else tuple(arguments.weights)
     given = given_rule(arguments, runs) if arguments.decision else None
     blend = given.blend if given else arguments.blend or BLENDS[0]
-    known = None if weights in (None, "search") else weights
     untuned_weights = given.weights if given else check_weights(known, len(runs))
-    untuned = Rule(Decision(np.zeros(runs[0].num_labels)), untuned_weights, "argmax", blend)
+    untuned = Rule(Decision(np.zeros(truth.num_labels)), untuned_weights, "argmax", blend)
     if known and abs(sum(known) - 1) > 1e-9:
         notes.append("The weights were scaled to sum 1.")
-    if weights == "search":
+    if search:
         notes.append("Argmax is that of equal weights: the searched ones were tuned on these rows.")
     if arguments.method in VOTES:
         voting = make_voting(runs, protected, soft=arguments.method == "soft_vote")
         given = dataclasses.replace(untuned, method=arguments.method, voting=voting)
-    of_rows, folds = [[run] for run in logits], repeated_folds(truth, NUM_SPLITS, arguments.repeats)
+    of_rows, folds = [[run] for run in logits], fitting.repeated_folds(truth, NUM_SPLITS, arguments.repeats)
     if given and given.voting:
         rule, cross_fitted = given, given.predict(of_rows).labels[None]
         notes.append("A vote has nothing to fit: its in-sample and cross-fitted figures are the same.")
     else:
-        recipe = Recipe(
-            method=given.method if given and given.method in METHODS else arguments.method,
-            weights=tuple(given.weights) if given else weights,
-            blend=blend,
-            protected_class=given.decision.protected_class
-            if given and given.decision.threshold
-            else protected,
-        )
-        rule = given or fit_rule(recipe, logits, truth)
+        method = given.method if given and given.method in METHODS else arguments.method
+        weights = tuple(given.weights) if given else "search" if search else known
+        gate = given.decision.protected_class if given and given.decision.threshold else protected
+        recipe = fitting.Recipe(method, weights, blend, gate)
+        rule = given or fitting.fit_rule(recipe, logits, truth)
         num_fits = arguments.repeats * min(NUM_SPLITS, truth.num_groups)
         with tqdm(total=num_fits, desc="cross-fitting", unit="fit", leave=False) as bar:
-            found = cross_fit(rule_fitter(recipe, logits, truth), truth, folds, None, bar.update)
+            found = fitting.cross_fit(recipe, logits, truth, folds, None, bar.update)
         if given is None:
-            rule, found, reason = choose(recipe, rule, found, logits, truth)
-            notes.append(reason)
+            rule, found, reason = fitting.choose(recipe, rule, found, logits, truth)
         else:
-            notes.append(
+            reason = (
                 "The decision was given and not fitted here. Its in-sample figure is optimistic as far as it was "
                 "fitted on these rows; the cross-fitted one is that of the method "
-                f"{recipe.method!r} fitted anew on other dialogues."
+                f"{method!r} fitted anew on other dialogues."
             )
         cross_fitted = found.predictions
+        notes.append(reason)
     if arguments.decision_from_other_runs:
         notes.append(
             "The decision was made for other runs, weights or another blend, and applied on request."
         )
     before, after = untuned.predict(of_rows), rule.predict(of_rows)
-    scaled = cross_fitted_scaling(logits, truth.labels, untuned.weights, blend, folds[0])
+    scaled = fitting.cross_fitted_scaling(logits, truth.labels, untuned.weights, blend, folds[0])
     predicted = before.labels, after.labels, cross_fitted
     return Outcome(rule, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
 
 
-def read_test(arguments: EnsembleArguments, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[Row]]:
-    """The test file's records as they are, and the same as checked rows.
-
-    Raises:
-        InputError: a row that breaks a rule, or a label guide with other names than the runs'.
-    """
-    own = runs[0].info.get("label_guide")
+def read_test(arguments: EnsembleArguments, first: Run) -> tuple[list[dict[str, Any]], list[Row]]:
+    """The test file's records as they are, and the same as checked rows, in the labels of the first run."""
+    source, own, names = arguments.test_file, first.info.get("label_guide"), first.label_names
     if arguments.label_guide is None and own is not None:
-        guide = parse_label_guide(own, f"{runs[0].reference}: run.json: label_guide")
+        guide = parse_label_guide(own, f"{first.reference}: run.json: label_guide")
     else:
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
-    if guide.names != (names := runs[0].label_names):
-        raise InputError(f"label guide: labels {guide.names}, but {names} in {runs[0].reference}")
-    rows = load_rows(
-        arguments.test_file, guide, columns=arguments.columns, require_labels=False, split="test"
-    )
-    return list(read_records(arguments.test_file, "test")[1]), rows
+    if guide.names != names:
+        raise InputError(f"label guide: labels {guide.names}, but {names} in {first.reference}")
+    rows = load_rows(source, guide, columns=arguments.columns, require_labels=False)
+    return list(read_records(source, "test")), rows
 
 
 def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_column: str) -> dict[str, bytes]:
     """`prediction.json`, rows and fields as in the test file and the label besides, and `prediction.zip` with it."""
     predicted = [{**record, label_column: int(label)} for record, label in zip(records, labels, strict=True)]
     content = (json.dumps(predicted, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-    # No clock: equal input gives equal bytes.
-    member = zipfile.ZipInfo("prediction.json", date_time=(1980, 1, 1, 0, 0, 0))
-    member.external_attr, member.create_system = 0o644 << 16, 3
-    member.compress_type = zipfile.ZIP_DEFLATED
-    buffer = io.BytesIO()
+    buffer, member = io.BytesIO(), zipfile.ZipInfo("prediction.json")
+    member.external_attr = 0o644 << 16  # its date stays that of 1980: equal input gives equal bytes
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(member, content)
+        archive.writestr(member, content, zipfile.ZIP_DEFLATED)
     return {"prediction.json": content, "prediction.zip": buffer.getvalue()}
-
-
-def oof_predictions(outcome: Outcome, run: Run) -> dict[str, Any]:
-    """`oof_predictions.json`: what the rule said of each row when it was fitted on other dialogues."""
-    return {
-        "what": f"decision ({outcome.rule.method}), cross-fitted",
-        **{key: run.info[key] for key in SHARED_KEYS},
-        "id": run.oof.id,
-        "dialogue_id": run.oof.dialogue_id,
-        "label": run.oof.label.tolist(),
-        "predictions": outcome.cross_fitted.tolist(),
-    }
 
 
 def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
     """Push the bundle, its card and its figures; no row of any dialogue is among them.
 
     Runs and models are referred to by their repos from then on; only the bundle on this disk names their folders too.
-
-    Raises:
-        InputError: the folder holds no whole ensemble, or one of a run that is not on the Hub.
-        PushError: see `hub.push_files`.
+    An InputError where the folder holds no whole ensemble, or one of a run that is not on the Hub.
     """
     names = ["ensemble.json", "decision.json", "metrics.json", "report.html", "README.md"]
     files: dict[str, Any] = {name: output_dir / name for name in names}
@@ -252,8 +207,8 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
         raise InputError(f"{output_dir}: {', '.join(missing)}: missing")
     bundle, decision = read_json(files["ensemble.json"]), read_json(files["decision.json"])
     check_content(Bundle, bundle, str(files["ensemble.json"]))
-    where, local_name = (hub.hub_namespace, hub.hub_name), bundle["name"]
-    bundle["name"] = hub.hub_name
+    where, private = (hub.hub_namespace, hub.hub_name), hub.hub_private_repo
+    local_name, bundle["name"] = bundle["name"], hub.hub_name
     bundle["runs"] = [refer_to_hub(part, *where) for part in bundle["runs"]]
     for run, part in zip(decision["runs"], bundle["runs"], strict=True):
         run |= {key: part[key] for key in ("reference", "revision")}
@@ -268,7 +223,6 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
             part["model"].pop("folder", None)
     files["ensemble.json"] = (json.dumps(bundle, indent=2, ensure_ascii=False) + "\n").encode()
     files |= {f"figures/{path.name}": path for path in sorted((output_dir / "figures").glob("*.png"))}
-    private = hub.hub_private_repo
     sha = push_files(repo_id, files, message="Ensemble", kept_in=output_dir, private=private)
     add_to_collection(*where, [(repo_id, "model")], private=private)
     print(f"pushed {repo_id} at {sha}")
@@ -298,44 +252,49 @@ def main() -> None:
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
     logits, first = align_runs(runs), runs[0]
-    check_labels(first.truth(), first.label_names, first.reference)
+    truth = first.truth(arguments.metric, arguments.seed)
+    check_labels(truth, first.label_names, first.reference)
     if arguments.test_file:
-        records, rows = read_test(arguments, runs)
+        records, rows = read_test(arguments, first)
         test_folds = align_test(runs, rows, arguments.test_file)
     models = [find_models(run, output_dir) for run in runs]
 
     # Decide
-    outcome = fit_system(arguments, runs, logits)
+    outcome = fit_system(arguments, runs, logits, truth)
     bundle = bundle_content(name, outcome.rule, runs, models)
     if hub.wanted:
         for part in bundle["runs"]:
             refer_to_hub(part, hub.hub_namespace, name)  # refused before anything is written
 
     # Evaluate
-    metrics = measure(runs, logits, outcome, metric=arguments.metric, seed=arguments.seed)
+    metrics = measure(runs, logits, outcome, truth)
     files: dict[str, bytes] = {}
     if arguments.test_file:
         predicted, argmax = (rule.predict(test_folds).labels for rule in (outcome.rule, outcome.untuned))
         files |= submission(records, predicted, arguments.label_column)
-        metrics |= score_test(rows, predicted, argmax, first.info, arguments.seed)
-    decision = saved_decision(outcome.rule, runs, metrics, metric=arguments.metric, seed=arguments.seed)
+        metrics |= score_test(rows, predicted, argmax, truth)
+    decision = saved_decision(outcome.rule, runs, metrics, metric=truth.metric, seed=truth.seed)
     tables, pictures = make_tables(runs, outcome, metrics), make_pictures(runs, outcome, metrics)
     print("\n\n".join(table.text() for table in tables.values()))
     for note in metrics["notes"]:
         print(f"\n{note}")
     if arguments.weights == ["search"]:
         probabilities = [softmax(run) for run in logits]
-        found = search_weights(probabilities, first.oof.label, outcome.rule.blend, arguments.seed)
+        found = fitting.search_weights(probabilities, truth.labels, outcome.rule.blend, truth.seed)
         metrics["weight_search"] = found[1]
 
     # Save
     infos = [run.info for run in runs]
-    card = ensemble_card(bundle, infos, metrics, list(tables.values()), pictures, repo_id)
-    files |= {f"figures/{picture.name}": picture.png for picture in pictures}
+    card = ensemble_card(repo_id or name, infos, metrics, list(tables.values()), pictures)
+    files |= {f"figures/{picture}.png": png for picture, png in pictures.items()}
     files |= {"report.html": make_page(name, metrics, tables, pictures).encode(), "README.md": card.encode()}
     for file, content in files.items():
         write_bytes(output_dir / file, content)
-    write_json(output_dir / "oof_predictions.json", oof_predictions(outcome, first))
+    of_rows = {"id": first.oof.id, "dialogue_id": first.oof.dialogue_id, "label": truth.labels.tolist()}
+    of_rows["predictions"] = outcome.cross_fitted.tolist()
+    what = {"what": f"decision ({outcome.rule.method}), cross-fitted"}
+    shared = {key: first.info[key] for key in SHARED_KEYS}
+    write_json(output_dir / "oof_predictions.json", what | shared | of_rows)
     write_json(output_dir / "decision.json", decision)
     write_json(output_dir / "ensemble.json", bundle)
     write_json(output_dir / "metrics.json", metrics)

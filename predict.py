@@ -21,7 +21,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from rareturn.command_line import REQUIRED, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import read_records
-from rareturn.data.rows import LONE_SURROGATE, Row
+from rareturn.data.rows import HALF, LONE_SURROGATE, Row
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
@@ -42,23 +42,13 @@ class PredictArguments:
 
     _argument_group_name = "Prediction"
 
-    ensemble: str = flag(
-        REQUIRED, "Ensemble: ORG/NAME[@revision] on the Hub, or ensemble.py's output folder."
-    )
-    input: str = flag(
-        REQUIRED, "Dialogues: .json (an array), .jsonl, .parquet, .csv, a dataset folder or Hub id."
-    )
+    ensemble: str = flag(REQUIRED, "ORG/NAME[@revision] on the Hub, or ensemble.py's output folder.")
+    input: str = flag(REQUIRED, "Dialogues: .json (an array), .jsonl, .parquet, .csv, a folder or a Hub id.")
     output: str = flag(REQUIRED, "File to write, .jsonl: one line a classified turn.")
-    turns: str = flag(
-        "all", "Classify all turns of the target speaker, or the last one only.", choices=["all", "last"]
-    )
+    turns: str = flag("all", "Which turns of the target speaker to classify.", choices=["all", "last"])
     dialogue_column: str = flag("dialogue", "Field of the turns.")
-    rows_per_chunk: int = flag(
-        256, "Turns to classify between two writes. More is faster and takes more memory."
-    )
-    trust_remote_code: list[str] = flag(
-        [], "Base models that may run Python code of their own, by their names in ensemble.json."
-    )
+    rows_per_chunk: int = flag(256, "Turns between two writes. More is faster and takes more memory.")
+    trust_remote_code: list[str] = flag([], "Names of base models that may run Python code of their own.")
     use_cpu: bool = flag(False, "Stay off the GPU.")
 
     def __post_init__(self) -> None:
@@ -68,16 +58,16 @@ class PredictArguments:
             raise ValueError("--rows_per_chunk: one or more")
 
 
-def read_dialogues(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
-    """The rows to classify of each dialogue, in the order of the input.
+def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
+    """The rows to classify, in the order of the input: whole dialogues, at least `rows_per_chunk` rows but in the last.
 
-    Raises:
-        InputError: while iterating, a dialogue that is wrong.
+    An InputError, while iterating, at a dialogue that is wrong.
     """
-    from rareturn.classifier import check_dialogue, target_rows
+    from rareturn.classifier import target_rows
 
-    name, records = read_records(arguments.input, "test")
-    for number, record in enumerate(records, 1):
+    chunk: list[Row] = []
+    name = arguments.input
+    for number, record in enumerate(read_records(name, "test"), 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
@@ -87,7 +77,7 @@ def read_dialogues(arguments: PredictArguments, guide: LabelGuide) -> Iterator[l
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
             if LONE_SURROGATE.search(value):
-                raise InputError(f"{where}: {key}: holds half a character (a lone surrogate)")
+                raise InputError(f"{where}: {key}: {HALF}")
         dialogue = record.get(arguments.dialogue_column)
         where = f"{name}: {row_id}: {arguments.dialogue_column}"
         if isinstance(dialogue, str):  # CSV has no lists
@@ -95,35 +85,12 @@ def read_dialogues(arguments: PredictArguments, guide: LabelGuide) -> Iterator[l
                 dialogue = json.loads(dialogue)
             except (json.JSONDecodeError, RecursionError):
                 raise InputError(f"{where}: not valid JSON") from None
-        turns = check_dialogue(dialogue, guide, where)
-        yield list(target_rows(row_id, dialogue_id, turns, guide, arguments.turns))
-
-
-def in_chunks(dialogues: Iterable[list[Row]], rows_per_chunk: int) -> Iterator[list[Row]]:
-    """Whole dialogues together, in chunks of at least so many rows (the last has the rest)."""
-    chunk: list[Row] = []
-    for rows in dialogues:
-        chunk += rows
-        if len(chunk) >= rows_per_chunk:
+        chunk += target_rows(dialogue, guide, arguments.turns, where, row_id, dialogue_id)
+        if len(chunk) >= arguments.rows_per_chunk:
             yield chunk
             chunk = []
     if chunk:
         yield chunk
-
-
-def check_input(chunks: Iterable[list[Row]], name: str, speaker: str) -> tuple[int, int, str]:
-    """Read the whole input once, before any model is loaded: numbers of turns and chunks, and a digest of the rows.
-
-    Raises:
-        InputError: a dialogue that is wrong, or nothing to classify.
-    """
-    num_rows, num_chunks, digest = 0, 0, hashlib.sha256()
-    for chunk in chunks:
-        num_rows, num_chunks = num_rows + len(chunk), num_chunks + 1
-        digest.update(json.dumps([(row.id, row.dialogue_id, row.turns) for row in chunk]).encode())
-    if not num_rows:
-        raise InputError(f"{name}: no turn of the target speaker {speaker!r} to classify")
-    return num_rows, num_chunks, digest.hexdigest()
 
 
 def part_path(output: Path, rank: int) -> Path:
@@ -134,8 +101,7 @@ def part_path(output: Path, rank: int) -> Path:
 class Progress:
     """Chunks that are done, a line of JSON each, beside the output: what a stopped run goes on from.
 
-    Args:
-        job: a digest of input, ensemble and flags; lines of another job are thrown away.
+    `job` is a digest of input, ensemble and flags; lines of another job are thrown away.
     """
 
     def __init__(self, output: Path, rank: int, job: str):
@@ -159,24 +125,21 @@ class Progress:
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot write: {error.strerror}; what is done stays, repeat to go on"
-            ) from None
+            problem = f"{error.strerror}; what is done stays, repeat to go on"
+            raise InputError(f"{self.path}: cannot write: {problem}") from None
 
 
 def merge(output: Path, job: str, num_processes: int, num_chunks: int) -> int:
     """Write the output from all processes' chunks, in the order of the input; the number of lines.
 
-    Raises:
-        InputError: a process's chunks are not there, so that the output would be incomplete.
+    An InputError where a process's chunks are not there, so that the output would be incomplete.
     """
     paths = [part_path(output, rank) for rank in range(num_processes)]
     for rank, path in enumerate(paths):
         lines = path.read_bytes().splitlines() if path.is_file() else []
         if lines[:1] != [job.encode()] or len(lines) != 1 + len(range(rank, num_chunks, num_processes)):
-            raise InputError(
-                f"{path}: does not hold all chunks of process {rank}; all processes must write to one folder"
-            )
+            problem = f"does not hold all chunks of process {rank}; all processes must write to one folder"
+            raise InputError(f"{path}: {problem}")
     scratch, count = output.with_name(f".{output.name}.{os.getpid()}"), 0
     with contextlib.ExitStack() as stack:
         stack.callback(scratch.unlink, missing_ok=True)
@@ -201,9 +164,8 @@ def main() -> None:
     (arguments,) = parse_arguments((PredictArguments,), __doc__)
     output = Path(arguments.output)
     if arguments.use_cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # before torch looks: the models' loaders take a GPU that they see
-        )
+        # Before torch looks: the models' loaders take a GPU that they see.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     import torch
     from accelerate import PartialState
@@ -220,12 +182,15 @@ def main() -> None:
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
 
-    def read_chunks() -> Iterator[list[Row]]:
-        return in_chunks(read_dialogues(arguments, bundle.guide), arguments.rows_per_chunk)
-
-    speaker = bundle.guide.target_speaker
-    total, num_chunks, content = check_input(read_chunks(), arguments.input, speaker)
-    facts = [bundle.model_dump_json(), arguments.rows_per_chunk, state.num_processes, content]
+    # The whole input is read once, before any model is loaded.
+    total, num_chunks, digest = 0, 0, hashlib.sha256()
+    for chunk in read_chunks(arguments, bundle.guide):
+        total, num_chunks = total + len(chunk), num_chunks + 1
+        digest.update(json.dumps([(row.id, row.dialogue_id, row.turns) for row in chunk]).encode())
+    if not total:
+        speaker = bundle.guide.target_speaker
+        raise InputError(f"{arguments.input}: no turn of the target speaker {speaker!r} to classify")
+    facts = [bundle.model_dump_json(), arguments.rows_per_chunk, state.num_processes, digest.hexdigest()]
     job = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # Model
@@ -233,12 +198,13 @@ def main() -> None:
 
     # Predict and save
     progress = Progress(output, state.process_index, job)
-    mine = itertools.islice(enumerate(read_chunks()), state.process_index, None, state.num_processes)
+    chunks = enumerate(read_chunks(arguments, bundle.guide))
+    mine = itertools.islice(chunks, state.process_index, None, state.num_processes)
     with tqdm(total=total, unit="turn", desc="predict", disable=not state.is_main_process) as bar:
         for number, rows in mine:
             if number // state.num_processes >= progress.done:
                 lines = [
-                    {"id": row.id, "dialogue_id": row.dialogue_id, **prediction.to_dict()}
+                    {"id": row.id, "dialogue_id": row.dialogue_id, **vars(prediction)}
                     for row, prediction in classifier.predictions(rows)
                 ]
                 progress.write(json.dumps(lines, ensure_ascii=False).encode())

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
-from rareturn.data.folds import FoldDataArguments, label_counts, limit_rows, read_run_data, write_folds
+from rareturn.data.folds import FoldDataArguments, limit_rows, read_run_data, write_folds
 from rareturn.data.rendering import Renderer
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
@@ -246,7 +246,8 @@ def main() -> None:
     # Data
     data = read_run_data(arguments, run_dir)
     train = limit_rows(data.training_part(fold), arguments.max_train_samples)
-    labels, counts = [row.label for row in train], label_counts(train, len(data.guide.labels))
+    labels = [row.label for row in train]
+    counts = np.bincount(labels, minlength=len(data.guide.labels))
 
     # Model
     how = {name: getattr(options, name) for name in loading.LOADING}

@@ -44,10 +44,9 @@ from rareturn.decisions.cross_fitting import (  # noqa: E402
     cross_fit,
     fit_rule,
     repeated_folds,
-    rule_fitter,
 )
 from rareturn.decisions.methods import METHODS, fit  # noqa: E402
-from rareturn.decisions.metrics import Truth, score  # noqa: E402
+from rareturn.decisions.metrics import Truth, scores  # noqa: E402
 from rareturn.decisions.probabilities import softmax  # noqa: E402
 from rareturn.decisions.rules import Decision, Rule, decide  # noqa: E402
 from rareturn.errors import InputError  # noqa: E402
@@ -196,8 +195,8 @@ def measure_table(arguments: BenchmarkArguments, table: Table, method: str, bar:
     started = time.process_time()
     rule = fit_rule(recipe, table.logits, truth)
     seconds = time.process_time() - started
-    fitter, folds = rule_fitter(recipe, table.logits, truth), repeated_folds(truth, repeats=arguments.repeats)
-    fitted = cross_fit(fitter, truth, folds, progress=bar.update)
+    folds = repeated_folds(truth, repeats=arguments.repeats)
+    fitted = cross_fit(recipe, table.logits, truth, folds, progress=bar.update)
     in_sample = rule.predict([[run] for run in table.logits]).labels
     return {
         "in_sample": truth.scores(in_sample)[METRIC],
@@ -300,8 +299,8 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
     }
 
     def add(name: str, rule: Rule, fitted: CrossFit) -> None:
-        truth = score(fresh_labels, rule.predict([[fresh_logits]]).labels, 9, positive, METRIC)
-        tuned = score(labels, rule.predict([[logits]]).labels, 9, positive, METRIC)
+        truth = scores(fresh_labels, rule.predict([[fresh_logits]]).labels, 9, positive)[METRIC]
+        tuned = scores(labels, rule.predict([[logits]]).labels, 9, positive)[METRIC]
         found[name].append((tuned, fitted.metrics[METRIC], *fitted.interval, truth))
 
     for _draw in tqdm(range(arguments.simulate), desc="draws", unit="draw", leave=False):
@@ -312,7 +311,7 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
         for method in arguments.methods:
             recipe = make_recipe(arguments, table, method)
             rule = fit_rule(recipe, *data)
-            fitted = cross_fit(rule_fitter(recipe, *data), data[1], folds, arguments.jobs)
+            fitted = cross_fit(recipe, *data, folds, arguments.jobs)
             add(method, rule, fitted)
             if method == "auto":
                 kept, fitted, _ = choose(recipe, rule, fitted, *data)
@@ -369,7 +368,7 @@ def time_scale(arguments: BenchmarkArguments) -> dict[str, float]:
     decision = fit("exact", probabilities, Truth(labels, range(len(labels)), 9, range(1, 9)))
     seconds = time.perf_counter() - started
     tuned, plain = (
-        score(labels, decide(probabilities, rule), 9, range(1, 9), METRIC)
+        scores(labels, decide(probabilities, rule), 9, range(1, 9))[METRIC]
         for rule in (decision, Decision(np.zeros(9)))
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

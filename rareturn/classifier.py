@@ -8,7 +8,6 @@ classifier([{"speaker": "seeker", "text": "Whatever. It's not like anyone notice
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +21,9 @@ from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, turn_problem
 from rareturn.errors import InputError
-from rareturn.models import inference
-from rareturn.models.inference import predict_logits, segment_name
-from rareturn.models.loading import (
-    LOADING,
-    BaseModel,
-    find_base_model,
-    is_encoder,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    load_trained,
-)
+from rareturn.models import loading
+from rareturn.models.inference import place, predict_logits, segment_name
+from rareturn.models.loading import BaseModel, is_encoder
 from rareturn.models.packing import PackedBatches, accept_packed, can_branch
 from rareturn.models.probing import FrozenFeatures, LinearHead
 from rareturn.models.training import RowBatches
@@ -44,11 +34,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an ensemble says of one turn.
+    """What an ensemble says of one turn, whose place in its dialogue is counted from 0.
 
     Attributes:
-        turn: the turn's place in its dialogue, counted from 0.
-        label, label_name: the decision.
         probabilities: label name to probability, after temperature and blending, before bias and gate.
         decided_by: as in `rules.Prediction`.
     """
@@ -58,10 +46,6 @@ class Prediction:
     label_name: str
     probabilities: dict[str, float]
     decided_by: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
 
 
 def _check_prompt(run: BundledRun, renderer: Renderer | None) -> None:
@@ -73,29 +57,24 @@ def _check_prompt(run: BundledRun, renderer: Renderer | None) -> None:
 class _TrainedVoter:
     """The folds of one run of run_classification.py: adapters on one base, or whole models."""
 
-    def __init__(self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, bases: _Bases):
-        self.bf16, self.base = run.loader.bf16, bases.find(run)
-        self.is_encoder = is_encoder(load_config(self.base))
-        self.tokenizer = load_tokenizer(self.base)
-        self.renderer = Renderer(self.tokenizer, guide, is_encoder=self.is_encoder, **run.window.model_dump())
+    def __init__(
+        self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, base: BaseModel, bases: _Bases
+    ):
+        self.bf16, tokenizer = run.loader.bf16, loading.load_tokenizer(base)
+        self.is_encoder = is_encoder(loading.load_config(base))
+        self.renderer = Renderer(tokenizer, guide, is_encoder=self.is_encoder, **run.window.model_dump())
         _check_prompt(run, self.renderer)
         self.scope = run.label_scope
-        pad = self.tokenizer.pad_token_id
-        self.models = [bases.load_fold(self.base, folder, guide, pad) for folder in folders]
+        self.padded = RowBatches(tokenizer.pad_token_id, 1, 1, 32, segment_name(base, tokenizer))
+        self.models = [bases.load_fold(base, folder, guide, tokenizer.pad_token_id) for folder in folders]
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Of each fold, float32 of shape (rows, num_labels)."""
-        rendered = self.renderer.render(rows)
-        results = []
+        rendered, results = self.renderer.render(rows), []
         for model, adapter in self.models:
             if adapter is not None:
                 model.set_adapter(adapter)
-            if self.is_encoder:
-                segments = segment_name(self.base, self.tokenizer)
-                batches = RowBatches(self.tokenizer.pad_token_id, 1, 1, 32, segments)
-            else:
-                branches = can_branch(model)
-                batches = PackedBatches(branches=branches)
+            batches = self.padded if self.is_encoder else PackedBatches(branches=can_branch(model))
             how = {"scope": self.scope, "bf16": self.bf16, "alone": True}
             results.append(predict_logits(model, batches, rows, rendered, **how))
         return results
@@ -107,15 +86,8 @@ class _ProbeVoter:
     def __init__(self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, base: BaseModel):
         if run.features is None:
             raise InputError(f"{run.name}: features: missing, so its heads cannot be applied")
-        self.frozen = FrozenFeatures(
-            base,
-            guide,
-            layer=run.features.layer,
-            window=run.window.model_dump(),
-            batch_size=32,
-            bf16=run.loader.bf16,
-            show_progress=False,
-        )
+        taken = {"layer": run.features.layer, "window": run.window.model_dump(), "bf16": run.loader.bf16}
+        self.frozen = FrozenFeatures(base, guide, **taken, batch_size=32, show_progress=False)
         _check_prompt(run, self.frozen.renderer)
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
         self.model = self.frozen.load()
@@ -129,54 +101,45 @@ class _ProbeVoter:
 class _Bases:
     """Base models, each loaded once, whatever number of folds and runs stand on it.
 
-    Args:
-        trust_remote_code: names of the bases that may run code of their own.
+    `trusted` are the names of those that may run code of their own.
     """
 
-    def __init__(self, trust_remote_code: Sequence[str]):
-        self.trusted = trust_remote_code
+    def __init__(self, trusted: Sequence[str]):
+        self.trusted = trusted
         self.loaded: dict[BaseModel, Any] = {}
 
     def find(self, run: BundledRun) -> BaseModel:
-        """The run's base, as it was loaded in training.
-
-        Raises:
-            InputError: it cannot be had, or wants to run its own code and may not.
-        """
+        """The run's base, as it was loaded in training; an InputError where it wants to run its own code and may not."""
         name, revision = run.base_model, run.base_revision
         if run.loader.trust_remote_code and name not in self.trusted:
-            raise InputError(
-                f"{run.name}: {name} runs code of its own; allow it by --trust_remote_code {name}"
-            )
-        loading = run.loader.model_dump(include=set(LOADING))
+            advice = f"allow it by --trust_remote_code {name}"
+            raise InputError(f"{run.name}: {name} runs code of its own; {advice}")
+        how = run.loader.model_dump(include=set(loading.LOADING))
         if re.fullmatch("[0-9a-f]{40}", revision or "") and not Path(name).is_dir():
-            return BaseModel(name, revision, name, **loading)  # pinned: no need to ask the Hub
+            return BaseModel(name, revision, name, **how)  # pinned: no need to ask the Hub
         packaged = revision is not None and ":" in revision
-        base = find_base_model(name, None if packaged else revision, **loading)
+        base = loading.find_base_model(name, None if packaged else revision, **how)
         if packaged and base.revision != revision:
             logger.warning(f"{base.name}: the run was trained on {revision}, this is {base.revision}")
         return base
 
-    def load_fold(
-        self, base: BaseModel, folder: Path, guide: LabelGuide, pad_token_id: int
-    ) -> tuple[Any, str | None]:
+    def load_fold(self, base: BaseModel, folder: Path, guide: LabelGuide, pad: int) -> tuple[Any, str | None]:
         """A fold's model, and the name of its adapter if it is one on a shared base."""
-        name, model = None, None
+        name, model = None, self.loaded.get(base)
         if not (folder / "adapter_config.json").exists():
-            model = load_trained(base, folder, guide.names, pad_token_id)
-        elif base in self.loaded:
-            shared = self.loaded[base]
-            name = f"fold{len(shared.peft_config)}"
-            shared.load_adapter(folder, adapter_name=name)
-            return inference.place(shared, base), name
+            model = loading.load_trained(base, folder, guide.names, pad)
+        elif model is not None:
+            name = f"fold{len(model.peft_config)}"
+            model.load_adapter(folder, adapter_name=name)
+            return place(model, base), name
         else:
             from peft import PeftModel
 
-            name, classifier = "fold0", load_classifier(base, guide.names, pad_token_id)
+            name, classifier = "fold0", loading.load_classifier(base, guide.names, pad)
             model = self.loaded[base] = PeftModel.from_pretrained(classifier, folder, adapter_name=name)
-        if not is_encoder(load_config(base)):
+        if not is_encoder(loading.load_config(base)):
             accept_packed(model)
-        return inference.place(model, base), name
+        return place(model, base), name
 
 
 class DialogueClassifier:
@@ -197,28 +160,21 @@ class DialogueClassifier:
             InputError: no bundle there, a damaged one, or a model that cannot be had.
         """
         bundle, folder = read_bundle(str(reference))
-        bases = _Bases(trust_remote_code)
-        voters: list[Any] = []
+        bases, voters = _Bases(trust_remote_code), []
         for run in bundle.runs:
-            folders = model_folders(run, folder)
-            if (folders[0] / "head.safetensors").exists():
-                voters.append(_ProbeVoter(run, folders, bundle.guide, bases.find(run)))
-            else:
-                voters.append(_TrainedVoter(run, folders, bundle.guide, bases))
+            what = run, model_folders(run, folder), bundle.guide, bases.find(run)
+            is_probe = (what[1][0] / "head.safetensors").exists()
+            voters.append(_ProbeVoter(*what) if is_probe else _TrainedVoter(*what, bases))
         return cls(bundle, voters)
 
     def __call__(self, dialogue: Sequence[Mapping[str, str]], turns: str = "all") -> list[Prediction]:
         """Classify a dialogue's turns of the target speaker.
 
         Args:
-            dialogue: turns {"text", "speaker"}, oldest first.
+            dialogue: turns {"text", "speaker"}, oldest first; an InputError if one has no text or an unknown speaker.
             turns: `all`, or `last` for the last one only.
-
-        Raises:
-            InputError: a turn without text or with an unknown speaker.
         """
-        checked = check_dialogue(dialogue, self.guide, "dialogue")
-        rows = list(target_rows("dialogue", "dialogue", checked, self.guide, turns))
+        rows = target_rows(dialogue, self.guide, turns, "dialogue")
         return [prediction for _, prediction in self.predictions(rows)] if rows else []
 
     def predictions(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prediction]]:
@@ -231,30 +187,20 @@ class DialogueClassifier:
             yield row, Prediction(len(row.turns) - 1, int(label), names[label], named, reason)
 
 
-def check_dialogue(dialogue: Any, guide: LabelGuide, where: str) -> tuple[Turn, ...]:
-    """A dialogue's turns.
+def target_rows(
+    dialogue: Any, guide: LabelGuide, which: str, where: str, row_id: str = "", dialogue_id: str = ""
+) -> list[Row]:
+    """A row for every turn of the target speaker, or for the last of them; ids are `<row_id>#<turn>`.
 
-    Raises:
-        InputError: not a list, empty, or one line a turn that is wrong.
+    An InputError where the dialogue is not a list or empty, or one line a turn that is wrong.
     """
     if not isinstance(dialogue, (list, tuple)) or not dialogue:
         raise InputError(f"{where}: must be a list of turns")
-    problems, turns = [], []
-    for number, turn in enumerate(dialogue, 1):
-        problem = turn_problem(turn, guide)
-        if problem:
-            problems.append(f"{where}: turn {number} {problem}")
-        else:
-            turns.append(Turn(turn["text"], turn["speaker"]))
+    found = enumerate((turn_problem(turn, guide) for turn in dialogue), 1)
+    problems = [f"{where}: turn {number} {problem}" for number, problem in found if problem]
     if problems:
         raise InputError(*problems)
-    return tuple(turns)
-
-
-def target_rows(
-    row_id: str, dialogue_id: str, turns: tuple[Turn, ...], guide: LabelGuide, which: str
-) -> Iterator[Row]:
-    """A row for every turn of the target speaker, or for the last of them; ids are `<row_id>#<turn>`."""
+    turns = tuple(Turn(turn["text"], turn["speaker"]) for turn in dialogue)
     places = [place for place, turn in enumerate(turns) if turn.speaker == guide.target_speaker]
-    for place in places if which == "all" else places[-1:]:
-        yield Row(f"{row_id}#{place}", dialogue_id, turns[: place + 1])
+    places = places if which == "all" else places[-1:]
+    return [Row(f"{row_id}#{place}", dialogue_id, turns[: place + 1]) for place in places]

@@ -28,31 +28,17 @@ from rareturn.errors import InputError
 
 REQUIRED = MISSING
 TRAINING_GROUP = "transformers' TrainingArguments"
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "scikit-learn",
-    "numpy",
-)
+PACKAGES = "torch transformers peft bitsandbytes accelerate datasets scikit-learn numpy"
 SECRET = re.compile(r"--(?:\w+[_-])?token")
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field that is a flag of the command line.
+    """A dataclass field that is a flag of the command line; `REQUIRED` stands for no default.
 
-    Args:
-        default: `REQUIRED` for a flag that must be given.
-        help: what it is, its unit, and why the default is what it is.
-        options: more for `argparse`, such as `choices`.
+    `help` says what it is, its unit, and why the default is what it is; `options` are argparse's, such as `choices`.
     """
-    metadata = {"help": help, **options}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(metadata={"help": help, **options}, **how)
 
 
 @dataclass
@@ -87,34 +73,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = (
-            any(action.default is value for value in (None, False, argparse.SUPPRESS)) or action.nargs == 0
-        )
+        silent = action.nargs == 0 or str(action.default) in ("None", "False", argparse.SUPPRESS)
         return action.help if silent else super()._get_help_string(action)
 
 
 def parse_arguments(
-    argument_classes: Sequence[type],
-    description: str,
-    argv: Sequence[str] | None = None,
-    *,
-    training_arguments: Callable[[], type] | None = None,
+    own: Sequence[type], doc: str, argv: list[str] | None = None, training_arguments: Callable | None = None
 ) -> tuple[Any, ...]:
     """Parse the recipe that `--config` names and the flags into one instance of each dataclass.
 
     Args:
-        argument_classes: the script's own dataclasses; a ValueError in `__post_init__` is a user error.
-        description: what `--help` begins with, as it is.
-        argv: the arguments; `sys.argv[1:]` by default.
-        training_arguments: gives one more class, whose 120 flags `--help` leaves to `--help_all`. It is called only
-            when it is needed, because importing transformers' `TrainingArguments` takes seconds. Where it has a flag
-            that `argument_classes` have too, theirs stands.
-
-    Returns:
-        An instance of each class, that of `training_arguments` last.
-
-    Raises:
-        InputError: an unreadable recipe, an unknown key or flag, or a value that is refused.
+        own: the script's own dataclasses; a ValueError in `__post_init__` is a user error.
+        training_arguments: gives one more class, the last, whose 120 flags `--help` leaves to `--help_all`. It is called
+            only when it is needed, because importing transformers' `TrainingArguments` takes seconds. Where it has a
+            flag that `own` have too, theirs stands.
     """
     from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
@@ -122,55 +94,44 @@ def parse_arguments(
         def error(self, message: str) -> None:
             raise InputError(message)
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    classes = list(argument_classes)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    classes = list(own)
     if training_arguments is not None and not {"-h", "--help"} & set(argv):
         classes.append(training_arguments())
         classes[-1]._argument_group_name = TRAINING_GROUP
     parser = Parser(
         usage="%(prog)s [--config RECIPE] [flags]",
-        description=description,
+        description=doc,
         allow_abbrev=False,
         conflict_handler="resolve",
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given beside it win.")
     if training_arguments is not None:
-        help_all = "Show the flags of transformers' TrainingArguments too."
-        parser.add_argument("--help_all", action="help", help=help_all)
+        parser.add_argument("--help_all", action="help", help=f"Show the flags of {TRAINING_GROUP} too.")
     # Of two flags of one name the later one stands, so the script's own are added last; in the help they come first.
-    for argument_class in (*classes[len(argument_classes) :], *argument_classes):
+    for argument_class in (*classes[len(own) :], *own):
         parser._add_dataclass_arguments(argument_class)
     parser._action_groups.sort(key=lambda group: group.title == TRAINING_GROUP)
     for action in list(parser._actions):
-        if action.type is string_to_bool and action.default is None:
+        opposite = {"action": "store_false", "dest": action.dest, "help": f"The opposite of --{action.dest}."}
+        if action.option_strings[0].startswith("--no_"):
+            action.help = opposite["help"]
+        elif action.type is string_to_bool and action.default is None:
             # Where neither is given the script decides; transformers gives such a flag no bare form of its own.
             action.nargs, action.const = "?", True
-            negative = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
-            parser.add_argument(
-                *negative, dest=action.dest, action="store_false", default=argparse.SUPPRESS, help=""
-            )
-    for action in parser._actions:
-        if action.option_strings[0].startswith("--no_"):
-            action.help = f"The opposite of --{action.dest}."
-    words = _recipe_words(parser, argv) + argv
-    namespace = vars(parser.parse_args(words))
-    instances = []
-    for argument_class in classes:
-        names = {field.name for field in dataclasses.fields(argument_class) if field.init}
-        try:
-            instances.append(argument_class(**{name: namespace[name] for name in names}))
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from None
-    return tuple(instances)
+            spelt = (f"--no_{action.dest}", f"--no-{action.dest.replace('_', '-')}")
+            parser.add_argument(*spelt, default=argparse.SUPPRESS, **opposite)
+    given = vars(parser.parse_args(_recipe_words(parser, argv) + argv))
+    names = {one: [field.name for field in dataclasses.fields(one) if field.init] for one in classes}
+    try:
+        return tuple(one(**{name: given[name] for name in names[one]}) for one in classes)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from None
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The mapping in a recipe file.
-
-    Raises:
-        InputError: no such file, not YAML, or not a mapping of flag names.
-    """
+    """The mapping of flag names to values in a YAML file."""
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
@@ -185,22 +146,17 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 def _recipe_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """The recipe as words of a command line; they are parsed alone first, so that an error names the recipe."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder = type(parser)(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
-    try:
-        path = finder.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:
-        raise InputError("--config needs the path of a recipe") from None
+    path = finder.parse_known_args(argv)[0].config
     if path is None:
         return []
     words = []
     flags = {action.dest for action in parser._actions} - {"config", "help", "help_all"}
     for key, value in read_recipe(path).items():
         if key not in flags:
-            near = difflib.get_close_matches(key, flags, n=1)
-            raise InputError(
-                f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            near = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(key, flags, n=1))
+            raise InputError(f"{path}: unknown key {key!r}{near}")
         if value is None:
             raise InputError(f"{path}: {key}: null is not a value; leave the key out for the default")
         if isinstance(value, list):
@@ -229,13 +185,9 @@ def start_logging(level: int = logging.INFO) -> None:
 
 def without_secrets(words: Sequence[str]) -> list[str]:
     """The words of a command line, the value of each `--…_token` replaced by `***`."""
-    shown, hide = [], False
-    for word in words:
-        name, given, _ = word.partition("=")
-        secret = SECRET.fullmatch(name) is not None
-        shown.append(f"{name}=***" if secret and given else "***" if hide else word)
-        hide = secret and not given
-    return shown
+    shown = [re.sub(rf"(?s)^({SECRET.pattern})=.*", r"\1=***", word) for word in words]
+    follows = [SECRET.fullmatch(before) is not None for before in ("", *words[:-1])]
+    return ["***" if hide else word for hide, word in zip(follows, shown, strict=False)]
 
 
 def provenance() -> dict[str, Any]:
@@ -245,7 +197,7 @@ def provenance() -> dict[str, Any]:
     commit = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
     return {
         "command": shlex.join(words),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},
         "git_commit": commit.stdout.strip() or None if commit else None,
     }
 
@@ -255,22 +207,20 @@ def run(main: Callable[[], Any]) -> None:
     script = os.path.basename(sys.argv[0])
     try:
         main()
-    except InputError as error:
-        for line in error.lines():
-            print(f"{script}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        # A path that the user gave and that is not what it should be; whoever met it first, a library or we.
-        if error.filename is None:
-            raise
-        print(f"{script}: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        # An expected failure that is nobody's mistake (a push that did not arrive) brings its own exit status.
-        if not hasattr(error, "exit_code"):
-            raise
-        print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        # A path that the user gave and that is not what it should be; whoever met it first, a library or we.
+        of_path = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+        if isinstance(error, InputError):
+            lines = error.lines()
+        elif isinstance(error, of_path) and error.filename is not None:
+            lines = [f"{error.filename}: {error.strerror}"]
+        elif hasattr(error, "exit_code"):  # nobody's mistake, such as a push that did not arrive
+            lines = [str(error)]
+        else:
+            raise
+        for line in lines:
+            print(f"{script}: error: {line}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))

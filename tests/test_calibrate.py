@@ -17,7 +17,7 @@ import calibrate
 from rareturn import command_line
 from rareturn.data.folds import write_folds
 from rareturn.decisions.methods import METHODS, fit
-from rareturn.decisions.metrics import METRIC_NAMES, score
+from rareturn.decisions.metrics import METRIC_NAMES, scores
 from rareturn.decisions.probabilities import softmax
 from rareturn.decisions.rules import decide
 from rareturn.files import write_json
@@ -140,7 +140,7 @@ def test_auto_writes_the_same_decision_twice_and_prints_no_figure_alone(tmp_path
     table = read_run(run).oof
     predictions = decide(softmax(table.logits, decision.temperature), decision)
     assert content["metrics"]["in_sample"]["macro_f1_positive"] == pytest.approx(
-        score(table.label, predictions, 4, [1, 2, 3])
+        scores(table.label, predictions, 4, [1, 2, 3])["macro_f1_positive"]
     )
 
     for method in (*METHODS, "auto"):

@@ -107,7 +107,7 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(
         ("path: a\n", ["--rate", "0"], "--rate must be above 0"),
         ("path: a\n", ["--lab", "3"], "unrecognized arguments: --lab 3"),
         ("rate: 1\n", [], "the following arguments are required: --path"),
-        (None, ["--path", "a", "--config"], "--config needs the path of a recipe"),
+        (None, ["--path", "a", "--config"], "argument --config: expected one argument"),
         (None, ["--path", "a", "--config", "nowhere.yaml"], "nowhere.yaml: cannot read the recipe"),
     ],
 )

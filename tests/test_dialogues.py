@@ -125,13 +125,13 @@ def test_a_json_array_is_read_the_same_however_it_is_cut(chunk, tmp_path, monkey
         return file
 
     monkeypatch.setattr(readers, "open", open_in_pieces, raising=False)
-    assert list(read_records(str(path))[1]) == records
+    assert list(read_records(str(path))) == records
 
 
 def test_numbers_and_repeated_keys_of_a_json_array_are_those_of_the_json_module(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"a": 1, "a": 2, "b": 7.0, "c": 1e2, "d": 9223372036854775807, "e": -0}]')
-    (read,) = read_records(str(path))[1]
+    (read,) = read_records(str(path))
     (expected,) = json.loads(path.read_text())
     assert read == expected and list(map(type, read.values())) == list(map(type, expected.values()))
 
@@ -140,7 +140,7 @@ def test_a_big_json_array_needs_the_memory_of_one_row(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"id": str(number), "text": "word " * 2000} for number in range(400)]))
     tracemalloc.start()
-    assert sum(1 for _ in read_records(str(path))[1]) == 400
+    assert sum(1 for _ in read_records(str(path))) == 400
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size > 4_000_000 and peak < 1_000_000

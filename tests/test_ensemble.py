@@ -22,8 +22,8 @@ from sklearn.metrics import cohen_kappa_score
 import ensemble
 from rareturn.data.folds import write_folds
 from rareturn.decisions import metrics as metrics_module
-from rareturn.decisions.cross_fitting import Recipe, cross_fit, repeated_folds, rule_fitter, search_weights
-from rareturn.decisions.metrics import bootstrap_interval, cohens_kappa, score
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, repeated_folds, search_weights
+from rareturn.decisions.metrics import bootstrap_interval, cohens_kappa
 from rareturn.decisions.probabilities import softmax
 from rareturn.decisions.rules import Decision, decide
 from rareturn.errors import InputError
@@ -234,7 +234,7 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
         assert metrics[stage]["interval"]["macro_f1_positive"] == list(bootstrap_interval(truth, predictions))
     recipe = Recipe("prior", weights=(0.3, 0.7), protected_class=1)
     logits = [run.oof.logits for run in runs]
-    again = cross_fit(rule_fitter(recipe, logits, truth), truth, repeated_folds(truth, repeats=2))
+    again = cross_fit(recipe, logits, truth, repeated_folds(truth, repeats=2))
     assert metrics["cross_fitted"]["macro_f1_positive"] == pytest.approx(again.metrics["macro_f1_positive"])
     assert read(out / "oof_predictions.json")["predictions"] == again.predictions.tolist()
     assert "test" not in metrics
@@ -456,7 +456,8 @@ def test_compare_by_hand(place: Path, capsys):
         write_run(place / name, run_info(name), np.eye(3)[predictions], TEST["a"])
     assert compare("d", "c", "--output_file", "out/comparison.json") == 0
     found = read("out/comparison.json")
-    scores = [score(labels, predictions, 3, [1, 2], "macro_f1_positive") for predictions in (of_d, of_c)]
+    each = [metrics_module.scores(labels, predictions, 3, [1, 2]) for predictions in (of_d, of_c)]
+    scores = [of_one["macro_f1_positive"] for of_one in each]
     assert [found["a"]["score"], found["b"]["score"]] == pytest.approx(scores)
     assert found["difference"] == pytest.approx(scores[1] - scores[0])
     flips = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from rareturn.decisions.metrics import METRIC_NAMES, Truth, score, score_predictions
+from rareturn.decisions.metrics import METRIC_NAMES, Truth, score_predictions
 from rareturn.decisions.metrics import scores as all_scores
 from rareturn.files import packaged
 
@@ -90,7 +90,8 @@ def test_agrees_with_scikit_learn_and_with_the_searches(metric, seed):
     assert flat(scores) == pytest.approx(expected, abs=1e-12)
     assert scores == all_scores(references, predictions, num_labels, positive)
     for name in METRIC_NAMES:
-        assert score(references, predictions, num_labels, positive, name) == pytest.approx(scores[name])
+        truth = Truth(references, range(50), num_labels, positive, name)
+        assert truth.score(predictions) == pytest.approx(scores[name])
 
 
 @pytest.mark.parametrize(

@@ -534,7 +534,7 @@ def test_adapters_on_one_base_are_the_adapters_each_on_its_own(decoders, tmp_pat
         model = load_trained(base, tmp_path / str(fold), GUIDE.names, PAD)
         accept_packed(model)
         apart.append(logits(model))
-    bases = _Bases(trust_remote_code=())
+    bases = _Bases(())
     loaded = [bases.load_fold(base, tmp_path / str(fold), GUIDE, PAD) for fold in range(2)]
     assert loaded[0][0] is loaded[1][0]
     for fold in (1, 0, 1):

@@ -22,7 +22,7 @@ import ensemble
 import linear_probe
 import predict
 import run_classification
-from rareturn import DialogueClassifier, classifier
+from rareturn import DialogueClassifier
 from rareturn.errors import InputError
 from rareturn.models import loading, probing
 from rareturn.models.loading import load_classifier
@@ -89,7 +89,7 @@ def read_lines(path: Path) -> list[dict]:
 def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path, monkeypatch):
     loads: list[str] = []
     load = load_classifier
-    for module in (loading, classifier, probing):
+    for module in (loading, probing):
         monkeypatch.setattr(
             module, "load_classifier", lambda base, *rest: loads.append(base.name) or load(base, *rest)
         )
@@ -231,9 +231,9 @@ def peak_memory_of_a_prediction(system: Path, source: Path, output: Path) -> int
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     words = words_of(ensemble=system, input=source, output=output, use_cpu=True)
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    # In the working folder, where the bases are.
+    command, env = [sys.executable, "-c", program, *words], os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return int(ended.stdout.splitlines()[-1])
 

@@ -20,7 +20,7 @@ from tiny_models import make_tiny_decoder, make_tiny_encoder
 
 from rareturn.decisions.probabilities import softmax
 from rareturn.reports.cards import dataset_of, ensemble_card, run_card, run_results
-from rareturn.reports.ensemble import Picture, make_page
+from rareturn.reports.ensemble import make_page
 from rareturn.reports.figures import (
     agreement,
     confusion_matrix,
@@ -93,7 +93,7 @@ def test_text_table_is_aligned():
 
 def test_table_cells_cannot_break_out_of_markdown() -> None:
     table = Table("T <i>", ("a|b", "c"), [["<script>|", "1"]], "A note.")
-    card = ensemble_card({"name": "x"}, [run_info()], METRICS, [table], [])
+    card = ensemble_card("x", [run_info()], METRICS, [table], [])
     assert "### T <i>\n\n| a\\|b | c |\n|---|---:|\n| <script>\\| | 1 |\n\nA note.\n" in card
 
 
@@ -128,8 +128,8 @@ def test_page_needs_nothing_beside_itself():
     metrics["notes"] = ["Text & more."]
     hostile = Table("Scores <i>", ("x", "y"), [["<img src=http://example.org/x>", "1 [0.1, 0.2]"]])
     tables = dict.fromkeys(("scores", "per class", "runs", "rule", "probabilities"), hostile)
-    files = ("per_class_f1.png", "confusion.png", "agreement.png", "search_curves.png", "reliability.png")
-    pictures = [Picture(name, agreement(["a"], np.eye(1)), 'Kappa of "a" & <b>') for name in files]
+    names = ("per_class_f1", "confusion", "agreement", "search_curves", "reliability")
+    pictures = {name: agreement(['a" & <b>'], np.eye(1)) for name in names}
     page = make_page("Report <x>", metrics, tables, pictures)
     parser = _Links()
     parser.feed(page)
@@ -137,12 +137,12 @@ def test_page_needs_nothing_beside_itself():
     assert len(parser.found) == 5 and all(link.startswith("data:image/png;base64,") for link in parser.found)
     assert "<h1>Ensemble Report &lt;x&gt;</h1>" in page and "Text &amp; more." in page
     assert "Scores &lt;i&gt;" in page and "&lt;img src=http" in page and "prior &lt;b&gt;" in page
+    assert 'alt="Agreement of the labels that two systems choose (Cohen&#39;s kappa' in page
     assert "[0.1,\u00a00.2]" in page and "1,234 out-of-fold rows" in page
     assert 'name="viewport"' in page and "url(" not in page and "@import" not in page
     # A vote has no rule to show.
-    vote = make_page(
-        "x", metrics, {key: tables[key] for key in ("scores", "per class", "runs")}, pictures[:3]
-    )
+    shown = {key: tables[key] for key in ("scores", "per class", "runs")}
+    vote = make_page("x", metrics, shown, {name: pictures[name] for name in names[:3]})
     assert "<h2>Decision</h2>" in page and "<h2>Decision</h2>" not in vote
 
 
@@ -150,16 +150,16 @@ def _pictures():
     generator = np.random.default_rng(0)
     labels = generator.integers(3, size=40)
     before, after = generator.dirichlet(np.ones(3), size=(2, 40))
-    intervals = [(0.1, 0.4), (0.2, 0.6), (0.0, 0.0)]
+    intervals = {"f1_per_class": [(0.1, 0.4), (0.2, 0.6), (0.0, 0.0)]}
+    stages = [{"f1_per_class": values, "interval": intervals} for values in ([0.3, 0.4, 0], [0.2, 0.5, 0])]
+    cross_fitted = {"accuracy": 0.4, "interval": {"accuracy": (0.3, 0.5)}}
     x = np.linspace(-1, 1, 5)
     return {
-        "per_class": lambda: per_class_f1(
-            NAMES, [20, 15, 0], ([0.3, 0.4, 0.0], intervals), ([0.2, 0.5, 0.0], intervals), [1, 2]
-        ),
-        "confusion": lambda: confusion_matrix(NAMES, [[5, 1, 0], [2, 8, 0], [0, 0, 0]], "Title"),
+        "per_class": lambda: per_class_f1(NAMES, [20, 15, 0], *stages, [1, 2]),
+        "confusion": lambda: confusion_matrix(NAMES, np.array([[5, 1, 0], [2, 8, 0], [0, 0, 0]]), "Title"),
         "reliability": lambda: reliability_diagram(before, after, labels, ("before", "after")),
         "curves": lambda: search_curves(
-            [("bias", x, x**2, 0.5), ("threshold", x, x, None)], (0.4, (0.3, 0.5)), "macro_f1_positive"
+            [("bias", x, x**2, 0.5), ("threshold", x, x, None)], cross_fitted, "accuracy", "macro_f1_positive"
         ),
         "agreement": lambda: agreement(["a", "b"], np.array([[1, 0.2], [0.2, 1]])),
     }
@@ -321,41 +321,41 @@ def with_guide(**facts):
     return run_info(recipe={"train_file": "train.json"}, label_guide=GUIDE | facts)
 
 
-def test_licence_language_and_data_set_come_from_the_label_guide(monkeypatch):
-    # The keys are new to the guide: here it is only read for the example, which does not need them.
-    monkeypatch.setattr("rareturn.reports.cards._example", lambda info: {"turns": []})
+def test_licence_language_and_data_set_come_from_the_label_guide():
     first = with_guide(license="cc-by-4.0", language="en", dataset="org/calls")
-    second = with_guide(license="odbl", language=["de", "fr"], dataset="Letters of 1912")
+    second = with_guide(license="odbl", language="de", dataset="Letters of 1912")
     cards = [run_card(info, {"folds": {}}) for info in (first, second, with_guide())]
     data = [ModelCard(card).data for card in cards]
     assert [found.license for found in data] == ["cc-by-4.0", "odbl", None]
-    assert [found.language for found in data] == ["en", ["de", "fr"], None]
+    assert [found.language for found in data] == ["en", "de", None]
     assert [found.datasets for found in data] == [["org/calls"], None, None]
     assert "Data set: [org/calls](https://huggingface.co/datasets/org/calls). Licence: cc-by-4.0." in cards[0]
     assert "Data set: Letters of 1912. Licence: odbl." in cards[1]
     assert "Data set: not stated. Licence: not stated." in cards[2] and "\nlicense:" not in cards[2]
     assert not any("cc-by-nc" in card or "PsyDefConv" in card for card in cards)
-    both = ensemble_card({"name": "blend"}, [first, second], METRICS, [], [])
-    assert ModelCard(both).data.license == ["cc-by-4.0", "odbl"]
+    both = ModelCard(ensemble_card("blend", [first, second], METRICS, [], [])).data
+    assert (both.license, both.language) == (["cc-by-4.0", "odbl"], ["en", "de"])
 
 
 def test_ensemble_card_shows_the_cross_fitted_figure():
     tuned = STAGE | {"macro_f1_positive": 0.9}
     metrics = METRICS | {"in_sample": tuned}
     card = ensemble_card(
-        {"name": "blend"},
+        "org/name",
         [run_info(), run_info(name="seed-a", loader={"tuning": "full"})],
         metrics,
         [score_table(metrics)],
-        [Picture("confusion.png", b"", "Where rows went")],
-        "org/name",
+        ["confusion"],
     )
     data = ModelCard(card).data
     assert (data.library_name, data.model_name) == ("transformers", "org/name")
     assert data.eval_results[0].metric_value == 0.6667
     assert "decision cross-fitted" in data.eval_results[0].metric_name
     assert "A blend of 2 runs" in card
-    assert "![Where rows went](figures/confusion.png)" in card
+    assert (
+        "given each label. The rule was fitted on other dialogues (first repeat of the cross-fitting).](figures/confusion.png)"
+        in card
+    )
     assert 'DialogueClassifier.from_pretrained("org/name")' in card
     # The in-sample figure, its cross-fitted one beside it.
     assert "| 0.667 [0.500, 0.700] | 0.900 [0.500, 0.700] |" in card

@@ -214,7 +214,7 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     assert [name for name in weights if "score" in name] == ["base_model.model.score.weight"]
 
     rows = load_rows(TRAIN, GUIDE)
-    folds = assign_folds(rows, 3, 42)
+    folds = assign_folds(rows, 3, 42, "dialogue")
     held_out = [row for row in rows if folds[row.id] == 0]
     table = read_table(run_dir / "oof/fold-0.parquet")
     assert table.id == [row.id for row in held_out] and table.label.tolist() == [
@@ -270,7 +270,7 @@ def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, po
     assert model_type == {"native": "bert", "mean": "segment_mean_classifier"}[pooling]
     base = find_base_model(encoder, pooling=pooling)
     model = load_trained(base, adapter, GUIDE.names, 0).eval()
-    folds = assign_folds(load_rows(TRAIN, GUIDE), 3, 42)
+    folds = assign_folds(load_rows(TRAIN, GUIDE), 3, 42, "dialogue")
     rows = [row for row in load_rows(TRAIN, GUIDE) if folds[row.id] == 0][:5]
     tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=48).render(rows)

@@ -16,8 +16,7 @@ predicted positive still counts against the precision of the label it was given.
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (list of int, [n]): predicted label numbers, 0 .. num_labels - 1.
-    references (list of int, [n]): true label numbers, 0 .. num_labels - 1.
+    predictions, references (list of int, [n]): predicted and true label numbers, 0 .. num_labels - 1.
     positive_labels (list of int): the labels averaged over; every label but 0 by default.
     num_labels (int): number of labels, 9 by default.
 Returns:
@@ -34,26 +33,23 @@ Examples:
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class DefenseF1(evaluate.Metric):
     def _info(self):
+        features = {name: datasets.Value("int64") for name in ("predictions", "references")}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
+            features=datasets.Features(features),
             format="numpy",
         )
 
     def _compute(self, predictions, references, positive_labels=None, num_labels=9):
-        labels = np.arange(num_labels)
+        labels, last = np.arange(num_labels), num_labels - 1
         positive = list(labels[1:] if positive_labels is None else positive_labels)
         if not positive or len(set(positive)) != len(positive) or not np.isin(positive, labels).all():
-            raise ValueError(
-                f"positive_labels: expected distinct labels in 0 .. {num_labels - 1}, not {positive}"
-            )
+            raise ValueError(f"positive_labels: expected distinct labels in 0 .. {last}, not {positive}")
         for name, values in (("predictions", predictions), ("references", references)):
             outside = ~np.isin(values, labels)
             if outside.any():
                 row = int(np.argmax(outside))
-                raise ValueError(f"{name}[{row}]: {int(values[row])} is not a label in 0 .. {num_labels - 1}")
+                raise ValueError(f"{name}[{row}]: {int(values[row])} is not a label in 0 .. {last}")
         return scores(references, predictions, num_labels, positive)

@@ -13,10 +13,9 @@ from pydantic import AfterValidator, BaseModel, Field, StrictInt, StrictStr, Val
 from rareturn.errors import InputError
 from rareturn.files import check_content, packaged
 
-HUB_KEYS = ("license", "language", "dataset")
 
-
-def _one_line(text: str) -> str:
+def fold_whitespace(text: str) -> str:
+    """One line: inner runs of white space become one space."""
     return " ".join(text.split())
 
 
@@ -26,8 +25,9 @@ def _not_empty(text: str) -> str:
     return text
 
 
-Definition = Annotated[StrictStr, AfterValidator(_one_line)]
+Definition = Annotated[StrictStr, AfterValidator(fold_whitespace)]
 Text = Annotated[Definition, AfterValidator(_not_empty)]
+Numbers = Annotated[tuple[StrictInt, ...], Field(min_length=1)]
 Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty)]
 
 
@@ -42,37 +42,32 @@ class Label(BaseModel, frozen=True, extra="forbid"):
 class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     """What the task is and which labels there are. Label numbers are 0 … n-1 and double as class indices.
 
-    Attributes:
-        license, language, dataset: of the corpus, in the Hub's words; None where the guide does not say.
-        target_speaker: the speaker whose turns are classified.
-        positive: the labels that the macro scores average over; all of them by default.
-        protected: the label that a decision's gate protects (the majority class), or None.
+    `positive` are the labels that the macro scores average over (all by default); `protected` is the one that a
+    decision's gate protects (the majority class).
     """
 
-    # A field's check sees the fields above it, so the order matters.
+    # A field's check sees the fields above it, so the order matters. What the corpus is stands in the Hub's words.
     task: Text
     license: Text | None = None
     language: Text | None = None
     dataset: Text | None = None
     speakers: Annotated[tuple[Annotated[StrictStr, AfterValidator(_not_empty)], ...], Field(min_length=1)]
-    target_speaker: StrictStr | None = Field(default=None, validate_default=True)
+    target_speaker: StrictStr | None = Field(None, validate_default=True)
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
-    positive: tuple[StrictInt, ...] | None = Field(default=None, validate_default=True)
+    positive: Numbers | None = Field(None, validate_default=True)
     protected: StrictInt | None = None
 
     @field_validator("target_speaker")
     @classmethod
     def _speaks(cls, name: str | None, info: ValidationInfo) -> str | None:
-        speakers = info.data.get("speakers")
-        if speakers is None:
-            return name
+        speakers = info.data.get("speakers", (name,))
         if name is None and len(speakers) == 1:
             return speakers[0]
         if name is None:
-            example = f"'target_speaker: {speakers[0]}'"
-            raise ValueError(
-                f"missing; write whose turns are classified ({listed(speakers)}), such as {example}"
+            whose = (
+                f"whose turns are classified ({listed(speakers)}), such as 'target_speaker: {speakers[0]}'"
             )
+            raise ValueError(f"missing; write {whose}")
         if name not in speakers:
             raise ValueError(f"{name!r} is not among the speakers ({listed(speakers)})")
         return name
@@ -87,27 +82,20 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
             raise ValueError("two labels have the same name")
         return labels
 
-    @field_validator("positive")
+    @field_validator("positive", "protected")
     @classmethod
-    def _are_labels(cls, numbers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+    def _are_labels(cls, given: tuple[int, ...] | int | None, info: ValidationInfo) -> Any:
         if "labels" not in info.data:
-            return numbers
-        known = range(len(info.data["labels"]))
-        if numbers is None:
-            return tuple(known)
-        unknown = sorted(set(numbers) - set(known))
-        if not numbers or unknown:
-            raise ValueError(f"{unknown[0]} is not a label" if unknown else "must list label numbers")
+            return given
+        known, one = range(len(info.data["labels"])), info.field_name == "protected"
+        if given is None:
+            return None if one else tuple(known)
+        numbers = [given] if one else sorted(given)
+        if unknown := set(numbers).difference(known):
+            raise ValueError(f"{min(unknown)} is not a label")
         if len(set(numbers)) < len(numbers):
             raise ValueError("a label is listed twice")
-        return tuple(sorted(numbers))
-
-    @field_validator("protected")
-    @classmethod
-    def _is_label(cls, number: int | None, info: ValidationInfo) -> int | None:
-        if number is not None and "labels" in info.data and number not in range(len(info.data["labels"])):
-            raise ValueError(f"{number} is not a label")
-        return number
+        return given if one else tuple(numbers)
 
     @property
     def names(self) -> list[str]:
@@ -119,8 +107,8 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
 
     def to_dict(self) -> dict[str, Any]:
         """The guide as the YAML file has it; `parse_label_guide` reads it back."""
-        content = self.model_dump(mode="json")
-        return {key: value for key, value in content.items() if key not in HUB_KEYS or value is not None}
+        unnamed = {key for key in ("license", "language", "dataset") if getattr(self, key) is None}
+        return self.model_dump(mode="json", exclude=unnamed)
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:
@@ -132,9 +120,7 @@ def listed(names: Sequence[str], shown: int = 5) -> str:
 
 def load_label_guide(path: str | os.PathLike) -> LabelGuide:
     """Read and check a guide; a relative path is looked up here first, then among the guides of this project."""
-    place = Path(path)
-    if not place.is_absolute() and not place.exists():
-        place = packaged(place)
+    place = Path(path) if Path(path).exists() else packaged(path)
     try:
         content = yaml.safe_load(place.read_text(encoding="utf-8"))
     except OSError as error:
@@ -145,5 +131,5 @@ def load_label_guide(path: str | os.PathLike) -> LabelGuide:
 
 
 def parse_label_guide(content: Any, where: str) -> LabelGuide:
-    """Check a guide's content, from YAML, a run or a bundle; an InputError has a line for each bad key."""
+    """A guide from YAML, a run or a bundle; an InputError has a line for each bad key."""
     return check_content(LabelGuide, content, where)

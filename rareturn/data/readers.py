@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,22 +19,19 @@ MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
-def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]:
-    """Raw records of a source, and the name to call it in messages.
+def read_records(source: str, split: str = "train") -> Iterable[Any]:
+    """Raw records of a source. Reading is lazy: iterating, too, may raise an InputError.
 
     Args:
         source: a .json (an array), .jsonl, .parquet or .csv file; a dataset folder (`save_to_disk`, or files that
             `datasets.load_dataset` reads); or a Hub dataset, `ORG/NAME[:path/of/file][@revision]`.
         split: the split to take where the source has several and names none.
-
-    Raises:
-        InputError: no such source, or not what its name says. Reading is lazy: iterating may raise it too.
     """
     path = Path(source)
     if path.is_file():
-        return source, _read_file(path)
+        return _read_file(path)
     if path.is_dir():
-        return source, _read_dataset(source, None, split)
+        return _read_dataset(source, None, split)
     match = HUB_FILE.fullmatch(source)
     if path.suffix in READERS and not (match and match["path"]):
         raise InputError(f"{source}: no such file")
@@ -42,16 +39,15 @@ def read_records(source: str, split: str = "train") -> tuple[str, Iterable[Any]]
         raise InputError(f"{source}: no such file or folder, nor a Hub dataset ORG/NAME[:path][@revision]")
     repo, inside, revision = match.groups()
     if inside is None:
-        return source, _read_dataset(repo, revision, split)
+        return _read_dataset(repo, revision, split)
     import httpx2
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         local = hf_hub_download(repo, inside, repo_type="dataset", revision=revision)
-    except (HFValidationError, httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise InputError(f"{source}: cannot be fetched from the Hub: {first_line(error)}") from None
-    return source, _read_file(Path(local))
+    return _read_file(Path(local))
 
 
 def _read_file(path: Path) -> Iterable[Any]:
@@ -65,9 +61,8 @@ def _read_json(path: Path) -> Iterator[Any]:
     number = 1
     try:
         with open(path, "rb") as file:
-            source = ijson.from_iter(_marked_pieces(file))
-            events = _rows_only(ijson.basic_parse(source, use_float=True), path)
-            for row in ijson.items(ijson.parse(events), "item"):
+            events = ijson.basic_parse(ijson.from_iter(_marked_pieces(file)), use_float=True)
+            for row in ijson.items(ijson.parse(_rows_only(events, path)), "item"):
                 yield row
                 number += 1
     except (ijson.JSONError, ValueError) as error:
@@ -86,7 +81,7 @@ def _marked_pieces(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _rows_only(events: Iterable[tuple[str, Any]], path: Path) -> Iterator[tuple[str, Any]]:
-    """The events of a JSON parser; refused unless an array's, and where their nesting would fill the memory."""
+    """A JSON parser's events; refused unless an array's, and where their nesting would fill the memory."""
     depth = 0
     for event, value in events:
         if depth == 0 and event != "start_array":
@@ -129,12 +124,7 @@ def _read_csv(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: not a CSV file: {error}") from None
 
 
-READERS: dict[str, Callable[[Path], Iterable[Any]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}
+READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
 
 
 def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:
@@ -148,6 +138,6 @@ def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:
     if not isinstance(dataset, dict):
         return dataset
     if split not in dataset:
-        others = ", ".join(dataset)
-        raise InputError(f"{name}: has no split {split!r} (it has {others}); name a file with {name}:path")
+        has = f"has no split {split!r} (it has {', '.join(dataset)})"
+        raise InputError(f"{name}: {has}; name a file with {name}:path")
     return dataset[split]

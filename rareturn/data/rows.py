@@ -1,7 +1,4 @@
-"""Rows of labelled dialogue and what makes them valid.
-
-A row is one utterance to classify (the target, the last turn) with the turns before it. See `Row`.
-"""
+"""Rows of labelled dialogue, each an utterance to classify with the turns before it, and what makes them valid."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,14 +21,9 @@ MAX_PROBLEMS_KEPT = 10_000
 # JSON can spell a lone surrogate; UTF-8, and so every tokenizer, cannot. For U+FFFE see `readers`.
 LONE_SURROGATE = re.compile("[\ud800-\udfff\ufffe]")
 HALF = "holds half a character (a lone surrogate)"
-KINDS = {
-    bool: "true/false",
-    int: "a number",
-    float: "a number",
-    str: "a text",
-    list: "a list",
-    dict: "an object",
-}
+KINDS = {"bool": "true/false", "int": "a number", "float": "a number", "str": "a text", "dict": "an object"}
+FIELDS = ("id", "dialogue_id", "dialogue", "current_text", "label")
+Columns = namedtuple("Columns", FIELDS, defaults=FIELDS)  # what a file calls the fields of a row
 
 
 class Turn(NamedTuple):
@@ -42,30 +35,13 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One utterance to classify.
-
-    Attributes:
-        turns: oldest first; the last is the target.
-        label: the label's number, or -1 where there is none.
-        augmented_from: id of the row that this one is a variant of; None for an original row.
-    """
+    """One utterance to classify: the target, the last of its turns."""
 
     id: str
     dialogue_id: str
     turns: tuple[Turn, ...]
     label: int = NO_LABEL
-    augmented_from: str | None = None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a file calls the fields of a row."""
-
-    id: str = "id"
-    dialogue_id: str = "dialogue_id"
-    dialogue: str = "dialogue"
-    current_text: str = "current_text"
-    label: str = "label"
+    augmented_from: str | None = None  # the id of the row that this one is a variant of
 
 
 @dataclass
@@ -74,9 +50,7 @@ class DataArguments:
 
     _argument_group_name = "Label guide and columns"
 
-    label_guide: str = flag(
-        "label_guides/dmrs.yaml", "YAML file of the labels, their definitions and the speakers."
-    )
+    label_guide: str = flag("label_guides/dmrs.yaml", "YAML file of labels, their definitions and speakers.")
     id_column: str = flag("id", "Column of the row's id.")
     dialogue_id_column: str = flag("dialogue_id", "Column of the dialogue's id.")
     dialogue_column: str = flag("dialogue", "Column of the turns, each {text, speaker}, the target last.")
@@ -85,94 +59,84 @@ class DataArguments:
 
     @property
     def columns(self) -> Columns:
-        return Columns(**{name: getattr(self, f"{name}_column") for name in vars(Columns())})
+        return Columns(*(getattr(self, f"{name}_column") for name in FIELDS))
 
 
 def load_rows(
-    source: str,
+    source: str | None,
     label_guide: LabelGuide,
     *,
     columns: Columns | None = None,
     require_labels: bool = True,
-    split: str = "train",
     sources_of_augmented: Sequence[Row] | None = None,
 ) -> list[Row]:
-    """Read and check rows.
+    """Read and check rows (none where there is no source); an InputError has a line for each problem in a row.
 
     Args:
         source: see `read_records`.
-        require_labels: a missing label is an error; otherwise a label that is there is checked all the same.
+        require_labels: False for a test file: a label that is there is checked all the same.
         sources_of_augmented: the original rows, where the source holds augmented ones: each must name one of these,
             in the same dialogue and with the same label. None: augmented rows refer to rows of the same source.
-
-    Raises:
-        InputError: one line a problem, each naming the file, the row and the field.
     """
+    if not source:
+        return []
     columns = columns or Columns()
-    where, records = read_records(source, split)
     problems: list[str] = []
-    rows: list[Row] = []
-    seen: set[str] = set()
+    rows: dict[str, Row] = {}
     shared: dict[Turn, Turn] = {}
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read_records(source, "train" if require_labels else "test"), 1):
         if len(problems) >= MAX_PROBLEMS_KEPT:
             break
         if not isinstance(record, dict):
-            problems.append(f"{where}: row {number}: not an object with fields")
+            problems.append(f"{source}: row {number}: not an object with fields")
             continue
         fields = _fields(record, columns)
         found = list(_field_problems(fields, label_guide, require_labels))
         name = f"row {number}" if any(field == "id" for field, _ in found) else fields["id"]
-        problems += [f"{where}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
+        problems += [f"{source}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
         if not found:
-            if name in seen:
-                problems.append(f"{where}: {name}: {columns.id}: duplicate id")
-            seen.add(name)
+            if name in rows:
+                problems.append(f"{source}: {name}: {columns.id}: duplicate id")
             turns = (Turn(turn["text"], turn["speaker"]) for turn in fields["dialogue"])
             turns = tuple(shared.setdefault(turn, turn) for turn in turns)
             label = NO_LABEL if fields["label"] is None else fields["label"]
-            rows.append(Row(name, fields["dialogue_id"], turns, label, fields["augmented_from"]))
+            rows[name] = Row(name, fields["dialogue_id"], turns, label, fields["augmented_from"])
     if not rows and not problems:
-        problems.append(f"{where}: holds no rows")
-    problems += _augmentation_problems(rows, sources_of_augmented, where, columns)
+        problems.append(f"{source}: holds no rows")
+    originals = rows if sources_of_augmented is None else {row.id: row for row in sources_of_augmented}
+    for row in rows.values():
+        if row.augmented_from or originals is not rows:
+            said = _augmentation_problem(row, originals.get(row.augmented_from), columns)
+            problems += [f"{source}: {row.id}: {said}"] if said else []
     if problems:
         raise InputError(*problems)
-    return rows
+    return list(rows.values())
 
 
-def _augmentation_problems(
-    rows: Sequence[Row], sources: Sequence[Row] | None, where: str, columns: Columns
-) -> Iterator[str]:
-    """What is wrong with the rows that are variants of others; `sources` as in `load_rows`."""
-    origin = {row.id: row for row in (rows if sources is None else sources)}
-    for row in rows:
-        place = f"{where}: {row.id}"
-        if row.augmented_from is None:
-            if sources is not None:
-                yield f"{place}: augmented_from: missing in a file of augmented rows"
-            continue
-        source = origin.get(row.augmented_from)
-        if source is None or source.augmented_from:
-            yield f"{place}: augmented_from: no original row {row.augmented_from!r}"
-        elif source.dialogue_id != row.dialogue_id:
-            there = f"{row.augmented_from!r} is in dialogue {source.dialogue_id!r}"
-            yield f"{place}: augmented_from: {there}, not {row.dialogue_id!r}"
-        elif source.label != row.label:
-            yield f"{place}: {columns.label}: {row.label}, but its source has {source.label}"
-        elif source.turns[:-1] != row.turns[:-1] or source.turns[-1].speaker != row.turns[-1].speaker:
-            yield f"{place}: {columns.dialogue}: its context is not its source's"
+def _augmentation_problem(row: Row, source: Row | None, columns: Columns) -> str | None:
+    """What is wrong with a variant, in words that go on from its id; None if nothing is."""
+    if row.augmented_from is None:
+        return "augmented_from: missing in a file of augmented rows"
+    if source is None or source.augmented_from:
+        return f"augmented_from: no original row {row.augmented_from!r}"
+    if source.dialogue_id != row.dialogue_id:
+        return f"augmented_from: {source.id!r} is in dialogue {source.dialogue_id!r}, not {row.dialogue_id!r}"
+    if source.label != row.label:
+        return f"{columns.label}: {row.label}, but its source has {source.label}"
+    if source.turns[:-1] != row.turns[:-1] or source.turns[-1].speaker != row.turns[-1].speaker:
+        return f"{columns.dialogue}: its context is not its source's"
+    return None
 
 
 def _fields(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """A record's values by our names, unchecked. CSV has neither lists nor integers nor None: a text may stand for one."""
-    fields = {name: record.get(column) for name, column in vars(columns).items()}
+    fields = {name: record.get(column) for name, column in columns._asdict().items()}
     if isinstance(fields["dialogue"], str):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             fields["dialogue"] = json.loads(fields["dialogue"])
-    if fields["label"] == "":
-        fields["label"] = None
-    elif isinstance(fields["label"], str) and re.fullmatch(r"\d+", fields["label"].strip()):
-        fields["label"] = int(fields["label"])
+    label = fields["label"]
+    if isinstance(label, str) and re.fullmatch(r"(\s*\d+\s*)?", label):
+        fields["label"] = int(label) if label else None
     return fields | {"augmented_from": record.get("augmented_from") or None}
 
 
@@ -190,21 +154,21 @@ def _field_problems(
     elif not dialogue:
         yield "dialogue", "empty"
     elif any(wrong := [turn_problem(turn, guide) for turn in dialogue]):
-        yield from (
-            ("dialogue", f"turn {number} {problem}") for number, problem in enumerate(wrong, 1) if problem
-        )
+        numbered = enumerate(wrong, 1)
+        yield from (("dialogue", f"turn {number} {problem}") for number, problem in numbered if problem)
     else:
-        last, target = dialogue[-1], guide.target_speaker
-        if last["speaker"] != target:
-            by = f"the last turn is by {last['speaker']!r}"
-            yield "dialogue", f"{by}, not by the label guide's target_speaker {target!r}"
-        if not texts["current_text"] and last["text"].strip() != fields["current_text"].strip():
+        text, speaker = dialogue[-1]["text"], dialogue[-1]["speaker"]
+        if speaker != guide.target_speaker:
+            wanted = f"the label guide's target_speaker {guide.target_speaker!r}"
+            yield "dialogue", f"the last turn is by {speaker!r}, not by {wanted}"
+        if not texts["current_text"] and text.strip() != fields["current_text"].strip():
             yield "current_text", "is not the last turn's text"
-    if label is None and require_labels:
-        yield "label", "missing"
-    elif label is not None and type(label) is not int:
+    if label is None:
+        if require_labels:
+            yield "label", "missing"
+    elif type(label) is not int:
         yield "label", f"must be an integer, not {_kind(label)}"
-    elif label is not None and label not in guide.numbers:
+    elif label not in guide.numbers:
         yield "label", f"{label} is not in the label guide (0 to {len(guide.labels) - 1})"
     if source is not None and not isinstance(source, str):
         yield "augmented_from", f"must be a text, not {_kind(source)}"
@@ -233,7 +197,8 @@ def turn_problem(turn: Any, guide: LabelGuide) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    return KINDS.get(type(value), type(value).__name__)
+    name = type(value).__name__
+    return KINDS.get(name, f"a {name}")
 
 
 def data_fingerprint(rows: Iterable[Row]) -> str:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rareturn.decisions.methods import METHODS, TIERS, UNGATED_METHODS, fit
-from rareturn.decisions.metrics import (
-    SCORE_TOLERANCE,
-    Truth,
-    bootstrap_interval,
-    bootstrap_scores,
-    difference_interval,
-)
+from rareturn.decisions import metrics
+from rareturn.decisions.methods import TIERS, UNGATED_METHODS, fit
+from rareturn.decisions.metrics import SCORE_TOLERANCE, Truth
 from rareturn.decisions.probabilities import blend, check_weights, fit_temperature, log_loss, softmax
 from rareturn.decisions.rules import Decision, Rule, decide
 from rareturn.errors import InputError
@@ -26,8 +21,7 @@ from rareturn.errors import InputError
 def grouped_folds(truth: Truth, num_splits: int, seed: int) -> np.ndarray:
     """A fold for every row, int64 [n]: scikit-learn's StratifiedGroupKFold, at most one fold a dialogue.
 
-    Raises:
-        InputError: fewer than two dialogues, or no label with two rows.
+    An InputError where there are fewer than two dialogues, or no label with two rows.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -51,30 +45,15 @@ def repeated_folds(truth: Truth, num_splits: int = 5, repeats: int = 5) -> list[
     return [grouped_folds(truth, num_splits, truth.seed + repeat) for repeat in range(repeats)]
 
 
-def run_tasks(
-    function: Callable[..., Any],
-    tasks: Iterable[tuple],
-    jobs: int | None = 1,
-    progress: Callable[[], Any] | None = None,
-) -> list[Any]:
-    """What a function returns for each tuple of arguments, in their order, whatever the number of processes.
-
-    Args:
-        jobs: processes; None for one a core.
-        progress: called once a task.
-    """
+def run_tasks(function: Callable, tasks: Iterable[tuple], jobs: int | None) -> Iterator[Any]:
+    """What a function returns for each tuple of arguments, in their order, by `jobs` processes (None: one a core)."""
     from joblib import Parallel, delayed
 
     parallel = Parallel(n_jobs=jobs or -1, batch_size=1, return_as="generator")
-    results = []
-    for result in parallel(delayed(function)(*task) for task in tasks):
-        results.append(result)
-        if progress is not None:
-            progress()
-    return results
+    return parallel(delayed(function)(*task) for task in tasks)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class CrossFit:
     """What a way of fitting scores on dialogues that it was not fitted on.
 
@@ -89,41 +68,15 @@ class CrossFit:
     interval: tuple[float, float]
 
 
-def cross_fit(
-    fit_predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    truth: Truth,
-    folds: Sequence[np.ndarray],
-    jobs: int | None = 1,
-    progress: Callable[[], Any] | None = None,
-) -> CrossFit:
-    """Repeated dialogue-grouped cross-fitting of anything that is fitted to rows and predicts others.
-
-    Args:
-        fit_predict: takes the positions of the rows to fit on and of the rows to predict, and returns the predictions
-            of the latter; `rule_fitter` makes one.
-        folds: `repeated_folds` of the truth.
-        jobs, progress: as in `run_tasks`, of the fits.
-    """
-    parts = [(repeat, fold == number) for repeat, fold in enumerate(folds) for number in np.unique(fold)]
-    tasks = [(np.flatnonzero(~held_out), np.flatnonzero(held_out)) for _, held_out in parts]
-    predictions = np.empty((len(folds), len(truth.labels)), dtype=np.int64)
-    for (repeat, held_out), found in zip(parts, run_tasks(fit_predict, tasks, jobs, progress), strict=True):
-        predictions[repeat, held_out] = found
-    return CrossFit(predictions, truth.scores(predictions), bootstrap_interval(truth, predictions))
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Recipe:
     """How a rule comes about from runs' logits: what `fit_rule` does, and `cross_fit` repeats on other rows.
 
-    Args:
-        method: one of `METHODS`, or "auto": chosen by `select` among `candidates`.
+    Attributes:
+        method: one of `METHODS`, or "auto": chosen by `select`.
         weights: blend weights, one a run; None for equal ones; "search" for `search_weights`.
-        blend: "arithmetic" or "geometric".
         protected_class: label of the gate; None for no gate. With it a rule keeps its gate only if that scores better
             when cross-fitted; only `random`, which is the paper's, searches its gate without asking.
-        candidates: what "auto" chooses among. `random` is left out because `exact` searches for the same thing, and
-            finds it.
         num_vectors: as in `fit`.
         num_splits: folds of the inner cross-fitting by which "auto" and the gate are decided.
     """
@@ -132,7 +85,6 @@ class Recipe:
     weights: tuple[float, ...] | str | None = None
     blend: str = "arithmetic"
     protected_class: int | None = None
-    candidates: tuple[str, ...] = ("argmax", "vector", "expected", "prior", "smooth", "exact")
     num_vectors: int = 22_000
     num_splits: int = 5
 
@@ -142,42 +94,45 @@ class Recipe:
 
 
 def fit_rule(recipe: Recipe, logits: Sequence[np.ndarray], truth: Truth) -> Rule:
-    """Fit weights, temperature, method, bias and gate to runs' out-of-fold logits [n, c], in this order.
-
-    Raises:
-        InputError: unusable weights; one dialogue only, where something is decided by cross-fitting.
-    """
+    """Fit weights, temperature, method, bias and gate to runs' out-of-fold logits [n, c], in this order."""
     weights = recipe.untuned_weights(len(logits))
     if recipe.weights == "search":
         untempered = [softmax(run) for run in logits]
         weights, _ = search_weights(untempered, truth.labels, recipe.blend, truth.seed)
     temperature = fit_temperature(logits, truth.labels, weights, recipe.blend)
     probabilities = blend([softmax(run, temperature) for run in logits], weights, recipe.blend)
-    method, gated = recipe.method, recipe.protected_class is not None and recipe.method not in UNGATED_METHODS
-    if method == "auto" or (gated and method != "random"):
-        method, gated = select(recipe, probabilities, truth)
-    decision = _fit_candidate(recipe, (method, gated), probabilities, truth)
-    return Rule(dataclasses.replace(decision, temperature=temperature), weights, method, recipe.blend)
+    method, gate = recipe.method, recipe.protected_class
+    if method == "auto" or (gate is not None and method not in ("random", *UNGATED_METHODS)):
+        method, gate = select(recipe, probabilities, truth)
+    decision = fit(method, probabilities, truth, gate, recipe.num_vectors)
+    return Rule(replace(decision, temperature=temperature), weights, method, recipe.blend)
 
 
-def _fit_candidate(
-    recipe: Recipe, candidate: tuple[str, bool], probabilities: np.ndarray, truth: Truth
-) -> Decision:
-    method, gated = candidate
-    protected_class = recipe.protected_class if gated else None
-    return fit(method, probabilities, truth, protected_class, recipe.num_vectors)
+def cross_fit(
+    recipe: Recipe,
+    logits: Sequence[np.ndarray],
+    truth: Truth,
+    folds: Sequence[np.ndarray],
+    jobs: int | None = 1,
+    progress: Callable | None = None,
+) -> CrossFit:
+    """Repeated dialogue-grouped cross-fitting: everything that `fit_rule` fits is fitted inside the folds.
 
-
-def rule_fitter(
-    recipe: Recipe, logits: Sequence[np.ndarray], truth: Truth
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """`fit_rule` and its prediction in the form that `cross_fit` takes: everything fitted is fitted inside the folds."""
+    `folds` are `repeated_folds` of the truth; `jobs` as in `run_tasks`; `progress` is called once a fit.
+    """
 
     def fit_predict(train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
         rule = fit_rule(recipe, [run[train] for run in logits], truth.subset(train))
         return rule.predict([[run[held_out]] for run in logits]).labels
 
-    return fit_predict
+    parts = [(repeat, fold == number) for repeat, fold in enumerate(folds) for number in np.unique(fold)]
+    tasks = [(np.flatnonzero(~held_out), np.flatnonzero(held_out)) for _, held_out in parts]
+    predictions = np.empty((len(folds), len(truth.labels)), dtype=np.int64)
+    for (repeat, held_out), found in zip(parts, run_tasks(fit_predict, tasks, jobs), strict=True):
+        predictions[repeat, held_out] = found
+        if progress is not None:
+            progress()
+    return CrossFit(predictions, truth.scores(predictions), metrics.bootstrap_interval(truth, predictions))
 
 
 def choose(
@@ -189,102 +144,87 @@ def choose(
     was asked for by name is kept either way, and the reason says what it gains or loses. The better of two scores is a
     little too good on average: by about .002 where the two are close (`benchmarks/decoding.py --simulate` measures it).
 
-    Args:
-        rule: `fit_rule` of the recipe on all rows.
-        cross_fitted: `cross_fit` of the recipe.
-
-    Returns:
-        The rule, its cross-fitted score, and one sentence that says what was kept and why.
+    `rule` is `fit_rule` of the recipe on all rows, and `cross_fitted` its `cross_fit`. Returned are what was kept, rule
+    and cross-fitted score, and one sentence that says why.
     """
     zero, weights = np.zeros(truth.num_labels), recipe.untuned_weights(len(logits))
     plain = Rule(Decision(zero), weights, "argmax", recipe.blend)
     predictions = plain.predict([[run] for run in logits]).labels[None]
-    argmax = CrossFit(predictions, truth.scores(predictions), bootstrap_interval(truth, predictions))
+    interval = metrics.bootstrap_interval(truth, predictions)
+    argmax = CrossFit(predictions, truth.scores(predictions), interval)
     fitted_score, argmax_score = (found.metrics[truth.metric] for found in (cross_fitted, argmax))
     gain = fitted_score - argmax_score
-    low, high = difference_interval(truth, predictions, cross_fitted.predictions)
-    found = rule.method if recipe.method != "auto" else f"auto ({rule.method} on all rows)"
+    low, high = metrics.difference_interval(truth, predictions, cross_fitted.predictions)
     figures = (
         f"cross-fitted {truth.metric} {fitted_score:.4f}, argmax {argmax_score:.4f}, "
         f"difference {gain:+.4f} (95 % interval {low:+.4f} to {high:+.4f})"
     )
     if recipe.method != "auto":
-        return rule, cross_fitted, f"Used {found}, as asked: {figures}."
+        return rule, cross_fitted, f"Used {rule.method}, as asked: {figures}."
     if rule.method == "argmax":
         return plain, argmax, f"Kept argmax, which auto chose on all rows: {figures}."
+    found = f"auto ({rule.method} on all rows)"
     if gain > SCORE_TOLERANCE:
         doubt = "; the interval includes zero, so the gain may be chance" if low <= 0 else ""
         return rule, cross_fitted, f"Used the rule of {found}, which scores above argmax: {figures}{doubt}."
     return plain, argmax, f"Kept argmax, which {found} does not beat: {figures}."
 
 
-def select(recipe: Recipe, probabilities: np.ndarray, truth: Truth) -> tuple[str, bool]:
-    """Choose a method by cross-fitting on probabilities [n, c], then whether it has a gate: (method, gated).
+def select(recipe: Recipe, probabilities: np.ndarray, truth: Truth) -> tuple[str, int | None]:
+    """Choose a method by cross-fitting on probabilities [n, c], then whether it has a gate: (method, label of the gate).
 
     One-standard-error rule (Breiman et al., 1984): the simplest tier of `TIERS` with a candidate whose cross-fitted
     score is within one standard error of the best one's, and the best candidate of that tier. The standard error is
     that of the paired difference between the two, by bootstrap over dialogues. A gate is less simple than none, so it
-    is kept where it gains more than one standard error. With `recipe.method` other than "auto" only the gate is
-    decided on.
-
-    Raises:
-        InputError: fewer than two dialogues.
+    is kept where it gains more than one standard error. With a method other than "auto" only the gate is decided on.
     """
     # Other folds than those of the outer cross-fitting, which begin at the seed itself.
     folds = grouped_folds(truth, recipe.num_splits, truth.seed + 1000)
 
-    def cross_fitted(candidate: tuple[str, bool]) -> tuple[float, np.ndarray]:
+    def cross_fitted(method: str, gate: int | None = None) -> tuple[float, np.ndarray]:
         """The candidate's score and 300 bootstrap samples of it, paired with those of other candidates."""
         predictions = np.empty(len(folds), dtype=np.int64)
         for fold in range(int(folds.max()) + 1):
             train = folds != fold
-            decision = _fit_candidate(recipe, candidate, probabilities[train], truth.subset(train))
+            decision = fit(method, probabilities[train], truth.subset(train), gate, recipe.num_vectors)
             predictions[~train] = decide(probabilities[~train], decision)
-        return truth.scores(predictions)[truth.metric], bootstrap_scores(truth, predictions, 300)
+        return truth.score(predictions), metrics.bootstrap_scores(truth, predictions, 300)
 
-    methods = recipe.candidates if recipe.method == "auto" else (recipe.method,)
-    found = {(method, False): cross_fitted((method, False)) for method in sorted(methods, key=METHODS.index)}
-    tiers = [[(method, False) for method in tier if method in methods] for tier in TIERS]
-    method = _simplest_within_one_error(found, tiers)[0]
-    if recipe.protected_class is None or method in UNGATED_METHODS:
-        return method, False
-    found[method, True] = cross_fitted((method, True))
-    return _simplest_within_one_error(found, [[(method, False)], [(method, True)]])
+    tiers = TIERS if recipe.method == "auto" else ((recipe.method,),)
+    found = {method: cross_fitted(method) for tier in tiers for method in tier}
+    method, gate = _simplest_within_one_error(found, tiers), recipe.protected_class
+    if gate is None or method in UNGATED_METHODS:
+        return method, None
+    gates = {None: found[method], gate: cross_fitted(method, gate)}
+    return method, _simplest_within_one_error(gates, ((None,), (gate,)))
 
 
 def _simplest_within_one_error(
-    found: Mapping[tuple[str, bool], tuple[float, np.ndarray]], tiers: Sequence[Sequence[tuple[str, bool]]]
-) -> tuple[str, bool]:
-    """The best candidate of the first tier that has one within one standard error of the difference to the best of all.
+    found: Mapping[Hashable, tuple[float, np.ndarray]], tiers: Iterable[Iterable[Hashable]]
+) -> Any:
+    """The best of the first tier that has a candidate within one standard error of the difference to the best of all.
 
-    Args:
-        found: mean and bootstrap samples of each candidate's score.
-        tiers: candidates, from the simplest tier on; of those that score alike, the first of a tier wins.
+    `found` is the mean and the bootstrap samples of each candidate's score; of those that score alike the first wins.
     """
-    best_mean, best_samples = max(
-        (found[name] for tier in tiers for name in tier), key=lambda value: value[0]
-    )
+    best_mean, best_samples = max(found.values(), key=lambda value: value[0])
 
-    def is_close(candidate: tuple[str, bool]) -> bool:
+    def is_close(candidate: Hashable) -> bool:
         mean, samples = found[candidate]
         return best_mean - mean <= (best_samples - samples).std() + SCORE_TOLERANCE
 
-    close = next(filter(None, ([name for name in tier if is_close(name)] for tier in tiers)))
+    close = next(filter(None, (list(filter(is_close, tier)) for tier in tiers)))
     return max(close, key=lambda candidate: found[candidate][0])
 
 
 def search_weights(
     probabilities: Sequence[np.ndarray], labels: np.ndarray, kind: str = "arithmetic", seed: int = 42
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Blend weights of least log loss: a grid over the simplex for two or three runs, greedy selection beyond.
+    """Blend weights [runs] of least log loss, and what was tried: `weights`, `log_loss` and `kept` of every step.
 
     Log loss and not the metric: it uses every row's probabilities, so that its optimum moves little with the rows, and
-    it knows nothing of the decision rule, which is fitted afterwards. The grid's step is 0.05. Greedy selection with
-    replacement (Caruana et al., 2004) adds the run that helps most, one at a time, and keeps the best prefix of 50;
-    among runs that help equally the seed decides.
-
-    Returns:
-        Weights [runs] that sum to 1, and what was tried: one dict a step with `weights`, `log_loss`, `kept`.
+    it knows nothing of the decision rule, which is fitted afterwards. For two or three runs it is a grid over the
+    simplex in steps of 0.05. Beyond, greedy selection with replacement (Caruana et al., 2004) adds the run that helps
+    most, one at a time, and keeps the best prefix of 50; among runs that help equally the seed decides.
     """
     count = len(probabilities)
 

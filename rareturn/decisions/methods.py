@@ -10,7 +10,7 @@ import numpy as np
 from rareturn.decisions.metrics import Truth, ratio, term
 from rareturn.decisions.probabilities import fit_vector, log_softmax, softmax
 from rareturn.decisions.rules import Decision
-from rareturn.decisions.search import Problem, ascend, sweep_threshold
+from rareturn.decisions.search import Problem
 
 # Rows beyond which a search looks for its start on a sample of the rows and only refines the best on all of them.
 SAMPLE_ROWS = 20_000
@@ -21,8 +21,7 @@ Found = tuple[np.ndarray, float | None]  # a bias [c] and the threshold of the g
 def _random_biases(num_vectors: int, num_labels: int, seed: int) -> np.ndarray:
     """Bias vectors [v, c] of the paper's search; the first is zero.
 
-    The paper gives their number only. Half a nat of standard deviation is what scored best in-sample among 1/4, 1/2, 1
-    and 2 on twelve real tables.
+    The paper gives their number only. Of 1/4, 1/2, 1 and 2 nats of standard deviation, 1/2 scored best on twelve tables.
     """
     biases = 0.5 * np.random.default_rng(seed).standard_normal((num_vectors, num_labels))
     biases[0] = 0.0
@@ -36,24 +35,24 @@ def _fit_argmax(problem: Problem, num_vectors: int) -> Found:
 def _fit_random(problem: Problem, num_vectors: int) -> Found:
     biases = _random_biases(num_vectors, problem.num_labels, problem.truth.seed)
     bias = biases[int(problem.scores(biases).argmax())]
-    return bias, sweep_threshold(problem, bias)[0]
+    return bias, problem.sweep_threshold(bias)[0]
 
 
 def _fit_exact(problem: Problem, num_vectors: int) -> Found:
     """Coordinate ascent from zero, from two prior-adjusted starts and from the best of 100 random vectors."""
     sample, size, seed = problem, len(problem.labels), problem.truth.seed
     if size > SAMPLE_ROWS:
-        chosen = np.random.default_rng(seed).choice(size, SAMPLE_ROWS, replace=False)
-        sample = problem.subset(np.sort(chosen))
+        rows = np.sort(np.random.default_rng(seed).choice(size, SAMPLE_ROWS, replace=False))
+        sample = Problem(problem.probabilities[rows], problem.truth.subset(rows), problem.protected_class)
     vectors = _random_biases(100, problem.num_labels, seed)
     # Small tables have flat scores, on which an ascent stops early, and many starts cost little there.
     num_random = max(2, min(30, 4000 // len(sample.labels)))
     ranking = np.argsort(-sample.scores(vectors), kind="stable")
     starts = [-strength * problem.log_prior for strength in (0.0, 0.5, 1.0)]
-    found = [ascend(sample, start) for start in (*starts, *vectors[ranking[:num_random]])]
+    found = [sample.ascend(start) for start in (*starts, *vectors[ranking[:num_random]])]
     _, bias, threshold = max(found, key=lambda rule: rule[0])
     if sample is not problem:
-        _, bias, threshold = ascend(problem, bias, threshold, max_rounds=3)
+        _, bias, threshold = problem.ascend(bias, threshold, max_rounds=3)
     return bias, threshold
 
 
@@ -63,7 +62,7 @@ def _fit_prior(problem: Problem, num_vectors: int) -> Found:
     The score as a function of the strength is averaged over neighbours (±0.1) before its maximum is taken.
     """
     strengths = np.linspace(-0.5, 2.0, 126)
-    rules = [sweep_threshold(problem, -strength * problem.log_prior) for strength in strengths]
+    rules = [problem.sweep_threshold(-strength * problem.log_prior) for strength in strengths]
     smooth = np.convolve(np.pad([rule[1] for rule in rules], 5, "edge"), np.full(11, 1 / 11), "valid")
     best = int(smooth.argmax())
     return -strengths[best] * problem.log_prior, rules[best][0]
@@ -85,11 +84,9 @@ def _soft_score(
     q = softmax(sharpness * (log_p + bias))
     hits, support, predicted = (q * targets).sum(axis=0), targets.sum(axis=0), q.sum(axis=0)
     value = float((problem.term_weights * term(problem.metric, hits, support, predicted)).sum())
-    none, one = np.zeros(len(hits)), np.ones(len(hits))
-    if problem.metric == "accuracy":
-        by_hit, by_prediction = one, none
-    elif problem.metric == "macro_recall_positive":
-        by_hit, by_prediction = ratio(one, support), none
+    one, by_prediction = np.ones(len(hits)), np.zeros(len(hits))
+    if problem.metric in ("accuracy", "macro_recall_positive"):
+        by_hit = one if problem.metric == "accuracy" else ratio(one, support)
     else:
         precision = problem.metric == "macro_precision_positive"
         factor, size = (1.0, predicted) if precision else (2.0, support + predicted)
@@ -118,7 +115,7 @@ def _fit_soft(problem: Problem, num_vectors: int, label_share: float, sharpness:
     starts = (-strength * problem.log_prior for strength in (0.5, 1.0))
     found = [minimize(objective, start, jac=True, method="L-BFGS-B") for start in starts]
     bias = (offset + min(found, key=lambda result: result.fun).x) / slope
-    return bias, sweep_threshold(problem, bias)[0]
+    return bias, problem.sweep_threshold(bias)[0]
 
 
 _FITS: dict[str, Callable[[Problem, int], Found]] = {
@@ -136,27 +133,21 @@ METHODS = tuple(_FITS)
 
 # From the simplest to the freest, by how much is tuned on the metric itself: nothing (`vector` and `expected` see the
 # labels through the likelihood alone), one number, all numbers with something that holds them back, all numbers.
-TIERS = (("argmax", "vector", "expected"), ("prior",), ("smooth",), ("exact", "random"))
+# `random` is left out because `exact` searches for the same thing, and finds it.
+TIERS = (("argmax", "vector", "expected"), ("prior",), ("smooth",), ("exact",))
 
-# Methods that have no gate to search.
 UNGATED_METHODS = ("argmax", "vector")
 
 
 def fit(
-    method: str,
-    probabilities: np.ndarray,
-    truth: Truth,
-    protected_class: int | None = None,
-    num_vectors: int = 22_000,
+    method: str, probabilities: np.ndarray, truth: Truth, gate: int | None = None, num_vectors: int = 22_000
 ) -> Decision:
     """Fit one of `METHODS` to out-of-fold probabilities [n, c], with regard to which the rule's temperature is 1.
 
-    Args:
-        protected_class: label of a gate that is searched with the bias; None for no gate. A gate that does not raise
-            the score of these rows is left out.
-        num_vectors: vectors of `random`.
+    A gate for the label `gate` is searched with the bias, and left out where it does not raise the score of these rows.
+    `num_vectors` are those of `random`.
     """
-    protected = None if method in UNGATED_METHODS else protected_class
-    bias, threshold = _FITS[method](Problem(probabilities, truth, protected), num_vectors)
+    gate = None if method in UNGATED_METHODS else gate
+    bias, threshold = _FITS[method](Problem(probabilities, truth, gate), num_vectors)
     # Only differences matter: centred, so that rules can be compared and averaged.
-    return Decision(bias - bias.mean(), None if threshold is None else protected, threshold)
+    return Decision(bias - bias.mean(), None if threshold is None else gate, threshold)

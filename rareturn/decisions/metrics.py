@@ -46,18 +46,12 @@ def term(metric: str, hits: np.ndarray, support: np.ndarray, predicted: np.ndarr
 
 def term_weights(metric: str, support: np.ndarray, positive_labels: Sequence[int]) -> np.ndarray:
     """Weight of each label's term, [..., c] like `support`."""
-    if metric not in METRIC_NAMES:
-        raise ValueError(f"metric: {metric!r} is not one of {', '.join(METRIC_NAMES)}")
-    total = support.sum(axis=-1, keepdims=True)
-    if metric == "accuracy":
-        return np.broadcast_to(ratio(np.ones(total.shape), total), support.shape)
-    if metric == "weighted_f1":
-        return ratio(support.astype(np.float64), np.broadcast_to(total, support.shape))
+    if metric in ("accuracy", "weighted_f1"):
+        share = np.ones(support.shape) if metric == "accuracy" else support
+        return ratio(share, support.sum(axis=-1, keepdims=True))
+    counted = range(support.shape[-1]) if metric == "macro_f1" else positive_labels
     weights = np.zeros(support.shape[-1])
-    if metric == "macro_f1":
-        weights[:] = 1.0 / support.shape[-1]
-    else:
-        weights[list(positive_labels)] = 1.0 / len(positive_labels)
+    weights[list(counted)] = 1.0 / len(counted)
     return np.broadcast_to(weights, support.shape)
 
 
@@ -72,35 +66,17 @@ def count_rows(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> 
     return np.stack([np.bincount(of, minlength=num_labels) for of in rows]).astype(np.float64)
 
 
-def score(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    num_labels: int,
-    positive_labels: Sequence[int],
-    metric: str = "macro_f1_positive",
-) -> float:
-    """One metric of DESIGN 9, by its name in `METRIC_NAMES`, of labels and predictions [n].
-
-    A positive label with no row and no prediction counts 0.
-    """
-    counts = count_rows(np.asarray(labels), np.asarray(predictions), num_labels)
-    return float(_score_counts(metric, counts, positive_labels))
-
-
 def scores(
     labels: np.ndarray, predictions: np.ndarray, num_labels: int, positive_labels: Sequence[int]
 ) -> dict[str, Any]:
     """Every metric of DESIGN 9 by name, and `f1_per_class` (a list, one number a label).
 
-    Of predictions [repeats, n] every score is the mean over the repeats.
+    A label with no row and no prediction counts 0. Of predictions [repeats, n] every score is the mean of the repeats.
     """
     labels, repeats = np.asarray(labels), np.atleast_2d(np.asarray(predictions))
     counts = np.stack([count_rows(labels, row, num_labels) for row in repeats], axis=1)
-    result: dict[str, Any] = {
-        name: float(_score_counts(name, counts, positive_labels).mean()) for name in METRIC_NAMES
-    }
-    result["f1_per_class"] = term("macro_f1", *counts).mean(axis=0).tolist()
-    return result
+    found = {name: float(_score_counts(name, counts, positive_labels).mean()) for name in METRIC_NAMES}
+    return found | {"f1_per_class": term("macro_f1", *counts).mean(axis=0).tolist()}
 
 
 @dataclass(eq=False)
@@ -122,6 +98,8 @@ class Truth:
     seed: int = 42
 
     def __post_init__(self) -> None:
+        if self.metric not in METRIC_NAMES:
+            raise ValueError(f"metric: {self.metric!r} is not one of {', '.join(METRIC_NAMES)}")
         numbers: dict[Hashable, int] = {}
         self.groups = np.array([numbers.setdefault(group, len(numbers)) for group in self.groups], np.int64)
         self.labels, self.num_groups = np.asarray(self.labels, dtype=np.int64), len(numbers)
@@ -133,6 +111,10 @@ class Truth:
     def scores(self, predictions: np.ndarray) -> dict[str, Any]:
         """`scores` of predictions [n] or [repeats, n]."""
         return scores(self.labels, predictions, self.num_labels, self.positive_labels)
+
+    def score(self, predictions: np.ndarray) -> float:
+        """The truth's metric of predictions [n] or [repeats, n]."""
+        return self.scores(predictions)[self.metric]
 
 
 def _resample(truth: Truth, predictions: np.ndarray, num_samples: int = 2000) -> list[np.ndarray]:
@@ -173,12 +155,8 @@ def _accelerated_interval(
 ) -> tuple[float, float]:
     """Bias-corrected and accelerated 95 % interval (Efron, 1987) of a score.
 
-    Our own rather than scipy's, which draws anew for every score and cannot pair two systems.
-
-    Args:
-        samples: the score on bootstrap samples, [s].
-        estimate: the score itself, [1].
-        left_out: the score with one dialogue left out, [g].
+    Of its bootstrap samples [s], the score itself [1] and the scores with one dialogue left out [g]. Our own rather
+    than scipy's, which draws anew for every score and cannot pair two systems.
     """
     normal = NormalDist()
     below = (samples < estimate - SCORE_TOLERANCE).mean() + (samples <= estimate + SCORE_TOLERANCE).mean()
@@ -195,10 +173,9 @@ def _accelerated_interval(
 
 
 def bootstrap_scores(truth: Truth, predictions: np.ndarray, num_samples: int = 2000) -> np.ndarray:
-    """The metric on bootstrap samples of whole dialogues, float64 [num_samples].
+    """The metric of predictions [n] or [repeats, n] on bootstrap samples of whole dialogues, float64 [num_samples].
 
-    Two calls on the same rows are paired: their difference is the bootstrap of the difference. Of predictions
-    [repeats, n] each sample's value is the mean over the repeats.
+    Two calls on the same rows are paired: their difference is the bootstrap of the difference.
     """
     return _metric_of(truth, _resample(truth, predictions, num_samples))[0]
 
@@ -213,23 +190,13 @@ def bootstrap_interval(truth: Truth, predictions: np.ndarray, num_samples: int =
 
 
 def difference_interval(truth: Truth, first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the second predictions' score less the first's, both on the same bootstrap samples of dialogues.
-
-    `first` and `second` are [n] or [repeats, n], with any numbers of repeats.
-    """
+    """95 % interval of the second's score less the first's, of predictions [n] or [repeats, n], on the same samples."""
     before, after = (_metric_of(truth, _resample(truth, rows)) for rows in (first, second))
     return _accelerated_interval(*(b - a for a, b in zip(before, after, strict=True)))
 
 
 def check_labels(truth: Truth, label_names: Sequence[str], source: str) -> None:
-    """Refuse labels on which no rule can be fitted and scored.
-
-    Raises:
-        InputError: a row without a label, a positive label without rows, or fewer than two dialogues.
-    """
-    outside = (truth.labels < 0) | (truth.labels >= len(label_names))
-    if outside.any():
-        raise InputError(f"{source}: label: row {int(outside.argmax())} has none")
+    """Refuse a positive label without rows, or fewer than two dialogues: no rule can be fitted and scored there."""
     empty = [label for label in truth.positive_labels if label not in truth.labels]
     if empty:
         problem = "has no row: its F1 is not defined"

@@ -38,18 +38,7 @@ def log_probabilities(probabilities: np.ndarray) -> np.ndarray:
 
 
 def check_logits(logits: np.ndarray, source: str) -> None:
-    """Refuse logits [n, c] from which no decision can be made.
-
-    Raises:
-        InputError: no rows, a NaN or an infinite value, or logits that do not vary.
-    """
-    logits = np.asarray(logits)
-    if logits.ndim != 2 or logits.shape[0] == 0 or logits.shape[1] < 2:
-        raise InputError(f"{source}: logits have shape {list(logits.shape)}, expected [rows, labels >= 2]")
-    bad = ~np.isfinite(logits).all(axis=1)
-    if bad.any():
-        problem = f"{bad.sum()} row(s) with NaN or infinity, first at row {int(bad.argmax())}"
-        raise InputError(f"{source}: logits: {problem}")
+    """Refuse logits [n, c] that do not vary, from which no decision can be made."""
     if (logits == logits[:, :1]).all():
         raise InputError(f"{source}: logits: constant, every label has the same logit in every row")
     if (logits == logits[:1]).all() and len(logits) > 1:
@@ -57,11 +46,7 @@ def check_logits(logits: np.ndarray, source: str) -> None:
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
-    """Blend weights, equal ones for None, scaled to sum 1: float64 [count].
-
-    Raises:
-        InputError: another count, a negative or non-finite weight, or a sum of zero.
-    """
+    """Blend weights, equal ones for None, scaled to sum 1: float64 [count]; an InputError where that is impossible."""
     array = np.asarray([1.0] * count if weights is None else weights, dtype=np.float64)
     if array.shape != (count,):
         raise InputError(f"weights: {array.size} given for {count} run(s)")
@@ -75,14 +60,9 @@ def check_weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
 def blend(
     probabilities: Sequence[np.ndarray], weights: Sequence[float] | None = None, kind: str = "arithmetic"
 ) -> np.ndarray:
-    """Weighted mean of runs' probabilities [n, c], float64 [n, c].
+    """Weighted mean of runs' probabilities [n, c], float64 [n, c]; `weights` as `check_weights` takes them.
 
-    Args:
-        weights: one a run, scaled to sum 1; equal by default.
-        kind: "arithmetic" (sum of w_r p_r) or "geometric" (exp of the sum of w_r log p_r, scaled to sum 1 a row).
-
-    Raises:
-        InputError: weights that `check_weights` refuses.
+    "arithmetic" is the sum of w_r p_r, "geometric" exp of the sum of w_r log p_r, scaled to sum 1 a row.
     """
     weights = check_weights(weights, len(probabilities))
     used = [(weight, array) for weight, array in zip(weights, probabilities, strict=True) if weight > 0]
@@ -122,10 +102,7 @@ def probability_quality(probabilities: np.ndarray, labels: np.ndarray) -> dict[s
 
 
 def fit_temperature(
-    logits: Sequence[np.ndarray],
-    labels: np.ndarray,
-    weights: Sequence[float] | None = None,
-    kind: str = BLENDS[0],
+    logits: Sequence[np.ndarray], labels: np.ndarray, weights: np.ndarray | None = None, kind: str = BLENDS[0]
 ) -> float:
     """The one temperature, between 1/20 and 20, at which the runs' blend has the least log loss (Guo et al., 2017)."""
     from scipy.optimize import minimize_scalar
@@ -141,8 +118,7 @@ def fit_temperature(
 def fit_vector(log_p: np.ndarray, labels: np.ndarray, penalty: float = 0.1) -> tuple[float, np.ndarray]:
     """Vector scaling with one slope (Guo et al., 2017): a and b [c] of least log loss in softmax(a log p + b) of log p [n, c].
 
-    Args:
-        penalty: times the sum of b squared, beside a log loss summed over the rows. It bounds labels without rows.
+    To the log loss, summed over the rows, `penalty` times the sum of b squared is added; it bounds labels without rows.
     """
     from scipy.optimize import minimize
 

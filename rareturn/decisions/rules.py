@@ -15,11 +15,8 @@ from rareturn.decisions.voting import Voting
 class Decision:
     """A decision rule: `protected_class` where its probability reaches `threshold`, else argmax of log p + bias.
 
-    Args:
-        bias: float64 [c], in nats, one a label; only differences matter.
-        protected_class: label index of the gate; None for no gate.
-        threshold: probability from which the gate decides; None for no gate.
-        temperature: what every run's logits are divided by before the softmax.
+    `bias` is float64 [c], in nats; only differences matter. Without a gate there is no `threshold`. Every run's logits
+    are divided by `temperature` before the softmax.
     """
 
     bias: np.ndarray
@@ -35,20 +32,14 @@ class Decision:
 
 
 def decide(probabilities: np.ndarray, decision: Decision) -> np.ndarray:
-    """Apply a rule (DESIGN 8; the gate is the paper's).
+    """Labels int64 [n] by a rule (DESIGN 8; the gate is the paper's) of probabilities [n, c] after its temperature.
 
-    Args:
-        probabilities: [n, c], of logits that `decision.temperature` has already divided.
-        decision: the rule.
-
-    Returns:
-        int64 [n] label indices; a tie goes to the lower label, a probability equal to the threshold to the gate.
+    A tie goes to the lower label, a probability equal to the threshold to the gate.
     """
     probabilities = np.asarray(probabilities, dtype=np.float64)
     predictions = (log_probabilities(probabilities) + decision.bias).argmax(axis=1)
-    gated = decision.gated(probabilities)
-    if gated.any():
-        predictions[gated] = decision.protected_class
+    if decision.threshold is not None:
+        predictions[decision.gated(probabilities)] = decision.protected_class
     return predictions
 
 
@@ -72,12 +63,7 @@ class Prediction:
 class Rule:
     """The one way from runs' logits to labels, and all that it takes to repeat it.
 
-    Attributes:
-        decision: bias, gate and temperature; unused where there is a vote.
-        weights: of the runs in the blend, float64 [runs].
-        method: how the rule was found.
-        blend: see `probabilities.blend`.
-        voting: decides in place of `decision` where there is one.
+    `weights` are those of the runs in the blend, float64 [runs]; `voting` decides in place of `decision` if there is one.
     """
 
     decision: Decision
@@ -86,19 +72,14 @@ class Rule:
     blend: str = BLENDS[0]
     voting: Voting | None = None
 
-    def run_probabilities(self, logits: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """Each run's probabilities [n, c]: the mean over its folds' models (DESIGN 8).
+    def predict(self, logits: Sequence[Sequence[np.ndarray]]) -> Prediction:
+        """Labels of rows; a run's probabilities are the mean over its folds' models (DESIGN 8).
 
-        Args:
-            logits: of each run, one array [n, c] for each fold whose model predicts these rows; one a run for
-                out-of-fold rows.
+        `logits` are, of each run, one array [n, c] for each fold whose model predicts these rows; one a run for
+        out-of-fold rows.
         """
         temperature = 1.0 if self.voting else self.decision.temperature
-        return [np.mean([softmax(fold, temperature) for fold in folds], axis=0) for folds in logits]
-
-    def predict(self, logits: Sequence[Sequence[np.ndarray]]) -> Prediction:
-        """Labels of rows; `logits` as `run_probabilities` takes them."""
-        runs = self.run_probabilities(logits)
+        runs = [np.mean([softmax(fold, temperature) for fold in folds], axis=0) for folds in logits]
         probabilities = blend(runs, self.weights, self.blend)
         if self.voting is not None:
             return Prediction(self.voting.predict(runs), probabilities, ["vote"] * len(probabilities))
@@ -113,9 +94,8 @@ class Outcome:
     """What a rule makes of the out-of-fold rows that it was fitted on, and what it is compared with.
 
     Attributes:
-        rule: the one to use.
         untuned: argmax of the same runs, at weights that nothing was fitted for.
-        argmax, in_sample: labels [n] by `untuned` and by `rule`.
+        argmax, in_sample: labels [n] by `untuned` and by `rule`, the one to use.
         cross_fitted: labels [repeats, n] by rules that were fitted on other dialogues.
         before, after: blended probabilities [n, c] by `untuned` and by `rule`.
         scaled: the same at a temperature that was fitted on other dialogues.
@@ -131,8 +111,3 @@ class Outcome:
     after: np.ndarray
     scaled: np.ndarray
     notes: list[str]
-
-    @property
-    def voting(self) -> Voting | None:
-        """The vote, where one decides."""
-        return self.rule.voting

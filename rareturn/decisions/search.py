@@ -22,10 +22,6 @@ class Problem:
         shares = self.support + 0.5
         self.log_prior = np.log(shares / shares.sum())
 
-    def subset(self, rows: np.ndarray) -> Problem:
-        """The problem on some rows."""
-        return Problem(self.probabilities[rows], self.truth.subset(rows), self.protected_class)
-
     def score(self, bias: np.ndarray, threshold: float | None = None) -> float:
         """The metric of a rule on these rows."""
         predictions = (self.log_p + bias).argmax(axis=1)
@@ -62,137 +58,114 @@ class Problem:
             found[start : start + step] = (self.term_weights * terms).sum(axis=1)
         return found
 
+    def _sweep(self, labels: np.ndarray, origin: np.ndarray, target: int, counts: np.ndarray) -> np.ndarray:
+        """Scores [m + 1] after moving 0, 1, … m rows, in the order given, from the labels `origin` to `target`.
 
-def _sweep_scores(
-    problem: Problem, labels: np.ndarray, origin: np.ndarray, target: int, counts: np.ndarray
-) -> np.ndarray:
-    """Scores after moving 0, 1, … m rows, in the order given, from the label `origin` that predicts them to `target`.
+        Only two labels' terms change a step, and a label loses its rows in a known order: cumulative sums give every
+        score at once. The rows have the labels `labels` [m]; no `origin` [m] is `target`. `counts` are hits, support
+        and predicted before the first move, [3, c].
+        """
+        hits, support, predicted = counts
+        metric, weights = self.metric, self.term_weights
+        moved = np.arange(len(labels) + 1.0)
+        moved_hits = np.concatenate([[0.0], np.cumsum(labels == target)])
+        gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
+        # Grouped by origin, each in order: what a label has lost is a cumulative sum less its value at the group's start.
+        grouped = np.argsort(origin.astype(np.int16), kind="stable")
+        own = origin[grouped]
+        lost_hits = (labels[grouped] == own).astype(np.float64)
+        starts = np.searchsorted(own, np.arange(self.num_labels))
+        all_hits = np.cumsum(lost_hits)
+        left_rows = (predicted + starts)[own] - moved[1:]
+        left_hits = (hits + np.append(0.0, all_hits)[starts])[own] - all_hits
+        left = term(metric, left_hits, support[own], left_rows)
+        previous = term(metric, left_hits + lost_hits, support[own], left_rows + 1)
+        changes = np.empty(len(labels))
+        changes[grouped] = weights[own] * (left - previous)
+        before = float((weights * term(metric, hits, support, predicted)).sum())
+        swept = weights[target] * gained
+        swept += before - swept[0]
+        swept[1:] += np.cumsum(changes)
+        return swept
 
-    Only two labels' terms change a step, and a label loses its rows in a known order: cumulative sums give every score
-    at once.
+    def sweep_bias(self, bias: np.ndarray, threshold: float | None, label: int) -> tuple[float, float]:
+        """Best value of one label's bias, everything else fixed, and its score.
 
-    Args:
-        labels, origin: of the rows that move, in order, [m]; no origin is `target`.
-        counts: hits, support and predicted before the first move, [3, c].
+        A row that the gate leaves free goes to `label` once its bias passes the row's breakpoint: the best other
+        label's log p + bias, less the row's own log p. Outside the breakpoints, 1 nat of distance is kept.
+        """
+        log_p, labels, protected = self.log_p, self.labels, self.protected_class
+        if threshold is not None:
+            gated = self.probabilities[:, protected] >= threshold
+            gated_labels, log_p, labels = labels[gated], log_p[~gated], labels[~gated]
+        if not len(labels):
+            return float(bias[label]), self.score(bias, threshold)
+        others = log_p + bias
+        others[:, label] = -np.inf
+        origin = others.argmax(axis=1)
+        breakpoints = others[np.arange(len(origin)), origin] - log_p[:, label]
+        del others
+        counts = count_rows(labels, origin, self.num_labels)
+        if threshold is not None:
+            counts += count_rows(gated_labels, np.full_like(gated_labels, protected), self.num_labels)
+        order = np.argsort(breakpoints)
+        swept = self._sweep(labels[order], origin[order], label, counts)
+        breakpoints = breakpoints[order]
+        return _best_interval(
+            np.concatenate([breakpoints[:1] - 2.0, breakpoints, breakpoints[-1:] + 2.0]), swept
+        )
 
-    Returns:
-        float64 [m + 1].
-    """
-    hits, support, predicted = counts
-    metric, weights = problem.metric, problem.term_weights
-    moved = np.arange(len(labels) + 1.0)
-    moved_hits = np.concatenate([[0.0], np.cumsum(labels == target)])
-    gained = term(metric, hits[target] + moved_hits, support[target], predicted[target] + moved)
-    # Grouped by origin, each in order: what a label has lost is a cumulative sum less its value at the group's start.
-    grouped = np.argsort(origin.astype(np.int16), kind="stable")
-    own = origin[grouped]
-    lost_hits = (labels[grouped] == own).astype(np.float64)
-    starts = np.searchsorted(own, np.arange(problem.num_labels))
-    all_hits = np.cumsum(lost_hits)
-    left_rows = (predicted + starts)[own] - moved[1:]
-    left_hits = (hits + np.append(0.0, all_hits)[starts])[own] - all_hits
-    own_support = support[own]
-    changes = np.empty(len(labels))
-    changes[grouped] = weights[own] * (
-        term(metric, left_hits, own_support, left_rows)
-        - term(metric, left_hits + lost_hits, own_support, left_rows + 1)
-    )
-    before = float((weights * term(metric, hits, support, predicted)).sum())
-    swept = weights[target] * gained
-    swept += before - swept[0]
-    swept[1:] += np.cumsum(changes)
-    return swept
+    def sweep_threshold(self, bias: np.ndarray) -> tuple[float | None, float]:
+        """Best threshold of the gate, and its score; None where having no gate is as good, or it has no class."""
+        protected = self.protected_class
+        if protected is None:
+            return None, self.score(bias)
+        predictions = (self.log_p + bias).argmax(axis=1)
+        counts = count_rows(self.labels, predictions, self.num_labels)
+        moving = np.flatnonzero(predictions != protected)
+        moving = moving[np.argsort(self.probabilities[moving, protected])[::-1]]
+        swept = self._sweep(self.labels[moving], predictions[moving], protected, counts)
+        if len(moving):
+            # Ascending: the k-th interval lets all rows but the k least likely ones through the gate.
+            edges = np.append(0.0, self.probabilities[moving[::-1], protected])
+            threshold, score = _best_interval(edges, swept[:0:-1])
+            if score > swept[0] + SCORE_TOLERANCE:
+                return threshold, score
+        return None, float(swept[0])
+
+    def ascend(
+        self, bias: np.ndarray, threshold: float | None = None, max_rounds: int = 20
+    ) -> tuple[float, np.ndarray, float | None]:
+        """Coordinate ascent over the biases and the gate until a whole round improves nothing.
+
+        Score, bias [c] and threshold; the score is never below that of the start.
+        """
+        bias, best, idle = np.array(bias, dtype=np.float64), self.score(bias, threshold), 0
+        coordinates = [*range(self.num_labels), *([] if self.protected_class is None else ["gate"])]
+        for coordinate in coordinates * max_rounds:
+            if coordinate == "gate":
+                value, score = self.sweep_threshold(bias)
+            else:
+                value, score = self.sweep_bias(bias, threshold, coordinate)
+            idle += 1
+            if score > best + SCORE_TOLERANCE:
+                best, idle = score, 0
+                if coordinate == "gate":
+                    threshold = value
+                else:
+                    bias[coordinate] = value
+            if idle == len(coordinates):
+                break
+        return best, bias, threshold
 
 
-def _best_interval(edges: np.ndarray, interval_scores: np.ndarray) -> tuple[float, float] | None:
+def _best_interval(edges: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     """Middle of the widest of the best-scoring intervals between ascending edges [m + 1], and its score (of [m]).
 
-    Intervals narrower than 1e-9 are not offered, since no value in one survives rounding; None if that leaves none.
+    An interval narrower than 1e-9 scores -inf, since no value in it survives rounding.
     """
     widths = np.diff(edges)
-    offered = np.flatnonzero(widths > 1e-9)
-    if not len(offered):
-        return None
-    best = interval_scores[offered].max()
-    tied = offered[interval_scores[offered] >= best - SCORE_TOLERANCE]
+    scores = np.where(widths > 1e-9, scores, -np.inf)
+    tied = np.flatnonzero(scores >= scores.max() - SCORE_TOLERANCE)
     widest = tied[widths[tied].argmax()]
-    return float((edges[widest] + edges[widest + 1]) / 2), float(interval_scores[widest])
-
-
-def _sweep_bias(
-    problem: Problem, bias: np.ndarray, threshold: float | None, label: int
-) -> tuple[float, float]:
-    """Best value of one label's bias, everything else fixed, and its score.
-
-    A row that the gate leaves free goes to `label` once its bias passes the row's breakpoint: the best other label's
-    log p + bias, less the row's own log p. Below the first and above the last breakpoint, 1 nat of distance is kept.
-    """
-    log_p, labels, protected = problem.log_p, problem.labels, problem.protected_class
-    if threshold is not None:
-        gated = problem.probabilities[:, protected] >= threshold
-        gated_labels, log_p, labels = labels[gated], log_p[~gated], labels[~gated]
-    if not len(labels):
-        return float(bias[label]), problem.score(bias, threshold)
-    others = log_p + bias
-    others[:, label] = -np.inf
-    origin = others.argmax(axis=1)
-    breakpoints = others[np.arange(len(origin)), origin] - log_p[:, label]
-    del others
-    counts = count_rows(labels, origin, problem.num_labels)
-    if threshold is not None:
-        counts += count_rows(gated_labels, np.full_like(gated_labels, protected), problem.num_labels)
-    order = np.argsort(breakpoints)
-    swept = _sweep_scores(problem, labels[order], origin[order], label, counts)
-    breakpoints = breakpoints[order]
-    edges = np.concatenate([[breakpoints[0] - 2.0], breakpoints, [breakpoints[-1] + 2.0]])
-    best = _best_interval(edges, swept)
-    assert best is not None  # the two outer intervals are 2 wide
-    return best
-
-
-def sweep_threshold(problem: Problem, bias: np.ndarray) -> tuple[float | None, float]:
-    """Best threshold of the gate at this bias, and its score; None where having no gate is as good, or it has no class."""
-    protected = problem.protected_class
-    if protected is None:
-        return None, problem.score(bias)
-    predictions = (problem.log_p + bias).argmax(axis=1)
-    counts = count_rows(problem.labels, predictions, problem.num_labels)
-    moving = np.flatnonzero(predictions != protected)
-    probability = problem.probabilities[moving, protected]
-    order = np.argsort(probability)[::-1]
-    moving, probability = moving[order], probability[order]
-    swept = _sweep_scores(problem, problem.labels[moving], predictions[moving], protected, counts)
-    # Thresholds in ascending order: the k-th interval lets all rows but the k least likely ones through the gate.
-    best = _best_interval(np.concatenate([[0.0], probability[::-1]]), swept[:0:-1]) if len(moving) else None
-    if best is None or best[1] <= swept[0] + SCORE_TOLERANCE:
-        return None, float(swept[0])
-    return best
-
-
-def ascend(
-    problem: Problem, bias: np.ndarray, threshold: float | None = None, max_rounds: int = 20
-) -> tuple[float, np.ndarray, float | None]:
-    """Coordinate ascent over the biases and the gate until a whole round improves nothing.
-
-    Returns:
-        score, bias [c], threshold; the score is never below that of the start.
-    """
-    bias, current = np.array(bias, dtype=np.float64), problem.score(bias, threshold)
-    num_coordinates = problem.num_labels + (problem.protected_class is not None)
-    idle = 0
-    for step in range(max_rounds * num_coordinates):
-        coordinate = step % num_coordinates
-        of_gate = coordinate == problem.num_labels
-        value, value_score = (
-            sweep_threshold(problem, bias) if of_gate else _sweep_bias(problem, bias, threshold, coordinate)
-        )
-        idle += 1
-        if value_score > current + SCORE_TOLERANCE:
-            current, idle = value_score, 0
-            if of_gate:
-                threshold = value
-            else:
-                bias[coordinate] = value
-        if idle == num_coordinates:
-            break
-    return current, bias, threshold
+    return float((edges[widest] + edges[widest + 1]) / 2), float(scores[widest])

@@ -22,11 +22,9 @@ def scoped(probabilities: np.ndarray, scope: Sequence[int]) -> np.ndarray:
 class Voting:
     """A vote over runs, and all that it takes to repeat it.
 
-    Attributes:
-        gate_label: the label that the gatekeepers decide: runs trained on every label.
-        protected_class: where ties go; None for the lowest label of the tie.
-        label_scopes: of each run, the labels it was trained on (a specialist), or None (a gatekeeper).
-        soft: probabilities in place of votes.
+    `label_scopes` are, of each run, the labels it was trained on (a specialist), or None for all (a gatekeeper). The
+    gatekeepers decide `gate_label`. Ties go to `protected_class`; without one, to the lowest label. `soft`: shares of
+    probability in place of votes.
     """
 
     __pydantic_config__ = {"strict": False}  # noqa: RUF012 (in a file the tuples are lists)
@@ -35,14 +33,6 @@ class Voting:
     protected_class: int | None
     label_scopes: tuple[tuple[int, ...] | None, ...]
     soft: bool
-
-    def predict(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """Labels int64 [n] of the runs' probabilities [n, c].
-
-        Raises:
-            InputError: a kind of voter is missing, or a label that no specialist knows.
-        """
-        return self.soft_vote(probabilities).argmax(axis=1) if self.soft else self._vote(probabilities)
 
     def _voters(self, probabilities: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Gatekeepers and specialists, of the latter only the labels of their scopes, never the gate's."""
@@ -53,13 +43,16 @@ class Voting:
         specialists = [(run, set(scope) - {self.gate_label}) for run, scope in paired if scope is not None]
         return gatekeepers, [scoped(run, sorted(scope)) for run, scope in specialists]
 
-    def _vote(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
-        """Vote as the shared task's winner did (DESIGN 10): gatekeepers decide one label, all voters the others.
+    def predict(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
+        """Labels int64 [n] of the runs' probabilities [n, c], by votes as the shared task's winner did (DESIGN 10).
 
         Every voter votes for its most likely label. A row gets `gate_label` if more than half of the gatekeepers vote
         for it. Otherwise the votes for the other labels are counted, specialists' and gatekeepers' alike, and most
-        votes win. A tie, or a row without such a vote, goes to the protected class.
+        votes win. A tie, or a row without such a vote, goes to the protected class. See `soft_vote` for the soft form.
+        An InputError where a kind of voter is missing, or no specialist knows a label.
         """
+        if self.soft:
+            return self.soft_vote(probabilities).argmax(axis=1)
         gatekeepers, specialists = self._voters(probabilities)
         votes = np.stack([run.argmax(axis=1) for run in [*gatekeepers, *specialists]])
         tally = (votes[:, :, None] == np.arange(gatekeepers[0].shape[1])).sum(axis=0)

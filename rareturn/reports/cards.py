@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,8 @@ from rareturn.data.readers import HUB_FILE, READERS
 from rareturn.data.rendering import render_instruction, render_turn
 from rareturn.data.rows import Turn
 from rareturn.files import read_json
-from rareturn.reports.ensemble import Picture
-from rareturn.reports.tables import (
-    FOLD_TEXTS,
-    SCORE_TITLES,
-    TEMPLATES,
-    Table,
-    measure_run,
-    per_class_table,
-    score_table,
-)
+from rareturn.reports import tables
+from rareturn.reports.tables import SCORE_TITLES, Table
 from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path
 from rareturn.runs.reading import read_run
 
@@ -36,7 +28,6 @@ METRIC_TYPES = {
 }
 FOLD_SCORES = ("macro_f1_positive", "accuracy", "macro_f1")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EXAMPLE = ("How has your week been?", "Whatever. It's not like anyone noticed.")  # made up
 
 
 def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +36,7 @@ def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str
     results: dict[str, Any] = {"folds": {fold: read_json(metrics_path(run_dir, fold)) for fold in complete}}
     results["is_decoder"] = any(_has_score_head(adapter_dir(run_dir, fold)) for fold in complete)
     if len(complete) == info["num_folds"]:
-        results |= measure_run(read_run(run_dir))
+        results |= tables.measure_run(read_run(run_dir))
     return results
 
 
@@ -60,59 +51,50 @@ def _has_score_head(folder: Path) -> bool:
         return False
 
 
-def run_card(info: Mapping[str, Any], metrics: Mapping[str, Any], repo_id: str | None = None) -> str:
-    """The README.md of one run's model repo; `metrics` is what `run_results` gives."""
-    folds, overall = metrics["folds"], metrics.get("argmax")
-    tables = [score_table({"argmax": overall, "fold_groups": info["fold_groups"]})] if overall else []
-    if folds:
+def run_card(info: Mapping[str, Any], results: Mapping[str, Any], repo_id: str | None = None) -> str:
+    """The README.md of one run's model repo; `results` is what `run_results` gives."""
+    overall, shown = results.get("argmax"), []
+    if overall:
+        shown.append(tables.score_table({**results, "fold_groups": info["fold_groups"]}))
+    if results["folds"]:
         header = ("held-out fold", *(SCORE_TITLES[name] for name in FOLD_SCORES))
         rows = [
-            [f"fold {fold}", *(f"{folds[fold][name]:.4f}" for name in FOLD_SCORES)]
-            for fold in sorted(folds, key=int)
+            [f"fold {fold}", *(f"{scores[name]:.4f}" for name in FOLD_SCORES)]
+            for fold, scores in sorted(results["folds"].items())
         ]
-        tables.append(Table("Folds", header, rows))
+        shown.append(Table("Folds", header, rows))
     if overall:
-        tables.append(per_class_table(info["label_names"], metrics["rows_per_class"], metrics))
-    return _card(
-        repo_id or info["name"],
-        [info],
-        "run",
-        (overall, "out-of-fold, argmax") if overall else None,
-        tables=tables,
-        complete=len(folds),
-        scored=bool(overall),
-        loader=info.get("loader", {}),
-        is_decoder=metrics.get("is_decoder", False),
-    )
+        shown.append(tables.per_class_table(info["label_names"], results["rows_per_class"], results))
+    scores = overall, "out-of-fold, argmax"
+    return _card(repo_id or info["name"], [info], scores, kind="run", tables=shown, results=results)
 
 
 def ensemble_card(
-    bundle: Mapping[str, Any],
+    title: str,
     infos: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, Any],
-    tables: Sequence[Table],
-    pictures: Sequence[Picture],
-    repo_id: str | None = None,
+    shown: Sequence[Table],
+    pictures: Iterable[str],
 ) -> str:
     """The README.md of an ensemble's repo, also written beside its files; `infos` are the runs' `run.json`."""
     scores = metrics["cross_fitted"], "out-of-fold, decision cross-fitted"
-    return _card(repo_id or bundle["name"], infos, "ensemble", scores, tables=tables, pictures=pictures)
+    return _card(title, infos, scores, kind="ensemble", tables=shown, pictures=pictures)
 
 
 def _card(
     title: str,
     infos: Sequence[Mapping[str, Any]],
-    kind: str,
-    scores: tuple[Mapping[str, Any], str] | None,
+    scores: tuple[Mapping[str, Any] | None, str],
     **parts: Any,
 ) -> str:
     """The template filled in, for one run or for an ensemble of several; `scores` go into the model index."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    guides = [info.get("label_guide") or {} for info in infos]
     libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
-    datasets = list(dict.fromkeys(filter(None, map(dataset_of, infos))))
+    datasets = _unique(map(dataset_of, infos))
     on_hub = [name for name in datasets if HUB_ID.fullmatch(name)]
-    licenses, models = _of_guides(infos, "license"), [hub_model(info["base_model"]) for info in infos]
+    stated = {key: _unique(guide.get(key) for guide in guides) for key in ("language", "license")}
     results = [
         EvalResult(
             task_type="text-classification",
@@ -124,36 +106,35 @@ def _card(
             metric_value=round(scores[0][name], 4),
         )
         for name, metric_type in METRIC_TYPES.items()
-        if scores
+        if scores[0]
     ]
     data = ModelCardData(
         library_name=libraries.pop() if len(libraries) == 1 else "transformers",
-        base_model=list(dict.fromkeys(filter(None, models))) or None,
+        base_model=_unique(hub_model(info["base_model"]) for info in infos) or None,
         pipeline_tag="text-classification",
         datasets=on_hub or None,
-        language=_one_or_list(_of_guides(infos, "language")),
-        license=_one_or_list(licenses),
-        tags=["rareturn", "dialogue", "long-tail", kind],
+        tags=["rareturn", "dialogue", "long-tail", parts["kind"]],
         model_name=title,
         eval_results=results or None,
+        **{key: values[0] if len(values) == 1 else values or None for key, values in stated.items()},
     )
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATES / "model_card.md.jinja"),
-        title=title,
-        kind=kind,
-        infos=infos,
-        info=infos[0],
-        data_names=datasets,
-        on_hub=on_hub,
-        license_names=licenses,
-        fold_text=FOLD_TEXTS[infos[0]["fold_groups"]],
-        hub_model=hub_model,
-        quoted=lambda text: json.dumps(text, ensure_ascii=False),
-        **_example(infos[0]),
-        **parts,
-    )
-    return str(card).rstrip() + "\n"
+    fold_text = tables.FOLD_TEXTS[infos[0]["fold_groups"]]
+    parts |= {"title": title, "infos": infos, "datasets": datasets, "on_hub": on_hub, "fold_text": fold_text}
+    parts["guide"] = parse_label_guide(guides[0], "run.json: label_guide") if guides[0] else None
+    functions = (hub_model, quoted, render_instruction, render_turn, Turn)
+    parts |= {function.__name__: function for function in functions}
+    text = tables.render("model_card.md.jinja", card_data=data.to_yaml(), licenses=stated["license"], **parts)
+    return str(ModelCard(text)).rstrip() + "\n"
+
+
+def quoted(content: Any) -> str:
+    """A value as Python code has it; the templates use this."""
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _unique(values: Iterable[str | None]) -> list[str]:
+    """The values that are there, each once."""
+    return list(dict.fromkeys(filter(None, values)))
 
 
 def _metric_name(name: str, stage: Mapping[str, Any], how: str) -> str:
@@ -162,24 +143,10 @@ def _metric_name(name: str, stage: Mapping[str, Any], how: str) -> str:
     return f"{SCORE_TITLES[name]} ({how}{bounds})"
 
 
-def _of_guides(infos: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """What the runs' label guides say under a key, each value once."""
-    found: list[str] = []
-    for info in infos:
-        value = (info.get("label_guide") or {}).get(key) or []
-        found += [value] if isinstance(value, str) else value
-    return list(dict.fromkeys(found))
-
-
-def _one_or_list(values: list[str]) -> str | list[str] | None:
-    return values[0] if len(values) == 1 else values or None
-
-
 def dataset_of(info: Mapping[str, Any]) -> str | None:
     """The corpus of a run: its label guide's `dataset`, else the Hub dataset that it read; never a path on a disk."""
-    named = _of_guides([info], "dataset")
-    if named:
-        return named[0]
+    if named := (info.get("label_guide") or {}).get("dataset"):
+        return named
     source = str(info["recipe"].get("train_file"))
     match = HUB_FILE.fullmatch(source)
     local = Path(source).exists() or (match and match["path"] is None and Path(source).suffix in READERS)
@@ -189,18 +156,3 @@ def dataset_of(info: Mapping[str, Any]) -> str | None:
 def hub_model(name: str) -> str | None:
     """The base model's Hub id, or None where it is a folder."""
     return None if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1 else name
-
-
-def _example(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card's code is shown on: a dialogue of two turns, and the instruction of a decoder's prompt."""
-    if not info.get("label_guide"):
-        return {"turns": []}
-    guide = parse_label_guide(info["label_guide"], "run.json: label_guide")
-    target = guide.target_speaker or guide.speakers[0]
-    other = next((name for name in guide.speakers if name != target), target)
-    turns = [Turn(EXAMPLE[0], other), Turn(EXAMPLE[1], target)]
-    return {
-        "turns": turns,
-        "rendered_turns": [render_turn(turn) for turn in turns],
-        "instruction": render_instruction(guide).splitlines(keepends=True),
-    }

@@ -15,7 +15,6 @@ from rareturn.decisions.metrics import score_predictions
 from rareturn.files import packaged
 from rareturn.runs.reading import Run
 
-TEMPLATES = packaged("reports/templates")
 FOLD_TEXTS = {
     "dialogue": "folds of whole dialogues: the figures estimate rows of new dialogues",
     "none": "folds of rows: the figures estimate new rows of dialogues that the model has seen other rows of",
@@ -38,11 +37,7 @@ STAGE_TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under a header: printed, and put into the card and the page.
-
-    Attributes:
-        note: what a reader must know to read the figures; may be empty.
-    """
+    """Text cells under a header; `note` is what a reader must know to read the figures, and may be empty."""
 
     title: str
     header: tuple[str, ...]
@@ -60,19 +55,18 @@ class Table:
         return "\n".join([self.title, *lines, *([self.note] if self.note else [])])
 
 
-def measure_predictions(run: Run, predictions: np.ndarray, seed: int = 42) -> dict[str, Any]:
-    """Scores of predictions of a run's out-of-fold rows, with their intervals; see `metrics.score_predictions`.
+def render(template: str, **parts: Any) -> str:
+    """A template filled in; only in HTML are cells and names escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    Args:
-        predictions: int [n] or [repeats, n], in the row order of `run.oof`.
-        seed: of the bootstrap.
-    """
-    return score_predictions(run.truth(seed=seed), predictions)
+    loader, escape = FileSystemLoader(packaged("reports/templates")), select_autoescape(["html.jinja"])
+    environment = Environment(loader=loader, autoescape=escape, undefined=StrictUndefined)
+    return environment.get_template(template).render(parts)
 
 
 def measure_run(run: Run) -> dict[str, Any]:
     """A run on its own: `argmax`, the scores of its out-of-fold rows, and `rows_per_class`."""
-    scores = measure_predictions(run, run.oof.logits.argmax(axis=1))
+    scores = score_predictions(run.truth(), run.oof.logits.argmax(axis=1))
     return {"argmax": scores, "rows_per_class": rows_per_class(run)}
 
 
@@ -86,16 +80,23 @@ def interval_text(value: float, interval: Sequence[float] | None) -> str:
     return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
-def score_table(metrics: Mapping[str, Any]) -> Table:
-    """Argmax, cross-fitted and in-sample scores side by side.
+def score_text(scores: Mapping[str, Any], name: str, label: int | None = None) -> str:
+    """One of what `score_predictions` gives, or a label's part of it, as `interval_text` writes it."""
+    value, interval = scores[name], scores["interval"].get(name)
+    if label is not None:
+        value, interval = value[label], interval and interval[label]
+    return interval_text(value, interval)
 
-    Args:
-        metrics: `argmax`, `in_sample`, `cross_fitted`, each with the names of DESIGN 9 and `interval` (score's name to
-            its bounds); `fold_groups`.
-    """
-    stages = {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
+
+def _stages(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
+
+
+def score_table(metrics: Mapping[str, Any]) -> Table:
+    """The scores of each stage of `STAGE_TITLES` in `metrics`, side by side."""
+    stages = _stages(metrics)
     rows = [
-        [title, *(interval_text(scores[name], scores["interval"].get(name)) for scores in stages.values())]
+        [title, *(score_text(scores, name) for scores in stages.values())]
         for name, title in SCORE_TITLES.items()
     ]
     note = f"[95 % interval, bootstrap over dialogues]; {FOLD_TEXTS[metrics['fold_groups']]}."
@@ -103,13 +104,10 @@ def score_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def per_class_table(label_names: Sequence[str], counts: Sequence[int], metrics: Mapping[str, Any]) -> Table:
-    """F1 of each label, in the same columns; `counts` are its rows, `metrics` as `score_table` takes them."""
-    stages = {title: metrics[stage] for stage, title in STAGE_TITLES.items() if stage in metrics}
-    rows = []
-    for label, (name, count) in enumerate(zip(label_names, counts, strict=True)):
-        cells = [f"{label} {name}", str(count)]
-        for scores in stages.values():
-            intervals = scores["interval"].get("f1_per_class")
-            cells.append(interval_text(scores["f1_per_class"][label], intervals and intervals[label]))
-        rows.append(cells)
+    """F1 of each label, in the same columns; `counts` are its rows."""
+    stages = _stages(metrics)
+    rows = [
+        [f"{label} {name}", str(count), *(score_text(of, "f1_per_class", label) for of in stages.values())]
+        for label, (name, count) in enumerate(zip(label_names, counts, strict=True))
+    ]
     return Table("F1 of each label on out-of-fold rows", ("label", "rows", *stages), rows)

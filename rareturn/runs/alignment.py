@@ -14,17 +14,13 @@ from rareturn.decisions.probabilities import check_logits
 from rareturn.decisions.voting import Voting
 from rareturn.errors import InputError
 from rareturn.runs.reading import Run
-from rareturn.runs.tables import LogitTable
+from rareturn.runs.tables import LogitTable, make_table
 
 SHARED_KEYS = ("label_names", "positive_labels", "fold_groups")
 
 
 def check_shared(where: str, info: Mapping[str, Any], first_where: str, first: Mapping[str, Any]) -> None:
-    """Refuse a run or system that was made for other labels or other folds than the first.
-
-    Raises:
-        InputError: the first disagreement in `SHARED_KEYS`.
-    """
+    """Refuse a run or system that was made for other labels or other folds than the first (`SHARED_KEYS`)."""
     for key in SHARED_KEYS:
         what, mine, other = key, info[key], first[key]
         if mine == other:
@@ -36,36 +32,23 @@ def check_shared(where: str, info: Mapping[str, Any], first_where: str, first: M
 
 
 def row_positions(where: str, table: LogitTable, first_where: str, first: LogitTable) -> np.ndarray:
-    """Where each row of `first` stands in `table`, after labels and dialogues have been compared.
-
-    Raises:
-        InputError: the first row that is in one only, or of which they say different things.
-    """
-    position = {row_id: number for number, row_id in enumerate(table.id)}
-    for number, row_id in enumerate(first.id):
-        if row_id not in position:
+    """Where each row of `first` stands in `table`; an InputError if either lacks a row, or a label or dialogue differs."""
+    left, positions = {row_id: number for number, row_id in enumerate(table.id)}, []
+    for row_id, *expected in zip(first.id, first.label.tolist(), first.dialogue_id, strict=True):
+        if row_id not in left:
             raise InputError(f"{where}: row {row_id!r} of {first_where} is missing")
-        here = position[row_id]
-        for name, mine, other in (
-            ("label", int(table.label[here]), int(first.label[number])),
-            ("dialogue_id", table.dialogue_id[here], first.dialogue_id[number]),
-        ):
+        positions.append(here := left.pop(row_id))
+        found = int(table.label[here]), table.dialogue_id[here]
+        for name, mine, other in zip(("label", "dialogue_id"), found, expected, strict=True):
             if mine != other:
                 raise InputError(f"{where}: row {row_id!r}: {name}: {mine!r}, but {other!r} in {first_where}")
-    if len(table) > len(first):
-        known = set(first.id)
-        extra = next(row_id for row_id in table.id if row_id not in known)
-        raise InputError(f"{where}: row {extra!r} is not in {first_where}")
-    return np.array([position[row_id] for row_id in first.id])
+    if left:
+        raise InputError(f"{where}: row {next(iter(left))!r} is not in {first_where}")
+    return np.array(positions)
 
 
 def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
-    """Out-of-fold logits [n, c] of every run, in the row order of the first.
-
-    Raises:
-        InputError: the first disagreement in label names, positive labels, fold groups, rows, labels or dialogues; or
-            logits that `check_logits` refuses.
-    """
+    """Out-of-fold logits [n, c] of every run, in the row order of the first; an InputError where runs do not fit."""
     aligned, first = [], runs[0]
     for run in runs:
         check_shared(run.reference, run.info, first.reference, first.info)
@@ -78,19 +61,12 @@ def align_test(runs: Sequence[Run], rows: Sequence[Row], test_file: str) -> list
     """Test logits of every run's every fold, [n, c] each, in the row order of the test file.
 
     Labels are compared where both the table and the file have all of theirs.
-
-    Raises:
-        InputError: the first row on which a table and the file disagree.
     """
-    label_of = {row.id: row.label for row in rows}
-    labels = np.array([row.label for row in rows])
-    asked = LogitTable(
-        list(label_of), [row.dialogue_id for row in rows], labels, labels, np.zeros((len(rows), 1))
-    )
+    asked, label_of = make_table(rows, 0, np.zeros((len(rows), 1))), {row.id: row.label for row in rows}
     aligned = []
     for run in runs:
         where, table = f"{run.reference}: test table", run.test[0]
-        if NO_LABEL in labels or NO_LABEL in table.label:
+        if NO_LABEL in asked.label or NO_LABEL in table.label:
             known = np.array([label_of.get(row_id, NO_LABEL) for row_id in table.id])
             table = replace(table, label=known)
         positions = row_positions(where, table, test_file, asked)
@@ -113,11 +89,7 @@ def protected_label(run: Run) -> int:
 
 
 def make_voting(runs: Sequence[Run], protected_class: int | None, soft: bool) -> Voting:
-    """The vote of these runs. Its gate is the label that every specialist lacks, or else the one that is not positive.
-
-    Raises:
-        InputError: not exactly one label qualifies for the gate.
-    """
+    """The vote of these runs. Its gate is the label that every specialist lacks, or else the one that is not positive."""
     every = set(range(runs[0].num_labels))
     given = [tuple(run.info.get("label_scope") or every) for run in runs]
     scopes = tuple(None if set(scope) == every else scope for scope in given)

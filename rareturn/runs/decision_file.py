@@ -84,11 +84,7 @@ class SavedRule(Checked):
         return Rule(decision, weights, self.method, self.blend, self.vote)
 
     def rule_for(self, runs: Sequence[Run], where: str) -> Rule:
-        """The rule for the runs that it belongs to, in their order.
-
-        Raises:
-            InputError: one line with the difference, if these are other runs.
-        """
+        """The rule for the runs that it belongs to, in their order; an InputError if these are other runs."""
         rule, fitted = self.rule(), {(run.name, run.oof_sha256): place for place, run in enumerate(self.runs)}
         given = [(run.name, table_digest(run.oof)) for run in runs]
         if sorted(given) != sorted(fitted):
@@ -115,24 +111,16 @@ def table_digest(table: LogitTable) -> str:
 
 def rule_content(rule: Rule, runs: Sequence[Run]) -> dict[str, Any]:
     """What `SavedRule` reads back."""
-    decision = rule.decision
     content = {
         "label_names": runs[0].label_names,
         "positive_labels": runs[0].positive_labels,
-        "bias": decision.bias.tolist(),
-        "protected_class": decision.protected_class,
-        "threshold": decision.threshold and float(decision.threshold),
-        "temperature": float(decision.temperature),
+        **asdict(rule.decision),
+        "bias": rule.decision.bias.tolist(),
         "blend": rule.blend,
         "method": rule.method,
         "runs": [
-            {
-                "name": run.name,
-                "reference": run.reference,
-                "revision": run.revision,
-                "weight": float(weight),
-                "oof_sha256": table_digest(run.oof),
-            }
+            {key: getattr(run, key) for key in ("name", "reference", "revision")}
+            | {"weight": float(weight), "oof_sha256": table_digest(run.oof)}
             for run, weight in zip(runs, rule.weights, strict=True)
         ],
     }
@@ -153,9 +141,5 @@ def saved_decision(
 
 
 def read_decision(path: str) -> SavedRule:
-    """The rule in a `decision.json`.
-
-    Raises:
-        InputError: an unreadable file, or one line for each field that is missing or wrong.
-    """
+    """The rule in a `decision.json`; an InputError has one line for each field that is missing or wrong."""
     return check_content(SavedRule, read_json(path), path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rareturn.command_line import SECRET, provenance
-from rareturn.data.folds import FoldDataArguments, RunData, short
+from rareturn.data.folds import FoldDataArguments, RunData
 from rareturn.decisions.metrics import scores
 from rareturn.errors import InputError
 from rareturn.files import check_content, read_json, write_json
@@ -147,7 +147,8 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
     if not differing:
         part = next(part for part in (*PARTS, "digest") if there.get(part) != here[part])
         differing = {PARTS.get(part, "identity"): (there.get(part), here[part])}
-    lines = [f"{name}: {short(a)} there, {short(b)} asked for" for name, (a, b) in differing.items()]
+    text = {name: [json.dumps(value, ensure_ascii=False) for value in differing[name]] for name in differing}
+    lines = [f"{name}: {a:.60} there, {b:.60} asked for" for name, (a, b) in text.items()]
     raise InputError(*(f"{path}: {line}; {other}" for line in lines))
 
 
