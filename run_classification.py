@@ -268,15 +268,12 @@ def main() -> None:
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
     seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    parts, states = {"train": train, **missing}, None
+    rendered, states = {"train": train, **missing}, None
     if cut and arguments.pack_dialogues and options.trunk_cache_gb:
-        whole_set = data.originals + data.augmented + data.test
         how = {"bf16": training.bf16, "limit_gb": options.trunk_cache_gb}
-        rendered, states = trunk_states(renderer.render(whole_set), base, cut, **how)
-        of_row = dict(zip(map(id, whole_set), rendered, strict=True))
-        rendered = {name: [of_row[id(row)] for row in rows] for name, rows in parts.items()}
+        rendered, states = trunk_states(rendered, data, renderer, base, cut, **how)
     else:
-        rendered = {name: renderer.render(rows) for name, rows in parts.items()}
+        rendered = {name: renderer.render(rows) for name, rows in rendered.items()}
     if states is not None:
         base = loading.upper_layers(base, cut)
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)

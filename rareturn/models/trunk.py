@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rareturn.data.rendering import Rendered
+from rareturn.data.folds import RunData
+from rareturn.data.rendering import Rendered, Renderer
+from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import file_digest, read_json, write_bytes, write_json
 from rareturn.models import loading
@@ -79,37 +81,47 @@ def number_tokens(rendered: Sequence[Rendered]) -> tuple[list[Rendered], list[in
 
 
 def trunk_states(
-    rendered: Sequence[Rendered], base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
-) -> tuple[list[Rendered], TrunkStates | None]:
-    """The rows of a data set with their `nodes`, and the output of the first `cut` layers for these.
+    parts: Mapping[str, list[Row]],
+    data: RunData,
+    renderer: Renderer,
+    base: BaseModel,
+    cut: int,
+    *,
+    bf16: bool,
+    limit_gb: float,
+) -> tuple[dict[str, list[Rendered]], TrunkStates | None]:
+    """Parts of a run's rows, rendered, with `nodes`; and the output of the first `cut` layers for all rows of the run.
 
     It comes from the cache, or is computed and left there. One process computes while others wait; what a killed one had
     done is gone on from, what is damaged on the disk is computed anew, and what was not used for longest makes room.
-    None for the latter where the data set needs more than `limit_gb` (10^9 bytes): every pass computes its trunk then.
+    None for the output where it needs more than `limit_gb` (10^9 bytes): every pass computes its trunk then.
     """
-    numbered, order = number_tokens(rendered)
+    rows = [*data.originals, *data.augmented, *data.test]
+    numbered, order = number_tokens(renderer.render(rows))
+    of_row = dict(zip(map(id, rows), numbered, strict=True))
+    rendered = {name: [of_row[id(row)] for row in part] for name, part in parts.items()}
     tokens = int(max(row.nodes[-1] for row in numbered)) + 1
     config = loading.load_config(base).get_text_config()
     size = tokens * config.hidden_size * getattr(torch, base.dtype).itemsize
-    what = f"trunk of {cut} layers: {tokens:,} tokens of {sum(map(len, rendered)):,}, {size / 1e9:.2f} GB"
+    what = f"trunk of {cut} layers: {tokens:,} tokens of {sum(map(len, numbered)):,}, {size / 1e9:.2f} GB"
     if size > limit_gb * 1e9:
         logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is computed in every pass")
-        return numbered, None
+        return rendered, None
     facts = {"base": [base.name, base.revision, base.weights_digest], "cut": cut, "bf16": bf16, **base.loader}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for index in order:
         digest.update(len(numbered[index]).to_bytes(8, "little") + numbered[index].input_ids.tobytes())
     folder = cache_dir() / digest.hexdigest()[:32]
     with _locked(folder, what):
-        parts = whole_parts(folder)
-        if parts is None:
+        files = whole_parts(folder)
+        if files is None:
             logger.info(f"{what}: computed once, into {folder}")
             make_room(folder, limit_gb * 1e9 - size)
             with torch.random.fork_rng():  # a run with a warm cache draws the same numbers
                 compute_states(numbered, order, base, cut, folder, bf16)
-            parts = whole_parts(folder)
+            files = whole_parts(folder)
         os.utime(folder / INDEX)
-        return numbered, TrunkStates(parts)
+        return rendered, TrunkStates(files)
 
 
 def cache_dir() -> Path:
