@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,17 +317,28 @@ def test_a_mistake_is_one_line(decoder: str, tmp_path: Path, capsys, flags: dict
 
 
 def test_a_model_that_needs_more_than_the_layer_below_is_refused(tmp_path: Path):
-    """Gemma 2 scales what it embeds, but not what it is given as embeddings."""
-    path = make_tiny_decoder(tmp_path / "base", "gemma2", num_hidden_layers=4)
-    model = loading.load_classifier(loading.find_base_model(path), ["a", "b"], 0)
-    batch = {"input_ids": torch.arange(5)[None], "position_ids": torch.arange(5)[None]}
-    output: list[torch.Tensor] = []
-    loading.layer_list(model.base_model)[2].register_forward_hook(
-        lambda layer, inputs, states: output.append(states[0])
-    )
-    trunk.hidden_states(model.base_model, batch)
-    scale = model.base_model.get_input_embeddings()
-    trunk.check_cut(model.base_model, batch, output, path)
-    scale.register_forward_hook(lambda layer, inputs, embedded: embedded * 3)  # as a model's forward might
+    """Gemma 2 scales its embeddings in a module of their own; a model that did so in its forward would be refused."""
+    guide = load_label_guide(GUIDE)
+    base = loading.find_base_model(make_tiny_decoder(tmp_path / "base", "gemma2", num_hidden_layers=4))
+    rendered = Renderer(loading.load_tokenizer(base), guide, is_encoder=False, max_turns=6, window_stride=6)
+    numbered, order = trunk.number_tokens(rendered.render(load_rows(TRAIN, guide)[:4]))
+    (rows, begin, end), *_ = trunk.in_passes(numbered, order)
+    rows = [numbered[row] for row in rows]
+    below = trunk.Trunk(loading.load_classifier(replace(base, layers=(0, 2)), ["a", "b"], 0).eval(), 2)
+    assert below.states(rows, begin, end, bf16=False).shape == (end, 64)
+    below.is_checked = False
+    below.backbone.forward = scaling_forward(below.backbone)
     with pytest.raises(InputError, match="gemma2 layers need more than the layer below"):
-        trunk.check_cut(model.base_model, batch, output, path)
+        below.states(rows, begin, end, bf16=False)
+
+
+def scaling_forward(backbone: torch.nn.Module):
+    """The backbone's forward, but for one that scales what it embeds and not what it is given."""
+    forward, embed = backbone.forward, backbone.get_input_embeddings()
+
+    def scaling(input_ids: torch.Tensor | None = None, **inputs: object):
+        if input_ids is not None:
+            inputs["inputs_embeds"] = 3 * embed(input_ids)
+        return forward(**inputs)
+
+    return scaling

@@ -177,39 +177,59 @@ def compute_states(
 ) -> None:
     """Write the parts that are not there yet and then the index, which makes the cache complete."""
     lower = replace(base, layers=(0, cut))
-    model = place(loading.load_classifier(lower, ["no", "yes"], pad_token_id=0), lower)
-    backbone, batches = model.base_model, PackedBatches(branches=can_branch(model))
-    output: list[Tensor] = []
-    layers = loading.layer_list(backbone)
-    layers[cut].register_forward_hook(lambda layer, inputs, states: output.append(states[0]))
+    trunk = Trunk(place(loading.load_classifier(lower, ["no", "yes"], pad_token_id=0), lower), cut)
     passes = list(in_passes(numbered, order))
-    per_part = PART_BYTES // (
-        backbone.config.get_text_config().hidden_size * getattr(torch, base.dtype).itemsize
-    )
-    part_of = np.cumsum([0] + [end - begin for _, begin, end in passes[:-1]]) // per_part
-    bar = tqdm(total=passes[-1][2], desc="trunk", unit="token")
+    width = trunk.backbone.config.get_text_config().hidden_size * getattr(torch, base.dtype).itemsize
+    part_of = np.array([begin for _, begin, _ in passes]) // (PART_BYTES // width)
     index = {}
-    with bar, torch.inference_mode(), torch.autocast(backbone.device.type, torch.bfloat16, enabled=bf16):
+    with tqdm(total=passes[-1][2], desc="trunk", unit="token") as bar:
         for part in np.unique(part_of):
             path, states = folder / f"{part:05}.safetensors", []
-            inside = [passes[number] for number in np.flatnonzero(part_of == part)]
-            for rows, begin, end in inside if not path.exists() else ():
-                batch = batches.collate([numbered[row] for row in rows])
-                batch = {key: value.to(backbone.device) for key, value in batch.items()}
-                hidden_states(backbone, batch)
-                if begin == 0:
-                    check_cut(backbone, batch, output, base.name)
-                nodes = lay_out([numbered[row].nodes for row in rows], batches.branches).input_ids
-                new = np.zeros((end - begin), dtype=np.int64)
-                new[nodes[nodes >= begin] - begin] = np.flatnonzero(nodes >= begin)
-                states.append(output.pop()[new].cpu())
+            there = path.exists()
+            for number in np.flatnonzero(part_of == part):
+                rows, begin, end = passes[number]
+                if not there:
+                    states.append(trunk.states([numbered[row] for row in rows], begin, end, bf16))
                 bar.update(end - begin)
-            if states:
+            if not there:
                 write_bytes(path, safetensors.torch.save({"states": torch.cat(states)}))
-            else:
-                bar.update(inside[-1][2] - inside[0][1])
             index[path.name] = file_digest(path)
     write_json(folder / INDEX, index)
+
+
+class Trunk:
+    """A decoder whose layers from `cut` on let everything pass, and what comes out of those below."""
+
+    def __init__(self, model: nn.Module, cut: int):
+        self.backbone, self.batches = model.base_model, PackedBatches(branches=can_branch(model))
+        self.output: list[Tensor] = []
+        self.is_checked = False
+        top = loading.layer_list(self.backbone)[cut]
+        top.register_forward_hook(lambda layer, inputs, states: self.output.append(states[0]))
+
+    def states(self, rows: Sequence[Rendered], begin: int, end: int, bf16: bool) -> Tensor:
+        """The states, (end - begin, hidden size), of the tokens `begin` to `end` of rows that go through together."""
+        device = self.backbone.device
+        batch = {key: value.to(device) for key, value in self.batches.collate(rows).items()}
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden_states(self.backbone, batch)
+            if not self.is_checked:
+                self.check(batch)
+        nodes = lay_out([row.nodes for row in rows], self.batches.branches).input_ids
+        place_of = np.zeros(end - begin, dtype=np.int64)
+        place_of[nodes[nodes >= begin] - begin] = np.flatnonzero(nodes >= begin)
+        return self.output.pop()[place_of].cpu()
+
+    def check(self, batch: Batch) -> None:
+        """Refuse an architecture whose layers need more than the output of the layer below, such as the tokens."""
+        others = {key: value for key, value in batch.items() if key != "input_ids"}
+        embedded = self.backbone.get_input_embeddings()(batch["input_ids"])
+        hidden_states(self.backbone, others | {"inputs_embeds": embedded})
+        again, first = self.output.pop().float(), self.output[-1].float()
+        if not torch.allclose(again, first, rtol=1e-2, atol=1e-2 * float(first.abs().max())):
+            kind = self.backbone.config.model_type
+            raise InputError(f"{kind} layers need more than the layer below; use --trunk_cache_gb 0")
+        self.is_checked = True
 
 
 def in_passes(numbered: Sequence[Rendered], order: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
@@ -225,14 +245,3 @@ def in_passes(numbered: Sequence[Rendered], order: Sequence[int]) -> Iterator[tu
         rows.append(index)
         end += new
     yield rows, begin, end
-
-
-def check_cut(backbone: nn.Module, batch: Batch, output: list[Tensor], name: str) -> None:
-    """Refuse an architecture whose layers need more than the output of the layer below, such as the tokens themselves."""
-    embeds = backbone.get_input_embeddings()(batch["input_ids"])
-    others = {key: value for key, value in batch.items() if key != "input_ids"}
-    hidden_states(backbone, {**others, "inputs_embeds": embeds})
-    again = output.pop()
-    if not torch.allclose(again.float(), output[-1].float(), rtol=1e-2, atol=1e-2 * float(again.abs().max())):
-        kind = backbone.config.model_type
-        raise InputError(f"{name}: {kind} layers need more than the layer below; use --trunk_cache_gb 0")
