@@ -21,10 +21,10 @@ demo: setup
 	$(BIN)/python linear_probe.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
 	    --label_guide $(GUIDE) --train_file $(DEMO) --test_file $(DEMO_TEST) --output_dir $(OUT)/demo-probe
 	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl
-	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl \
-	    --seed 20260407 --output_dir $(OUT)/demo-minilm-b
+	JOBS=2 scripts/launch_folds.sh recipes/smollm2-135m/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl \
+	    --model_name_or_path "$$($(BIN)/python scripts/packaged_model.py smollm2-135m)"
 	$(BIN)/python calibrate.py --run $(OUT)/demo-minilm --output $(OUT)/demo-decision.json
-	$(BIN)/python ensemble.py --runs $(OUT)/demo-probe $(OUT)/demo-minilm $(OUT)/demo-minilm-b --weights 0.4 0.3 0.3 \
+	$(BIN)/python ensemble.py --runs $(OUT)/demo-probe $(OUT)/demo-minilm $(OUT)/demo-smollm2 --weights 0.4 0.3 0.3 \
 	    --test_file $(DEMO_TEST) --output_dir $(OUT)/demo
 
 test: setup
