@@ -266,7 +266,9 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
             )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
-    if base.gguf_file:  # dequantized, which transformers takes for still quantized: it would refuse to train or save
+    if (
+        base.gguf_file
+    ):  # dequantized, which transformers takes for still quantized: it would refuse to train or save
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""
