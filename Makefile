@@ -3,9 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs
-DEMO := data/demo/train.json
-DEMO_TEST := data/demo/test.json
-GUIDE := data/demo/label_guide.yaml
 
 .PHONY: setup demo test soak quality style clean
 
@@ -17,15 +14,7 @@ $(VENV)/.installed: requirements.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python augment.py --label_guide $(GUIDE) --train_file $(DEMO) --labels 2 5 8 --k 2 --output_file $(OUT)/demo-augmented.jsonl
-	$(BIN)/python linear_probe.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
-	    --label_guide $(GUIDE) --train_file $(DEMO) --test_file $(DEMO_TEST) --output_dir $(OUT)/demo-probe
-	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl
-	JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --augmented_file $(OUT)/demo-augmented.jsonl \
-	    --seed 20260407 --output_dir $(OUT)/demo-minilm-b
-	$(BIN)/python calibrate.py --run $(OUT)/demo-minilm --output $(OUT)/demo-decision.json
-	$(BIN)/python ensemble.py --runs $(OUT)/demo-probe $(OUT)/demo-minilm $(OUT)/demo-minilm-b --weights 0.4 0.3 0.3 \
-	    --test_file $(DEMO_TEST) --output_dir $(OUT)/demo
+	$(BIN)/python scripts/system.py systems/demo.yaml
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 -q

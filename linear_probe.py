@@ -50,6 +50,7 @@ class ProbeArguments(FoldDataArguments):
     run_name: str | None = flag(None, "Name of the run. Default: the output folder's name.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
+    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
     quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
     dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
     attn_implementation: str | None = flag(None, "Attention kernel. Default: sdpa if there, else eager.")

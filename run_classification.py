@@ -83,7 +83,14 @@ class ModelArguments:
         None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
     )
     quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
+    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
     tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
+    trainable_layers: int | None = flag(
+        None, "Layers that are trained, from the top; those below are computed once. Default: all."
+    )
+    trunk_cache_gb: float = flag(
+        20, "Disk for the frozen layers' output of all data sets, in GB; 0 computes it in every pass."
+    )
     lora_r: int = flag(128, "Rank of the adapters. 128, as in the paper.")
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")
     lora_dropout: float = flag(0.1, "Dropout before the adapters. 0.1, as in the paper.")
@@ -96,6 +103,8 @@ class ModelArguments:
         self.dtype = self.dtype or ("bfloat16" if self.quantization == "nf4" else "float32")
         if self.quantization != "none" and self.tuning == "full":
             raise ValueError("--quantization nf4 needs --tuning lora: 4-bit weights cannot be trained")
+        if self.trainable_layers is not None and self.trainable_layers < 1:
+            raise ValueError(f"--trainable_layers {self.trainable_layers}: one layer or more")
 
 
 def fold_training_arguments() -> type:
@@ -170,17 +179,21 @@ def weighted_trainer() -> type:
     return WeightedTrainer
 
 
-def load_model(base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int) -> Any:
-    """The model to train, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.loading import add_lora, load_classifier, load_trained
+def load_model(
+    base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
+) -> Any:
+    """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
+    from rareturn.models.loading import add_lora, freeze_trunk, load_classifier, load_trained
 
     if saved.exists():
         return load_trained(base, saved, names, pad)
     model = load_classifier(base, names, pad)
+    if cut:
+        freeze_trunk(model, cut)
     if options.tuning == "full":
         return model
     sizes = options.lora_r, options.lora_alpha, options.lora_dropout
-    return add_lora(model, *sizes, options.lora_target_modules)
+    return add_lora(model, *sizes, options.lora_target_modules, cut)
 
 
 def train_fold(trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, checkpoint: str | None) -> float:
@@ -219,6 +232,7 @@ def main() -> None:
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing, make_batches
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
+    from rareturn.models.trunk import trunk_states
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -241,7 +255,7 @@ def main() -> None:
     base = loading.find_base_model(options.model_name_or_path, options.model_revision, **how)
     encoder, tokenizer = loading.is_encoder(loading.load_config(base)), loading.load_tokenizer(base)
     renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
-    flags = (arguments, options, training)
+    cut, flags = loading.trunk_layers(base, options.trainable_layers), (arguments, options, training)
     loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
     facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
     info = folder.describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
@@ -255,25 +269,31 @@ def main() -> None:
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
     seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id)
+    rendered, states = {"train": train, **missing}, None
+    if cut and arguments.pack_dialogues and options.trunk_cache_gb:
+        how = {"bf16": training.bf16, "limit_gb": options.trunk_cache_gb}
+        rendered, states = trunk_states(rendered, data, renderer, base, cut, **how)
+    else:
+        rendered = {name: renderer.render(rows) for name, rows in rendered.items()}
+    if states is not None:
+        base = loading.upper_layers(base, cut)
+    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     rows_and_sizes = f"{len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
     logger.info(f"fold {fold}: {rows_and_sizes}")
 
     # Train
-    rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
-    batching = (arguments, training, model, base, tokenizer)
-    batches = {name: make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
+    batches = make_batches(arguments, training, model, base, tokenizer, states)
     if arguments.pack_dialogues:
         accept_packed(model)
-    plan = batches["train"].plan(train, rendered["train"], training.seed)
+    plan = batches.plan(train, rendered["train"], training.seed)
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
         folder.write_run_info(run_dir, info, *flags)
     trainer = weighted_trainer()(
         model=model,
         args=training,
-        data_collator=functools.partial(with_labels, batches["train"]),
+        data_collator=functools.partial(with_labels, batches),
         train_dataset=list(zip(rendered["train"], labels, strict=True)),
         class_weights=class_weights(counts, options.class_weights),
         label_scope=data.scope,
@@ -285,7 +305,7 @@ def main() -> None:
     # Evaluate and save
     for name, rows in missing.items():
         how = {"scope": data.scope, "bf16": training.bf16, "description": f"fold {fold}: {name}"}
-        logits = predict_logits(trainer.model, batches[name], rows, rendered[name], **how)
+        logits = predict_logits(trainer.model, batches, rows, rendered[name], **how)
         if is_main:
             write_table(folder.table_path(run_dir, name, fold), make_table(rows, fold, logits))
     if is_main and "oof" in missing:

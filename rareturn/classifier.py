@@ -74,8 +74,7 @@ class _TrainedVoter:
         for model, adapter in self.models:
             if adapter is not None:
                 model.set_adapter(adapter)
-            longest = max(map(len, rendered))
-            batches = self.padded if self.is_encoder else PackedBatches(branches=can_branch(model, longest))
+            batches = self.padded if self.is_encoder else PackedBatches(branches=can_branch(model))
             how = {"scope": self.scope, "bf16": self.bf16, "alone": True}
             results.append(predict_logits(model, batches, rows, rendered, **how))
         return results

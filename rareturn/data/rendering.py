@@ -42,6 +42,7 @@ class Rendered:
     start: int
     cut: bool  # whether the target itself lost its beginning
     segment_ids: np.ndarray | None = None
+    nodes: np.ndarray | None = None  # each token's number in the states of `models.trunk`
 
     @property
     def input_ids(self) -> np.ndarray:

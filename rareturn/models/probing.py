@@ -28,7 +28,14 @@ from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.models.inference import place
-from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, load_tokenizer
+from rareturn.models.loading import (
+    BaseModel,
+    is_encoder,
+    layer_list,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
 from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
 
@@ -132,7 +139,7 @@ class FrozenFeatures:
         """A decoder's features, a dialogue's rows in one pass."""
         rendered = self.renderer.render(rows)
         try:
-            branches = can_branch(model, max(map(len, rendered)))
+            branches = can_branch(model)
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
         way = PackedBatches(branches=branches)
@@ -147,15 +154,8 @@ class FrozenFeatures:
 
 def keep_layers(backbone: nn.Module, count: int) -> None:
     """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
-    num_layers = backbone.config.get_text_config().num_hidden_layers
-    for module in list(backbone.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                setattr(module, name, child[:count])
-                return
-    if count < num_layers:
-        kind = backbone.config.model_type
-        raise InputError(f"--layer {count}: {kind} models cannot be cut; use --layer {num_layers}")
+    if count < backbone.config.get_text_config().num_hidden_layers:
+        del layer_list(backbone)[count:]
 
 
 def position_limit(backbone: nn.Module) -> int:

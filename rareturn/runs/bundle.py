@@ -63,6 +63,7 @@ class Loader(Checked):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Attention | None = None
     trust_remote_code: bool = False
+    gguf_file: Annotated[str, Field(pattern=r"^[\w.-]+\.gguf$")] | None = None
     bf16: bool = False
 
 

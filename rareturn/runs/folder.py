@@ -15,7 +15,7 @@ from rareturn.command_line import SECRET, provenance
 from rareturn.data.folds import FoldDataArguments, RunData
 from rareturn.decisions.metrics import scores
 from rareturn.errors import InputError
-from rareturn.files import check_content, file_digest, read_json, write_json
+from rareturn.files import check_content, read_json, write_json
 from rareturn.runs.schemas import RunInfo, metric_of
 from rareturn.runs.tables import read_rows_digest, read_table, rows_digest
 
@@ -27,7 +27,7 @@ FREE_PREFIXES = ("_", "do_", "hub_", "log_", "logging_", "push_", "trackio_")
 FREE_FLAGS = """
     fold output_dir run_name use_cpu local_rank ddp_backend ddp_timeout debug project report_to disable_tqdm
     include_for_metrics include_num_input_tokens_seen skip_memory_metrics accelerator_config remove_unused_columns
-    keep_checkpoints save_strategy save_steps save_total_limit save_on_each_node resume_from_checkpoint
+    keep_checkpoints trunk_cache_gb save_strategy save_steps save_total_limit save_on_each_node resume_from_checkpoint
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
 """
 # What these name is compared by its content, so that a file may move.
@@ -90,7 +90,7 @@ def describe_run(
     flags = {**recipe, **arguments.split, **arguments.window, **facts["loader"], "seed": facts["seed"]}
     for key in [key for key in flags if key in BY_CONTENT.split() or key.endswith("_column")]:
         del flags[key]
-    local = base.revision is None and Path(base.path).is_dir()
+    weights = base.weights_digest
     parts = {
         "flags": json.loads(json.dumps(flags, default=str)),
         "label_guide": _digest(data.guide.to_dict()),
@@ -98,9 +98,9 @@ def describe_run(
         "folds": _digest(data.folds),
         "augmented": rows_digest(data.augmented) if data.augmented else None,
         "label_scope": list(data.scope),
-        "base_model": None if local else base.name,
+        "base_model": None if weights else base.name,
         "base_revision": base.revision,
-        "weights": _folder_digest(base.path) if local else None,
+        "weights": weights,
         "prompt": facts["prompt_fingerprint"],
         "processes": processes,
     }
@@ -120,13 +120,6 @@ def describe_run(
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _folder_digest(folder: str) -> str:
-    """Of a model folder's weights, configuration and tokenizer, each file by its name and its bytes."""
-    kinds = (".safetensors", ".json", ".txt", ".model", ".py")
-    files = [path for path in Path(folder).iterdir() if path.suffix in kinds and path.is_file()]
-    return _digest({path.name: file_digest(path) for path in files})
 
 
 def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_sets: Any) -> None:
