@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validato
 
 from rareturn.command_line import flag
 from rareturn.data.label_guide import LabelGuide, load_label_guide
-from rareturn.data.rows import DataArguments, Row, data_fingerprint, load_rows
+from rareturn.data.rows import DataArguments, Row, data_fingerprint, load_rows, load_source
 from rareturn.errors import InputError, first_line
 from rareturn.files import check_content, read_json, write_json
 
@@ -97,6 +97,9 @@ class RunData:
     test: list[Row]
     folds: dict[str, int]
     scope: list[int]
+    labels_named: bool | None = (
+        None  # whether a table's labels are names; None for rows that hold their turns
+    )
 
     def training_part(self, fold: int) -> list[Row]:
         """What a fold's model is trained on, within the scope: other folds' originals, and variants of those."""
@@ -115,6 +118,7 @@ class RunData:
             "protected_label": self.guide.protected,
             "label_scope": None if self.scope == list(self.guide.numbers) else self.scope,
             "label_guide": self.guide.to_dict(),
+            **({} if self.labels_named is None else {"labels_named": self.labels_named}),
             "data_fingerprint": data_fingerprint(self.originals),
         }
 
@@ -126,12 +130,17 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         raise InputError("--train_file is missing; give it here or in the recipe")
     guide, columns = load_label_guide(arguments.label_guide), arguments.columns
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
-    originals = load_rows(arguments.train_file, guide, columns=columns)
+    train = load_source(arguments.train_file, guide, columns=columns)
+    originals = train.rows
     misplaced = "augmented_from: variants belong in --augmented_file"
     if variants := [row.id for row in originals if row.augmented_from]:
         raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
-    test = load_rows(arguments.test_file, guide, columns=columns, require_labels=False)
+    test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
+    if {train.named, test.named} == {True, False}:
+        kinds = {True: "names", False: "numbers"}
+        other = f"but {kinds[train.named]} in {arguments.train_file}"
+        raise InputError(f"{arguments.test_file}: {test.columns['label']}: {kinds[test.named]}, {other}")
     path, split = run_dir / "folds.json", arguments.split
     if path.exists():
         there = read_folds(path)
@@ -143,7 +152,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     else:
         folds, where = assign_folds(originals, **split), "folds"
     check_folds(originals, folds, arguments.num_folds, arguments.fold_groups, where)
-    return RunData(guide, originals, augmented, test, folds, scope)
+    return RunData(guide, originals, augmented, test.rows, folds, scope, train.named)
 
 
 def assign_folds(rows: Sequence[Row], num_folds: int, fold_seed: int, fold_groups: str) -> dict[str, int]:

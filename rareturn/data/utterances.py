@@ -1,0 +1,215 @@
+"""Tables of utterances, one a line, as most corpora come; a row is a place in a dialogue, which is held once (DESIGN 3)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rareturn.data.dialogues import NO_LABEL, Dialogue, Row, Turns, text_problem, turns_in_prompt
+from rareturn.data.label_guide import TABLE_FIELDS, LabelGuide, listed
+from rareturn.data.readers import DELIMITERS
+from rareturn.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SEVERAL = re.compile(r"\s*[|;,/+&]\s*|\s+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of a source, and how it puts them.
+
+    Attributes:
+        columns: the column of each of a table's fields; None for rows that hold their own turns.
+        named: whether a table's labels are names (True) or numbers (False); None where no line has one.
+    """
+
+    rows: list[Row]
+    columns: dict[str, str] | None = None
+    named: bool | None = None
+
+
+class _Line(NamedTuple):
+    order: float
+    place: int
+    text: str
+    speaker: str
+    label: int
+    id: str
+
+
+class _Problems(dict):
+    """Problems by column and wording, each with the first row that has it and the number of such rows."""
+
+    def note(self, place: int, column: str, problem: str | None) -> None:
+        if problem:
+            self.setdefault((column, problem), [place + 1, 0])[1] += 1
+
+    def lines(self, source: str) -> Iterator[str]:
+        for (column, problem), (first, count) in self.items():
+            more = f" (and {count - 1} more rows)" if count > 1 else ""
+            yield f"{source}: row {first}: {column}: {problem}{more}"
+
+
+def table_columns(given: Mapping[str, str], guide: LabelGuide) -> dict[str, str]:
+    """The column of each field of a table: what the flags say, else the guide, else the field's own name."""
+    return {name: given.get(name) or guide.columns.get(name, name) for name in TABLE_FIELDS}
+
+
+def read_table(
+    records: Iterable[Any], source: str, guide: LabelGuide, given: Mapping[str, str], labels: bool | None
+) -> Source:
+    """The rows of a table, by dialogues and turns: its labelled lines or, where no line has a label, every turn of a target
+    speaker.
+
+    Args:
+        given: columns that flags name.
+        labels: whether labels must be there; None: they are not looked at.
+
+    Raises:
+        InputError: a line for each kind of problem.
+    """
+    columns, problems = table_columns(given, guide), _Problems()
+    names, blank = {*guide.names}, (None, "", *guide.no_label)
+    dialogues: dict[str, list[_Line]] = {}
+    shared: dict[str, str] = {}  # dialogue ids and speakers, each held once
+    ids: set[str] = set()
+    forms: dict[bool, int] = {}  # whether a label is a name, and the first record with such a one
+    elsewhere, present, needed = 0, set(), ()
+    for place, record in enumerate(records):
+        if not isinstance(record, dict) or None in record:
+            wrong = "more cells than columns" if isinstance(record, dict) else "not an object with fields"
+            problems.note(place, "cells", wrong)
+            continue
+        if not present:
+            present = _check_columns(source, record, columns, {*given, *guide.columns}, labels)
+            needed = ("dialogue_id", "speaker", "text", *({"turn", "id"} & present))
+        cells = {name: _cell(record.get(column)) for name, column in columns.items()}
+        for name in needed:
+            problems.note(place, columns[name], text_problem(cells[name]))
+        dialogue_id, turn, speaker, text, label, row_id = cells.values()
+        if isinstance(speaker, str) and not guide.knows(speaker):
+            unknown = f"unknown speaker {speaker!r} (not {listed(guide.speakers)})"
+            problems.note(place, columns["speaker"], speaker and unknown)
+        number = NO_LABEL
+        if labels is not None and label not in blank:
+            known = _known(label, guide, f"{source}: row {place + 1}: {columns['label']}")
+            if known is None:
+                problems.note(place, columns["label"], f"{label!r} is no name or number of the label guide")
+            else:
+                number = guide.known_labels[known]
+                forms.setdefault(known in names, place)
+            elsewhere += not guide.is_target(speaker)
+        if problems:
+            continue
+        lines = dialogues.setdefault(shared.setdefault(dialogue_id, dialogue_id), [])
+        order = _order(turn) if "turn" in present else len(lines)
+        if order is None:
+            problems.note(place, columns["turn"], f"must be a number (the order of the turns), not {turn!r}")
+        if "id" not in present:
+            row_id = f"{dialogue_id}/{order}"
+        elif row_id in ids:
+            problems.note(place, columns["id"], f"duplicate id {row_id!r}")
+        else:
+            ids.add(row_id)
+        lines.append(_Line(order, place, text, shared.setdefault(speaker, speaker), number, row_id))
+    if len(forms) == 2:
+        kinds = {True: "a name", False: "a number"}
+        (_, first), (form, then) = forms.items()
+        problems.note(then, columns["label"], f"{kinds[form]}, but {kinds[not form]} in row {first + 1}")
+    if labels and present and not (forms or problems):
+        raise InputError(f"{source}: {columns['label']}: no line has a label")
+    if problems:
+        raise InputError(*problems.lines(source))
+    if elsewhere:
+        whom = f"speakers other than the target ({listed(guide.targets)})"
+        logger.warning(f"{source}: {elsewhere} labelled lines are by {whom}: context only")
+    rows = list(_rows(dialogues, guide, bool(forms), columns["turn"], problems))
+    if problems:
+        raise InputError(*problems.lines(source))
+    return Source(rows, columns, next(iter(forms), None))
+
+
+def _check_columns(
+    source: str, record: dict[str, Any], columns: dict[str, str], named: set[str], labels: bool | None
+) -> set[str]:
+    """The fields whose columns the first record has; an InputError where one that is needed is not there."""
+    needed = {"dialogue_id", "speaker", "text"} | (named & {"turn", "id"}) | ({"label"} if labels else set())
+    present = {name for name in TABLE_FIELDS if columns[name] in record}
+    if missing := [name for name in TABLE_FIELDS if name in needed - present]:
+        absent = ", ".join(repr(columns[name]) for name in missing)
+        flags = ", ".join(f"--{name}_column" for name in missing)
+        there = ", ".join(map(str, record))
+        raise InputError(
+            f"{source}: no column {absent}; there are: {there}. Name them by {flags}, or in the guide"
+        )
+    return present
+
+
+def _rows(
+    dialogues: dict[str, list[_Line]],
+    guide: LabelGuide,
+    labelled: bool,
+    turn_column: str,
+    problems: _Problems,
+) -> Iterator[Row]:
+    """The rows of all dialogues, which are taken out of the dict one by one."""
+    for dialogue_id in list(dialogues):
+        lines = sorted(dialogues.pop(dialogue_id))
+        turns = turns_in_prompt([(line.text, line.speaker) for line in lines], guide)
+        dialogue = Dialogue(turns)
+        for count, line in enumerate(lines, 1):
+            if count > 1 and line.order == lines[count - 2].order:
+                problems.note(
+                    line.place, turn_column, f"{line.order} is there twice in dialogue {dialogue_id!r}"
+                )
+            if guide.is_target(line.speaker) and (line.label != NO_LABEL or not labelled):
+                yield Row(line.id, dialogue_id, Turns(dialogue, count), line.label, None, line.place)
+
+
+def _cell(value: Any) -> Any:
+    """A cell as a text; None where it is empty, and what is neither a text nor a whole number as it is."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    return str(value) if type(value) is int else value
+
+
+def _order(turn: str) -> float | None:
+    try:
+        order = float(turn)
+        return int(order) if order.is_integer() else order if math.isfinite(order) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _known(label: Any, guide: LabelGuide, where: str) -> str | None:
+    """The guide's word for a label's cell; None if it has none. An InputError where the cell holds several labels."""
+    known, several = guide.known_labels, isinstance(label, (list, dict))
+    if not several:
+        text = str(label)
+        # A column of whole numbers with gaps leaves pandas as 3.0.
+        if found := next((word for word in (text, text.removesuffix(".0")) if word in known), None):
+            return found
+        parts = [part.strip("[]{}()'\"") for part in SEVERAL.split(text)]
+        several = len(parts) > 1 and all(part in known for part in parts)
+    if several:
+        raise InputError(f"{where}: {label}: several labels for one line (multi-label) cannot be learnt here")
+    return None
+
+
+def table_bytes(records: Sequence[dict[str, Any]], suffix: str) -> bytes:
+    """Records as a .csv or .tsv file with the columns of all of them."""
+    header = dict.fromkeys(column for record in records for column in record)
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, list(header), delimiter=DELIMITERS[suffix], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().encode()
