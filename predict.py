@@ -125,7 +125,8 @@ def check_table(arguments: PredictArguments, given: Mapping[str, str], guide: La
         raise InputError(
             f"--output {arguments.output}: {arguments.input} is no table of utterances; name a .jsonl file"
         )
-    if taken := [column for column in ADDED if column in next(records, {})]:
+    first = next(records)
+    if taken := [column for column in ADDED if column in first]:
         where = f"{arguments.input}: {', '.join(taken)}: there already, and predict.py would write over it"
         raise InputError(f"{where}; rename it, or name a .jsonl file as --output")
 

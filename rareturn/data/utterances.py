@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ def read_table(
         if not present:
             present = _check_columns(source, record, columns, {*given, *guide.columns}, labels)
             needed = ("dialogue_id", "speaker", "text", *({"turn", "id"} & present))
-        cells = {name: _cell(record.get(column)) for name, column in columns.items()}
+        cells = {name: cell_text(record.get(column)) for name, column in columns.items()}
         for name in needed:
             problems.note(place, columns[name], text_problem(cells[name]))
         dialogue_id, turn, speaker, text, label, row_id = cells.values()
@@ -173,7 +173,7 @@ def _rows(
                 yield Row(line.id, dialogue_id, Turns(dialogue, count), line.label, None, line.place)
 
 
-def _cell(value: Any) -> Any:
+def cell_text(value: Any) -> Any:
     """A cell as a text; None where it is empty, and what is neither a text nor a whole number as it is."""
     if isinstance(value, str):
         return value.strip()
@@ -198,11 +198,16 @@ def _known(label: Any, guide: LabelGuide, where: str) -> str | None:
         # A column of whole numbers with gaps leaves pandas as 3.0.
         if found := next((word for word in (text, text.removesuffix(".0")) if word in known), None):
             return found
-        parts = [part.strip("[]{}()'\"") for part in SEVERAL.split(text)]
-        several = len(parts) > 1 and all(part in known for part in parts)
+        several = holds_several(text, known)
     if several:
         raise InputError(f"{where}: {label}: several labels for one line (multi-label) cannot be learnt here")
     return None
+
+
+def holds_several(label: str, known: Container[str]) -> bool:
+    """Whether a label's text is several of the known ones, joined."""
+    parts = [part.strip("[]{}()'\"") for part in SEVERAL.split(label)]
+    return len(parts) > 1 and all(part in known for part in parts)
 
 
 def table_bytes(records: Sequence[dict[str, Any]], suffix: str) -> bytes:
