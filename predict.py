@@ -11,27 +11,27 @@ On a laptop, with the ensemble that `make demo` leaves:
 A dialogue is an object with `dialogue` (turns {"text", "speaker"}) and `dialogue_id` or `id`, and streamed; or the
 input is a table of utterances. A .jsonl output has one line a classified turn: ids, label, probabilities, and by what it
 was decided; no text. A .csv or .tsv output is the input's table with the columns label, probability (the label's) and
-margin (over the next label's; below 0 where the rule overruled it). A run that was stopped goes on where it was. Several GPUs: `accelerate launch predict.py …` or `torchrun --nproc_per_node N predict.py …`.
+margin (over the next label's; below 0 where the rule overruled it). A run that was stopped goes on where it was. Several
+GPUs: `accelerate launch predict.py …` or `torchrun --nproc_per_node N predict.py …`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from rareturn.command_line import REQUIRED, flag, parse_arguments, run, start_logging
-from rareturn.data.dialogues import HALF, LONE_SURROGATE, Row, row_digest
+from rareturn.data.dialogues import HALF, LONE_SURROGATE, Row, row_json
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import DELIMITERS, read_records
 from rareturn.data.rows import ColumnArguments, open_source, row_columns
@@ -46,16 +46,14 @@ if TYPE_CHECKING:
 ADDED = ("label", "probability", "margin")  # a table's columns
 
 
-@dataclass
-class PredictArguments:
+@dataclass(kw_only=True)
+class PredictArguments(ColumnArguments):
     """What is classified, by what, and where the labels go."""
 
     _argument_group_name = "Prediction"
 
     ensemble: str = flag(REQUIRED, "ORG/NAME[@revision] on the Hub, or ensemble.py's output folder.")
-    input: str = flag(
-        REQUIRED, "Dialogues: .json (an array), .jsonl, .parquet, .csv, .tsv, a folder or a Hub id."
-    )
+    input: str = flag(REQUIRED, "Dialogues or a table of utterances: a file, a folder or a Hub id.")
     output: str = flag(REQUIRED, "File to write: .jsonl, or .csv or .tsv for a table.")
     turns: str = flag("all", "Which turns of the target speaker to classify.", choices=["all", "last"])
     rows_per_chunk: int = flag(256, "Turns between two writes. More is faster and takes more memory.")
@@ -69,20 +67,18 @@ class PredictArguments:
             raise ValueError("--rows_per_chunk: one or more")
 
 
-def rows_by_dialogue(
-    arguments: PredictArguments, given: Mapping[str, str], guide: LabelGuide
-) -> Iterator[list[Row]]:
+def rows_by_dialogue(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
     """The rows to classify, in the order of the input; an InputError, while iterating, at a dialogue that is wrong."""
     from rareturn.classifier import target_rows
 
     name = arguments.input
-    records, is_table = open_source(name, "test", guide, given)
+    records, is_table = open_source(name, "test", guide, arguments.columns)
     if is_table:
-        rows = read_table(records, name, guide, given, None).rows
+        rows = read_table(records, name, guide, arguments.columns, None).rows
         for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
             yield list(of_dialogue)[0 if arguments.turns == "all" else -1 :]
         return
-    column = row_columns(given)["dialogue"]
+    column = row_columns(arguments.columns)["dialogue"]
     for number, record in enumerate(records, 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
@@ -104,12 +100,10 @@ def rows_by_dialogue(
         yield target_rows(dialogue, guide, arguments.turns, where, row_id, dialogue_id)
 
 
-def read_chunks(
-    arguments: PredictArguments, given: Mapping[str, str], guide: LabelGuide
-) -> Iterator[list[Row]]:
+def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
     """Whole dialogues, at least `rows_per_chunk` rows but in the last."""
     chunk: list[Row] = []
-    for rows in rows_by_dialogue(arguments, given, guide):
+    for rows in rows_by_dialogue(arguments, guide):
         chunk += rows
         if len(chunk) >= arguments.rows_per_chunk:
             yield chunk
@@ -118,13 +112,12 @@ def read_chunks(
         yield chunk
 
 
-def check_table(arguments: PredictArguments, given: Mapping[str, str], guide: LabelGuide) -> None:
+def check_table(arguments: PredictArguments, guide: LabelGuide) -> None:
     """Refuse to write a table of whole dialogues, or over a table's own columns."""
-    records, is_table = open_source(arguments.input, "test", guide, given)
+    records, is_table = open_source(arguments.input, "test", guide, arguments.columns)
     if not is_table:
-        raise InputError(
-            f"--output {arguments.output}: {arguments.input} is no table of utterances; name a .jsonl file"
-        )
+        problem = f"{arguments.input} is no table of utterances; name a .jsonl file"
+        raise InputError(f"--output {arguments.output}: {problem}")
     first = next(records)
     if taken := [column for column in ADDED if column in first]:
         where = f"{arguments.input}: {', '.join(taken)}: there already, and predict.py would write over it"
@@ -177,29 +170,8 @@ class Progress:
             raise InputError(f"{self.path}: cannot write: {problem}") from None
 
 
-def write_lines(file: BinaryIO, lines: Iterable[Any]) -> int:
-    """Write a line of JSON each; their number."""
-    count = 0
-    for line in lines:
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        count += 1
-    return count
-
-
-def write_table(file: BinaryIO, lines: Iterable[dict[str, Any]], source: str, suffix: str) -> int:
-    """Write the input's table with the cells of `lines` besides; the number of these."""
-    records, count = list(read_records(source, "test")), 0
-    for line in lines:
-        records[line.pop("place")] |= line
-        count += 1
-    file.write(table_bytes(records, suffix))
-    return count
-
-
-def merge(
-    output: Path, job: str, num_processes: int, num_chunks: int, write: Callable[..., int] = write_lines
-) -> int:
-    """Write the output from all processes' chunks, in the order of the input; the number of lines.
+def merge(output: Path, job: str, num_processes: int, num_chunks: int, source: str | None = None) -> None:
+    """Write the output from all processes' chunks, in the order of the input; `source` is the table that they fill in.
 
     An InputError where a process's chunks are not there, so that the output would be incomplete.
     """
@@ -217,19 +189,25 @@ def merge(
             next(part)
         file = stack.enter_context(open(scratch, "wb"))
         chunks = itertools.chain.from_iterable(itertools.zip_longest(*parts, fillvalue=b"[]"))
-        count = write(file, (line for chunk in chunks for line in json.loads(chunk)))
+        lines = (line for chunk in chunks for line in json.loads(chunk))
+        if source is None:
+            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        else:
+            records = list(read_records(source, "test"))
+            for line in lines:
+                records[line.pop("place")] |= line
+            file.write(table_bytes(records, output.suffix))
         file.flush()
         os.fsync(file.fileno())
         os.replace(scratch, output)
     for path in paths:
         path.unlink()
-    return count
 
 
 def main() -> None:
     # Arguments
-    arguments, columns = parse_arguments((PredictArguments, ColumnArguments), __doc__)
-    output, given = Path(arguments.output), columns.columns
+    (arguments,) = parse_arguments((PredictArguments,), __doc__)
+    output = Path(arguments.output)
     if arguments.use_cpu:
         # Before torch looks: the models' loaders take a GPU that they see.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -248,16 +226,15 @@ def main() -> None:
     bundle, _ = read_bundle(arguments.ensemble)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
-    write, is_table = write_lines, output.suffix != ".jsonl"
-    if is_table:
-        check_table(arguments, given, bundle.guide)
-        write = functools.partial(write_table, source=arguments.input, suffix=output.suffix)
+    table = None if output.suffix == ".jsonl" else arguments.input
+    if table:
+        check_table(arguments, bundle.guide)
 
     # The whole input is read once, before any model is loaded.
     total, num_chunks, digest = 0, 0, hashlib.sha256()
-    for chunk in read_chunks(arguments, given, bundle.guide):
+    for chunk in read_chunks(arguments, bundle.guide):
         total, num_chunks = total + len(chunk), num_chunks + 1
-        digest.update(row_digest([(row.id, row.dialogue_id, row.turns) for row in chunk]))
+        digest.update(row_json([(row.id, row.dialogue_id, row.turns) for row in chunk]))
     if not total:
         whose = " or ".join(map(repr, bundle.guide.targets)) or "any"
         raise InputError(f"{arguments.input}: no turn of the target speaker {whose} to classify")
@@ -269,20 +246,22 @@ def main() -> None:
 
     # Predict and save
     progress = Progress(output, state.process_index, job)
-    chunks = enumerate(read_chunks(arguments, given, bundle.guide))
+    chunks = enumerate(read_chunks(arguments, bundle.guide))
     mine = itertools.islice(chunks, state.process_index, None, state.num_processes)
     with tqdm(total=total, unit="turn", desc="predict", disable=not state.is_main_process) as bar:
         for number, rows in mine:
             if number // state.num_processes >= progress.done:
                 named = bundle.runs[0].labels_named
-                lines = [output_line(*said, is_table, named) for said in classifier.predictions(rows)]
+                lines = [
+                    output_line(*said, table is not None, named) for said in classifier.predictions(rows)
+                ]
                 progress.write(json.dumps(lines, ensure_ascii=False).encode())
             bar.update(len(rows) * state.num_processes)
     progress.file.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        count = merge(output, job, state.num_processes, num_chunks, write)
-        print(f"{output}: {count} turns classified by {check_name(bundle.name, 'name')}")
+        merge(output, job, state.num_processes, num_chunks, table)
+        print(f"{output}: {total} turns classified by {check_name(bundle.name, 'name')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rareturn.data.dialogues import Dialogue, Row, Turns, turn_problem, turns_in_prompt
+from rareturn.data.dialogues import Dialogue, Row, Turns, turn_problem, turns_of
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
 from rareturn.errors import InputError
@@ -201,7 +201,7 @@ def target_rows(
     problems = [f"{where}: turn {number} {problem}" for number, problem in found if problem]
     if problems:
         raise InputError(*problems)
-    turns = Dialogue(turns_in_prompt(((turn["text"], turn["speaker"]) for turn in dialogue), guide))
+    turns = Dialogue(turns_of([(turn["text"], turn["speaker"]) for turn in dialogue], guide))
     places = [place for place, turn in enumerate(dialogue) if guide.is_target(turn["speaker"])]
     places = places if which == "all" else places[-1:]
     return [Row(f"{row_id}#{place}", dialogue_id, Turns(turns, place + 1)) for place in places]

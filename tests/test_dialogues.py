@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_read(name, content, message, tmp_path):
 def test_a_file_in_another_encoding(name, tmp_path):
     path = tmp_path / name
     path.write_bytes('[{"id": "Zoë"}]'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"utf-8|UTF8"):
+    with pytest.raises(InputError, match=r"UTF-8|UTF8"):
         load_rows(str(path), GUIDE)
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,15 +79,14 @@ class Row:
     place: int = field(default=-1, compare=False)  # of its record in the source, from 0
 
 
-def turns_in_prompt(turns: Iterable[tuple[str, str]], guide: LabelGuide) -> Iterator[Turn]:
-    """The (text, speaker) turns of a dialogue from its beginning, with the speakers' names in the prompt."""
-    turns = list(turns)
-    names = guide.names_in_prompt(speaker for _, speaker in turns)
-    return (Turn(text, names[speaker]) for text, speaker in turns)
+def turns_of(said: Sequence[tuple[str, str]], guide: LabelGuide) -> Iterator[Turn]:
+    """The turns of a dialogue from its beginning, given as texts and speakers, with the speakers' names in the prompt."""
+    names = guide.names_in_prompt(speaker for _, speaker in said)
+    return (Turn(text, names[speaker]) for text, speaker in said)
 
 
-def row_digest(facts: Sequence[Any], **how: Any) -> bytes:
-    """JSON of a row's fields for a digest over rows; a view of a dialogue counts as its `content`."""
+def row_json(facts: Sequence[Any], **how: Any) -> bytes:
+    """A row's fields for a digest over rows, in which a view of a dialogue is its `content`."""
     return json.dumps(facts, default=Turns.content, **how).encode()
 
 

@@ -97,9 +97,7 @@ class RunData:
     test: list[Row]
     folds: dict[str, int]
     scope: list[int]
-    labels_named: bool | None = (
-        None  # whether a table's labels are names; None for rows that hold their turns
-    )
+    labels_named: bool | None = None  # of a table (`Source.named`)
 
     def training_part(self, fold: int) -> list[Row]:
         """What a fold's model is trained on, within the scope: other folds' originals, and variants of those."""

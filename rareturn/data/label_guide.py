@@ -12,18 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    StrictInt,
-    StrictStr,
-    ValidationInfo,
-    WrapValidator,
-    field_validator,
-)
+from pydantic import BaseModel, Field, PlainSerializer, StrictInt, StrictStr, ValidationInfo
+from pydantic.functional_validators import AfterValidator, BeforeValidator, WrapValidator, field_validator
 
 from rareturn.errors import InputError
 from rareturn.files import check_content, packaged
@@ -51,14 +41,9 @@ Text = Annotated[Definition, AfterValidator(_not_empty)]
 Numbers = Annotated[tuple[StrictInt, ...], Field(min_length=1)]
 Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1), PlainSerializer(lambda names: names)]
-
-
-def _any_or(given: Any, check: Any) -> Any:
-    return given if given == ANY else check(given)
-
-
-def _word_or(given: Any, check: Any) -> Any:
-    return given if given is None or isinstance(given, str) else check(given)
+AnyNames = Annotated[Names, WrapValidator(lambda given, check: given if given == ANY else check(given))]
+WORD = (str, type(None))
+Targets = Annotated[Names, WrapValidator(lambda given, check: given if type(given) in WORD else check(given))]
 
 
 class Label(BaseModel, frozen=True, extra="forbid"):
@@ -83,18 +68,13 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     language: Text | None = None
     dataset: Text | None = None
     columns: dict[TableField, Name] = {}
-    no_label: tuple[StrictStr, ...] = ()
-    speakers: Annotated[Names, WrapValidator(_any_or)]
+    no_label: tuple[Annotated[StrictStr, AfterValidator(str.strip)], ...] = ()
+    speakers: AnyNames
     speaker_names: Literal["letters", "as_is"] = "letters"
-    target_speaker: Annotated[Names, WrapValidator(_word_or)] = Field(None, validate_default=True)
+    target_speaker: Targets = Field(None, validate_default=True)
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
     positive: Numbers | None = Field(None, validate_default=True)
     protected: StrictInt | None = None
-
-    @field_validator("no_label")
-    @classmethod
-    def _stripped(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(value.strip() for value in values)
 
     @field_validator("target_speaker")
     @classmethod
@@ -215,8 +195,8 @@ def load_label_guide(path: str | os.PathLike) -> LabelGuide:
         raise InputError(f"{path}: not a YAML file: {error}") from None
     guide = parse_label_guide(content, str(path))
     if bare := [label.name for label in guide.labels if not label.definition]:
-        only = "the prompt shows the names only"
-        logger.warning(f"{path}: {len(bare)} of {len(guide.labels)} labels have no definition: {only}")
+        without = f"{len(bare)} of {len(guide.labels)} labels have no definition"
+        logger.warning(f"{path}: {without}: the prompt shows the names only")
     return guide
 
 

@@ -102,19 +102,18 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                         yield json.loads(line)
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def _not_utf8(path: Path) -> InputError:
+    """With the line where other bytes begin: a file may be joined from parts in several encodings."""
+    content = path.read_bytes()
+    try:
+        content.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
-    """Names the first line with such bytes: a file joined from parts in several encodings is UTF-8 up to there."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as found:
-                return InputError(f"{path}: line {number}: not a UTF-8 text: {found}")
-    return InputError(f"{path}: not a UTF-8 text: {error}")
+        line = content.count(b"\n", 0, error.start) + 1
+        return InputError(f"{path}: line {line}: not a UTF-8 text: byte {content[error.start]:#x}")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -133,8 +132,8 @@ def _read_csv(path: Path) -> Iterator[Any]:
         # Excel begins a UTF-8 file with a byte order mark.
         with open(path, encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
     except csv.Error as error:
         raise InputError(f"{path}: not a CSV file: {error}") from None
 

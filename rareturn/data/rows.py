@@ -12,16 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rareturn.command_line import flag
-from rareturn.data.dialogues import (
-    NO_LABEL,
-    Row,
-    Turn,
-    kind,
-    row_digest,
-    text_problem,
-    turn_problem,
-    turns_in_prompt,
-)
+from rareturn.data.dialogues import NO_LABEL, Row, Turn, kind, row_json, text_problem, turn_problem, turns_of
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import read_records
 from rareturn.data.utterances import Source, read_table, table_columns
@@ -39,9 +30,7 @@ class ColumnArguments:
 
     dialogue_id_column: str | None = flag(None, "Column of the dialogue's id.")
     label_column: str | None = flag(None, "Column of the label: a number or a name of the label guide.")
-    id_column: str | None = flag(
-        None, "Column of the row's id. A table's is DIALOGUE/TURN where it has none."
-    )
+    id_column: str | None = flag(None, "Column of the row's id. A table without has DIALOGUE/TURN.")
     turn_column: str | None = flag(None, "Table: column of the turn's number. File order where it has none.")
     speaker_column: str | None = flag(None, "Table: column of the speaker.")
     text_column: str | None = flag(None, "Table: column of the utterance.")
@@ -108,7 +97,8 @@ def load_source(
     if is_table:
         table = read_table(records, source, label_guide, given, require_labels)
         if not table.rows:
-            raise InputError(f"{source}: holds no rows: no turn to classify")
+            labelled = " that has a label" if require_labels else ""
+            raise InputError(f"{source}: holds no rows: no turn of a target speaker{labelled}")
         if sources_of_augmented is not None:
             raise InputError(f"{source}: a table of utterances, but variants are rows that hold their turns")
         return table
@@ -129,10 +119,8 @@ def load_source(
         if not found:
             if name in rows:
                 problems.append(f"{source}: {name}: {columns['id']}: duplicate id")
-            turns = turns_in_prompt(
-                ((turn["text"], turn["speaker"]) for turn in cells["dialogue"]), label_guide
-            )
-            turns = tuple(shared.setdefault(turn, turn) for turn in turns)
+            said = [(turn["text"], turn["speaker"]) for turn in cells["dialogue"]]
+            turns = tuple(shared.setdefault(turn, turn) for turn in turns_of(said, label_guide))
             label = NO_LABEL if cells["label"] is None else cells["label"]
             rows[name] = Row(name, cells["dialogue_id"], turns, label, cells["augmented_from"], number - 1)
     if not rows and not problems:
@@ -216,5 +204,5 @@ def data_fingerprint(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in sorted(rows, key=lambda row: row.id):
         facts = [row.id, row.dialogue_id, row.turns, row.label]
-        digest.update(row_digest(facts, ensure_ascii=False))
+        digest.update(row_json(facts, ensure_ascii=False))
     return digest.hexdigest()

@@ -7,11 +7,11 @@ import io
 import logging
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rareturn.data.dialogues import NO_LABEL, Dialogue, Row, Turns, text_problem, turns_in_prompt
+from rareturn.data.dialogues import NO_LABEL, Dialogue, Row, Turns, text_problem, turns_of
 from rareturn.data.label_guide import TABLE_FIELDS, LabelGuide, listed
 from rareturn.data.readers import DELIMITERS
 from rareturn.errors import InputError
@@ -44,19 +44,6 @@ class _Line(NamedTuple):
     id: str
 
 
-class _Problems(dict):
-    """Problems by column and wording, each with the first row that has it and the number of such rows."""
-
-    def note(self, place: int, column: str, problem: str | None) -> None:
-        if problem:
-            self.setdefault((column, problem), [place + 1, 0])[1] += 1
-
-    def lines(self, source: str) -> Iterator[str]:
-        for (column, problem), (first, count) in self.items():
-            more = f" (and {count - 1} more rows)" if count > 1 else ""
-            yield f"{source}: row {first}: {column}: {problem}{more}"
-
-
 def table_columns(given: Mapping[str, str], guide: LabelGuide) -> dict[str, str]:
     """The column of each field of a table: what the flags say, else the guide, else the field's own name."""
     return {name: given.get(name) or guide.columns.get(name, name) for name in TABLE_FIELDS}
@@ -75,65 +62,83 @@ def read_table(
     Raises:
         InputError: a line for each kind of problem.
     """
-    columns, problems = table_columns(given, guide), _Problems()
+    columns = table_columns(given, guide)
+    problems: dict[tuple[str, str], list[int]] = {}  # to the first row with each, and how many have it
+
+    def note(place: int, column: str, problem: str | None) -> None:
+        if problem:
+            problems.setdefault((column, problem), [place + 1, 0])[1] += 1
+
+    def refuse() -> None:
+        lines = []
+        for (column, problem), (first, count) in problems.items():
+            more = f" (and {count - 1} more rows)" if count > 1 else ""
+            lines.append(f"{source}: row {first}: {column}: {problem}{more}")
+        if lines:
+            raise InputError(*lines)
+
     names, blank = {*guide.names}, (None, "", *guide.no_label)
     dialogues: dict[str, list[_Line]] = {}
     shared: dict[str, str] = {}  # dialogue ids and speakers, each held once
     ids: set[str] = set()
-    forms: dict[bool, int] = {}  # whether a label is a name, and the first record with such a one
-    elsewhere, present, needed = 0, set(), ()
+    named, elsewhere, present, needed = None, 0, set(), ()
     for place, record in enumerate(records):
         if not isinstance(record, dict) or None in record:
             wrong = "more cells than columns" if isinstance(record, dict) else "not an object with fields"
-            problems.note(place, "cells", wrong)
+            note(place, "cells", wrong)
             continue
         if not present:
             present = _check_columns(source, record, columns, {*given, *guide.columns}, labels)
             needed = ("dialogue_id", "speaker", "text", *({"turn", "id"} & present))
         cells = {name: cell_text(record.get(column)) for name, column in columns.items()}
         for name in needed:
-            problems.note(place, columns[name], text_problem(cells[name]))
+            note(place, columns[name], text_problem(cells[name]))
         dialogue_id, turn, speaker, text, label, row_id = cells.values()
-        if isinstance(speaker, str) and not guide.knows(speaker):
+        if isinstance(speaker, str) and speaker and not guide.knows(speaker):
             unknown = f"unknown speaker {speaker!r} (not {listed(guide.speakers)})"
-            problems.note(place, columns["speaker"], speaker and unknown)
+            note(place, columns["speaker"], unknown)
         number = NO_LABEL
         if labels is not None and label not in blank:
             known = _known(label, guide, f"{source}: row {place + 1}: {columns['label']}")
+            number = guide.known_labels.get(known)
             if known is None:
-                problems.note(place, columns["label"], f"{label!r} is no name or number of the label guide")
+                note(place, columns["label"], f"{label!r} is no name or number of the label guide")
+            elif named not in (None, known in names):
+                kinds = "a number, but names" if named else "a name, but numbers"
+                note(place, columns["label"], f"{kinds} in the rows before")
             else:
-                number = guide.known_labels[known]
-                forms.setdefault(known in names, place)
+                named = known in names
             elsewhere += not guide.is_target(speaker)
         if problems:
             continue
         lines = dialogues.setdefault(shared.setdefault(dialogue_id, dialogue_id), [])
         order = _order(turn) if "turn" in present else len(lines)
         if order is None:
-            problems.note(place, columns["turn"], f"must be a number (the order of the turns), not {turn!r}")
+            note(place, columns["turn"], f"must be a number (the order of the turns), not {turn!r}")
         if "id" not in present:
             row_id = f"{dialogue_id}/{order}"
         elif row_id in ids:
-            problems.note(place, columns["id"], f"duplicate id {row_id!r}")
+            note(place, columns["id"], f"duplicate id {row_id!r}")
         else:
             ids.add(row_id)
         lines.append(_Line(order, place, text, shared.setdefault(speaker, speaker), number, row_id))
-    if len(forms) == 2:
-        kinds = {True: "a name", False: "a number"}
-        (_, first), (form, then) = forms.items()
-        problems.note(then, columns["label"], f"{kinds[form]}, but {kinds[not form]} in row {first + 1}")
-    if labels and present and not (forms or problems):
-        raise InputError(f"{source}: {columns['label']}: no line has a label")
-    if problems:
-        raise InputError(*problems.lines(source))
+    refuse()
     if elsewhere:
         whom = f"speakers other than the target ({listed(guide.targets)})"
         logger.warning(f"{source}: {elsewhere} labelled lines are by {whom}: context only")
-    rows = list(_rows(dialogues, guide, bool(forms), columns["turn"], problems))
-    if problems:
-        raise InputError(*problems.lines(source))
-    return Source(rows, columns, next(iter(forms), None))
+    rows, every = [], named is None and not labels
+    for dialogue_id in list(dialogues):
+        lines = sorted(dialogues.pop(dialogue_id))
+        dialogue = Dialogue(turns_of([(line.text, line.speaker) for line in lines], guide))
+        for count, line in enumerate(lines, 1):
+            if count > 1 and line.order == lines[count - 2].order:
+                twice = f"{line.order} is there twice in dialogue {dialogue_id!r}"
+                note(line.place, columns["turn"], twice)
+            if guide.is_target(line.speaker) and (every or line.label != NO_LABEL):
+                turns = Turns(dialogue, count)
+                rows.append(Row(line.id, dialogue_id, turns, line.label, None, line.place))
+    refuse()
+    return Source(rows, columns, named)
 
 
 def _check_columns(
@@ -152,27 +157,6 @@ def _check_columns(
     return present
 
 
-def _rows(
-    dialogues: dict[str, list[_Line]],
-    guide: LabelGuide,
-    labelled: bool,
-    turn_column: str,
-    problems: _Problems,
-) -> Iterator[Row]:
-    """The rows of all dialogues, which are taken out of the dict one by one."""
-    for dialogue_id in list(dialogues):
-        lines = sorted(dialogues.pop(dialogue_id))
-        turns = turns_in_prompt([(line.text, line.speaker) for line in lines], guide)
-        dialogue = Dialogue(turns)
-        for count, line in enumerate(lines, 1):
-            if count > 1 and line.order == lines[count - 2].order:
-                problems.note(
-                    line.place, turn_column, f"{line.order} is there twice in dialogue {dialogue_id!r}"
-                )
-            if guide.is_target(line.speaker) and (line.label != NO_LABEL or not labelled):
-                yield Row(line.id, dialogue_id, Turns(dialogue, count), line.label, None, line.place)
-
-
 def cell_text(value: Any) -> Any:
     """A cell as a text; None where it is empty, and what is neither a text nor a whole number as it is."""
     if isinstance(value, str):
@@ -182,11 +166,11 @@ def cell_text(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
-def _order(turn: str) -> float | None:
+def _order(turn: Any) -> float | None:
     try:
         order = float(turn)
         return int(order) if order.is_integer() else order if math.isfinite(order) else None
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError):
         return None
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rareturn.data.dialogues import Row, row_digest
+from rareturn.data.dialogues import Row, row_json
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -61,7 +61,7 @@ def rows_digest(rows: Iterable[Row]) -> str:
     """SHA-256 of rows in their order: ids, dialogues, turns, labels and the sources of variants."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(row_digest([row.id, row.dialogue_id, row.turns, row.label, row.augmented_from]))
+        digest.update(row_json([row.id, row.dialogue_id, row.turns, row.label, row.augmented_from]))
     return digest.hexdigest()
 
 
