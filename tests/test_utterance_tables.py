@@ -23,7 +23,8 @@ import calibrate
 import ensemble
 import linear_probe
 import predict
-from rareturn.data.dialogues import Dialogue, Turn, Turns
+from rareturn.classifier import target_rows
+from rareturn.data.dialogues import Dialogue, Row, Turn, Turns
 from rareturn.data.label_guide import LabelGuide, load_label_guide, parse_label_guide
 from rareturn.data.rendering import render_instruction
 from rareturn.data.rows import data_fingerprint, load_rows, load_source
@@ -97,12 +98,14 @@ def test_what_predict_refuses_to_write(german: Path, tmp_path: Path, capsys):
     for source, said in (
         (german / "ensemble/prediction.csv", None),
         (tmp_path / "labelled.csv", "label, margin: there already, and predict.py would write over it"),
+        (tmp_path / "twice.csv", "twice.csv: row 2: nr: 1 is there twice in dialogue 'a'"),
         (ROOT / "data/demo/test.json", "is no table of utterances; name a .jsonl file"),
     ):
         output = tmp_path / "out.csv"
         (tmp_path / "labelled.csv").write_text(
             "gespraech,nr,sprecher,aeusserung,label,margin\na,1,Mieterin,Ja,x,y\n"
         )
+        (tmp_path / "twice.csv").write_text("gespraech,nr,sprecher,aeusserung\n" + "a,1,Mieterin,Ja\n" * 2)
         status = run_script(predict.main, ensemble=german / "ensemble", input=source, output=output)
         assert status == (2 if said else 0)
         assert (said or "") in capsys.readouterr().err
@@ -277,7 +280,48 @@ def test_flags_win_over_the_guide_and_the_order_is_the_turns(tmp_path: Path):
 
 def test_a_column_called_dialogue_may_be_that_of_the_ids(tmp_path: Path):
     source = write(tmp_path / "a.csv", [LINES[0].replace("dialogue_id", "dialogue"), *LINES[1:]])
-    assert len(load_rows(source, DMRS, columns={"dialogue_id": "dialogue"})) == 3
+    guide = guide_with(columns={"dialogue_id": "dialogue"})
+    rows = load_rows(source, guide)
+    assert [row.id for row in rows] == ["a/1", "a/3", "b/1"]
+    # Its variants hold their turns in a column of that name.
+    variants = write_variants(tmp_path / "variants.jsonl", rows)
+    assert [row.augmented_from for row in load_rows(variants, guide, sources_of_augmented=rows)] == [
+        "a/1",
+        "a/3",
+        "b/1",
+    ]
+
+
+def write_variants(path: Path, rows: list[Row]) -> str:
+    """A variant of each row, as augment.py writes it."""
+    variants = [
+        row for number, source in enumerate(rows) for row in augment.variants_of(source, number, 1, 42)
+    ]
+    path.write_bytes(augment.file_bytes(variants, {}, ".jsonl"))
+    return str(path)
+
+
+@pytest.mark.parametrize("target", ["any", ["Ross", "Rachel"]])
+def test_a_table_is_augmented_and_its_variants_fit_their_sources(target: object, tmp_path: Path):
+    said = [
+        (f"d{n % 3}", n, ["Ross", "Rachel", "Joey"][n % 3 - n % 2], f"I do not like song {n}.", n % 9)
+        for n in range(18)
+    ]
+    source = write(tmp_path / "a.csv", [LINES[0], *(",".join(map(str, cells)) for cells in said)])
+    guide = guide_with(speakers="any", target_speaker=target)
+    rows, path = load_rows(source, guide), tmp_path / "guide.yaml"
+    path.write_text(json.dumps(guide.to_dict()))
+    output = tmp_path / "out.jsonl"
+    flags = {"label_guide": path, "train_file": source, "labels": [1, 2], "k": 2, "output_file": output}
+    assert run_script(augment.main, **flags) == 0
+    variants = load_rows(str(output), guide, sources_of_augmented=rows)
+    sources = {row.id: row for row in rows}
+    assert len(variants) == 2 * sum(row.label in (1, 2) for row in rows) > 0
+    for row in variants:
+        assert (
+            row.turns[:-1] == sources[row.augmented_from].turns[:-1]
+            and row.turns != sources[row.augmented_from].turns
+        )
 
 
 def test_speakers_of_an_open_guide_are_letters_in_the_order_of_their_dialogue(tmp_path: Path):
@@ -305,6 +349,19 @@ def test_speakers_of_an_open_guide_are_letters_in_the_order_of_their_dialogue(tm
     assert letters[:3] + letters[25:28] + letters[52:54] == ["A", "B", "C", "Z", "A2", "B2", "A3", "B3"]
     assert guide.names_in_prompt(letters) == dict(zip(letters, letters, strict=True))
     assert guide_with(speakers="any", target_speaker="A").names_in_prompt(["x", "A"]) == {"x": "B", "A": "A"}
+
+
+def test_a_dialogue_of_an_open_guide_has_letters_in_prediction_too():
+    guide = guide_with(speakers="any", target_speaker=["Ann", "Ben"])
+    said = [{"speaker": name, "text": "Hm."} for name in ("Zoe", "Ben", "Yan", "Ann")]
+    rows = target_rows(said, guide, "all", "dialogue", "d")
+    assert [(row.id, [turn.speaker for turn in row.turns]) for row in rows] == [
+        ("d#1", ["A", "Ben"]),
+        ("d#3", ["A", "Ben", "B", "Ann"]),
+    ]
+    assert guide.example_speakers == ("A", "Ann")
+    assert guide_with(speakers="any", target_speaker="any").example_speakers == ("A", "B")
+    assert DMRS.example_speakers == ("supporter", "seeker")
 
 
 def test_digests_of_a_table_see_what_its_rows_are(tmp_path: Path):

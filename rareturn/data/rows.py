@@ -60,12 +60,12 @@ def open_source(
     source: str, split: str, guide: LabelGuide, given: Mapping[str, str]
 ) -> tuple[Iterator[Any], bool]:
     """The records of a source, and whether they are a table's: whether the first one has no column of turns."""
-    records = iter(read_records(source, split))
-    first = next(records, None)
-    column = row_columns(given)["dialogue"]
-    holds_turns = not isinstance(first, dict) or column in first
-    is_table = not holds_turns or table_columns(given, guide)["dialogue_id"] == column
-    return itertools.chain([] if first is None else [first], records), is_table
+    records, column = iter(read_records(source, split)), row_columns(given)["dialogue"]
+    first = list(itertools.islice(records, 1))
+    is_table = any(isinstance(record, dict) and column not in record for record in first)
+    if first and not is_table and table_columns(given, guide)["dialogue_id"] == column:
+        is_table = not str(first[0][column]).lstrip().startswith("[")
+    return itertools.chain(first, records), is_table
 
 
 def load_rows(source: str | None, label_guide: LabelGuide, **how: Any) -> list[Row]:
