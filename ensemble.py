@@ -262,9 +262,6 @@ def main() -> None:
         return
     if not arguments.runs:
         raise InputError("--runs: name one or more")
-    if not arguments.test_file and (output_dir / "prediction.zip").exists():
-        problem = "holds a prediction of another call; give --test_file or another --output_dir"
-        raise InputError(f"{output_dir}: {problem}")
 
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
@@ -275,6 +272,10 @@ def main() -> None:
         test = read_test(arguments, first)
         suffix = (".tsv" if arguments.test_file.endswith(".tsv") else ".csv") if test.columns else ".json"
         test_folds = align_test(runs, test.rows, arguments.test_file)
+    written = (".zip", suffix) if arguments.test_file else ()
+    if any(path.suffix not in written for path in output_dir.glob("prediction.*")):
+        problem = "holds a prediction of another call; give its kind of --test_file, or another --output_dir"
+        raise InputError(f"{output_dir}: {problem}")
     models = [find_models(run, output_dir) for run in runs]
 
     # Decide

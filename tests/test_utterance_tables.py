@@ -601,3 +601,11 @@ def test_what_the_guide_maker_refuses(flags: dict, said: str | None, tmp_path: P
         assert (
             capsys.readouterr().err == f"make_label_guide.py: error: {source}: {said}\n" and not path.exists()
         )
+
+
+def test_a_prediction_of_another_kind_is_not_left_beside(german: Path, tmp_path: Path, capsys):
+    (tmp_path / "prediction.json").write_text("[]")
+    flags = {"runs": german / "probe", "decision": german / "decision.json", "output_dir": tmp_path}
+    assert run_script(ensemble.main, **flags, test_file=GERMAN / "test.csv") == 2
+    assert "holds a prediction of another call" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["prediction.json"]
