@@ -30,6 +30,7 @@ from rareturn.data.rendering import render_instruction
 from rareturn.data.rows import data_fingerprint, load_rows, load_source
 from rareturn.data.utterances import table_bytes
 from rareturn.errors import InputError
+from rareturn.runs.hub import push_files
 from rareturn.runs.tables import rows_digest
 
 ROOT = Path(__file__).parent.parent
@@ -609,3 +610,10 @@ def test_a_prediction_of_another_kind_is_not_left_beside(german: Path, tmp_path:
     assert run_script(ensemble.main, **flags, test_file=GERMAN / "test.csv") == 2
     assert "holds a prediction of another call" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["prediction.json"]
+
+
+def test_a_table_on_the_hub(hub_here, tmp_path: Path):
+    source, path = write(tmp_path / "table.csv", LINES), tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table(Path(source))), path)
+    push_files("org/talks", {path.name: path}, repo_type="dataset", message="Table", kept_in=tmp_path)
+    assert load_rows("org/talks:train.parquet", DMRS) == load_rows(source, DMRS)
