@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.label_guide import LabelGuide, load_label_guide
-from rareturn.data.rows import Columns, DataArguments, Row, load_rows
+from rareturn.data.rows import DataArguments, Row, load_rows, row_columns
 from rareturn.data.variants import augment_text
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
@@ -89,13 +89,13 @@ def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
     return found
 
 
-def file_bytes(rows: Sequence[Row], columns: Columns, suffix: str) -> bytes:
+def file_bytes(rows: Sequence[Row], columns: Mapping[str, str], suffix: str) -> bytes:
     """The output file; equal rows give equal bytes."""
     records = []
     for row in rows:
         turns = [turn._asdict() for turn in row.turns]
         values = (row.id, row.dialogue_id, turns, row.turns[-1].text, row.label, row.augmented_from)
-        records.append(dict(zip((*columns, "augmented_from"), values, strict=True)))
+        records.append(dict(zip((*row_columns(columns).values(), "augmented_from"), values, strict=True)))
     if suffix == ".jsonl":
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     import pyarrow.parquet
@@ -133,7 +133,9 @@ def card(rows: Sequence[Row], guide: LabelGuide) -> str:
     return str(DatasetCard.from_template(data, template_str=CARD, corpus=guide.dataset, **numbers)) + "\n"
 
 
-def push(rows: Sequence[Row], kept_in: str, columns: Columns, hub: HubArguments, guide: LabelGuide) -> None:
+def push(
+    rows: Sequence[Row], kept_in: str, columns: Mapping[str, str], hub: HubArguments, guide: LabelGuide
+) -> None:
     """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
     from rareturn.runs.references import check_name

@@ -29,7 +29,8 @@ from rareturn import command_line
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, start_logging
 from rareturn.data.label_guide import METRICS_HELP, load_label_guide, parse_label_guide
 from rareturn.data.readers import read_records
-from rareturn.data.rows import DataArguments, Row, load_rows
+from rareturn.data.rows import DataArguments, load_source, row_columns
+from rareturn.data.utterances import Source, table_bytes
 from rareturn.decisions import cross_fitting as fitting
 from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import Truth, check_labels
@@ -186,28 +187,44 @@ def fit_system(
     return Outcome(rule, untuned, *predicted, before.probabilities, after.probabilities, scaled, notes)
 
 
-def read_test(arguments: EnsembleArguments, first: Run) -> tuple[list[dict[str, Any]], list[Row]]:
-    """The test file's records as they are, and the same as checked rows, in the labels of the first run."""
-    source, own, names = arguments.test_file, first.info.get("label_guide"), first.label_names
+def read_test(arguments: EnsembleArguments, first: Run) -> Source:
+    """The test file's rows, in the labels of the first run."""
+    own, names = first.info.get("label_guide"), first.label_names
     if arguments.label_guide is None and own is not None:
         guide = parse_label_guide(own, f"{first.reference}: run.json: label_guide")
     else:
         guide = load_label_guide(arguments.label_guide or DataArguments.label_guide)
     if guide.names != names:
         raise InputError(f"label guide: labels {guide.names}, but {names} in {first.reference}")
-    rows = load_rows(source, guide, columns=arguments.columns, require_labels=False)
-    return list(read_records(source, "test")), rows
+    return load_source(arguments.test_file, guide, columns=arguments.columns, require_labels=False)
 
 
-def submission(records: Sequence[dict[str, Any]], labels: np.ndarray, label_column: str) -> dict[str, bytes]:
-    """`prediction.json`, rows and fields as in the test file and the label besides, and `prediction.zip` with it."""
-    predicted = [{**record, label_column: int(label)} for record, label in zip(records, labels, strict=True)]
-    content = (json.dumps(predicted, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-    buffer, member = io.BytesIO(), zipfile.ZipInfo("prediction.json")
+def predicted_records(
+    arguments: EnsembleArguments, test: Source, labels: np.ndarray, first: Run
+) -> list[dict[str, Any]]:
+    """The test file's records, the label of each row filled in: as its number or, in a table whose labels (or those of the
+    training table) are names, by name."""
+    named = first.info.get("labels_named") if test.named is None else test.named
+    written = [first.label_names[label] for label in labels] if test.columns and named else labels.tolist()
+    column = (test.columns or row_columns(arguments.columns))["label"]
+    records = list(read_records(arguments.test_file, "test"))
+    for row, label in zip(test.rows, written, strict=True):
+        records[row.place] |= {column: label}
+    return records
+
+
+def submission(records: Sequence[dict[str, Any]], suffix: str) -> dict[str, bytes]:
+    """`prediction.json` or, of a table, `prediction.csv` or `.tsv`, and `prediction.zip` with it."""
+    if suffix == ".json":
+        content = (json.dumps(records, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    else:
+        content = table_bytes(records, suffix)
+    name = f"prediction{suffix}"
+    buffer, member = io.BytesIO(), zipfile.ZipInfo(name)
     member.external_attr = 0o644 << 16  # its date stays that of 1980: equal input gives equal bytes
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(member, content, zipfile.ZIP_DEFLATED)
-    return {"prediction.json": content, "prediction.zip": buffer.getvalue()}
+    return {name: content, "prediction.zip": buffer.getvalue()}
 
 
 def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
@@ -261,9 +278,6 @@ def main() -> None:
         return
     if not arguments.runs:
         raise InputError("--runs: name one or more")
-    if not arguments.test_file and (output_dir / "prediction.json").exists():
-        problem = "holds a prediction of another call; give --test_file or another --output_dir"
-        raise InputError(f"{output_dir}: {problem}")
 
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]
@@ -271,8 +285,13 @@ def main() -> None:
     truth = first.truth(arguments.metric, arguments.seed)
     check_labels(truth, first.label_names, first.reference)
     if arguments.test_file:
-        records, rows = read_test(arguments, first)
-        test_folds = align_test(runs, rows, arguments.test_file)
+        test = read_test(arguments, first)
+        suffix = (".tsv" if arguments.test_file.endswith(".tsv") else ".csv") if test.columns else ".json"
+        test_folds = align_test(runs, test.rows, arguments.test_file)
+    written = (".zip", suffix) if arguments.test_file else ()
+    if any(path.suffix not in written for path in output_dir.glob("prediction.*")):
+        problem = "holds a prediction of another call; give its kind of --test_file, or another --output_dir"
+        raise InputError(f"{output_dir}: {problem}")
     models = [find_models(run, output_dir) for run in runs]
 
     # Decide
@@ -287,8 +306,8 @@ def main() -> None:
     files: dict[str, bytes] = {}
     if arguments.test_file:
         predicted, argmax = (rule.predict(test_folds).labels for rule in (outcome.rule, outcome.untuned))
-        files |= submission(records, predicted, arguments.label_column)
-        known = [row.label for row in rows], [row.dialogue_id for row in rows]
+        files |= submission(predicted_records(arguments, test, predicted, first), suffix)
+        known = [row.label for row in test.rows], [row.dialogue_id for row in test.rows]
         metrics |= score_test(*known, {"argmax": argmax, "decision": predicted}, truth)
     decision = saved_decision(outcome.rule, runs, metrics, metric=truth.metric, seed=truth.seed)
     tables, pictures = make_tables(runs, outcome, metrics), make_pictures(runs, outcome, metrics)

@@ -8,9 +8,11 @@
 On a laptop, with the ensemble that `make demo` leaves:
     python predict.py --ensemble outputs/demo --input data/demo/test.json --turns last --output labels.jsonl
 
-A dialogue is an object with `dialogue` (turns {"text", "speaker"}) and `dialogue_id` or `id`. The output has one line a
-classified turn: ids, label, probabilities, and by what it was decided; no text. Input is streamed; a run that was
-stopped goes on where it was. Several GPUs: `accelerate launch predict.py …` or `torchrun --nproc_per_node N predict.py …`.
+A dialogue is an object with `dialogue` (turns {"text", "speaker"}) and `dialogue_id` or `id`, and streamed; or the
+input is a table of utterances. A .jsonl output has one line a classified turn: ids, label, probabilities, and by what it
+was decided; no text. A .csv or .tsv output is the input's table with the columns label, probability (the label's) and
+margin (over the next label's; below 0 where the rule overruled it). A run that was stopped goes on where it was. Several
+GPUs: `accelerate launch predict.py …` or `torchrun --nproc_per_node N predict.py …`.
 """
 
 from __future__ import annotations
@@ -24,50 +26,60 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from rareturn.command_line import REQUIRED, flag, parse_arguments, run, start_logging
+from rareturn.data.dialogues import HALF, LONE_SURROGATE, Row, row_json
 from rareturn.data.label_guide import LabelGuide
-from rareturn.data.readers import read_records
-from rareturn.data.rows import HALF, LONE_SURROGATE, Row
+from rareturn.data.readers import DELIMITERS, read_records
+from rareturn.data.rows import ColumnArguments, open_source, row_columns
+from rareturn.data.utterances import read_table, table_bytes
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
 
+if TYPE_CHECKING:
+    from rareturn.classifier import Prediction
 
-@dataclass
-class PredictArguments:
+ADDED = ("label", "probability", "margin")  # a table's columns
+
+
+@dataclass(kw_only=True)
+class PredictArguments(ColumnArguments):
     """What is classified, by what, and where the labels go."""
 
     _argument_group_name = "Prediction"
 
     ensemble: str = flag(REQUIRED, "ORG/NAME[@revision] on the Hub, or ensemble.py's output folder.")
-    input: str = flag(REQUIRED, "Dialogues: .json (an array), .jsonl, .parquet, .csv, a folder or a Hub id.")
-    output: str = flag(REQUIRED, "File to write, .jsonl: one line a classified turn.")
+    input: str = flag(REQUIRED, "Dialogues or a table of utterances: a file, a folder or a Hub id.")
+    output: str = flag(REQUIRED, "File to write: .jsonl, or .csv or .tsv for a table.")
     turns: str = flag("all", "Which turns of the target speaker to classify.", choices=["all", "last"])
-    dialogue_column: str = flag("dialogue", "Field of the turns.")
     rows_per_chunk: int = flag(256, "Turns between two writes. More is faster and takes more memory.")
     trust_remote_code: list[str] = flag([], "Names of base models that may run Python code of their own.")
     use_cpu: bool = flag(False, "Stay off the GPU.")
 
     def __post_init__(self) -> None:
-        if not self.output.endswith(".jsonl"):
-            raise ValueError(f"--output {self.output}: a .jsonl file expected")
+        if Path(self.output).suffix not in (".jsonl", *DELIMITERS):
+            raise ValueError(f"--output {self.output}: a .jsonl, .csv or .tsv file expected")
         if self.rows_per_chunk < 1:
             raise ValueError("--rows_per_chunk: one or more")
 
 
-def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
-    """The rows to classify, in the order of the input: whole dialogues, at least `rows_per_chunk` rows but in the last.
-
-    An InputError, while iterating, at a dialogue that is wrong.
-    """
+def rows_by_dialogue(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
+    """The rows to classify, in the order of the input; an InputError, while iterating, at a dialogue that is wrong."""
     from rareturn.classifier import target_rows
 
-    chunk: list[Row] = []
     name = arguments.input
-    for number, record in enumerate(read_records(name, "test"), 1):
+    records, is_table = open_source(name, "test", guide, arguments.columns)
+    if is_table:
+        rows = read_table(records, name, guide, arguments.columns, None).rows
+        for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
+            yield list(of_dialogue)[0 if arguments.turns == "all" else -1 :]
+        return
+    column = row_columns(arguments.columns)["dialogue"]
+    for number, record in enumerate(records, 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
@@ -78,19 +90,48 @@ def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list
                 raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
             if LONE_SURROGATE.search(value):
                 raise InputError(f"{where}: {key}: {HALF}")
-        dialogue = record.get(arguments.dialogue_column)
-        where = f"{name}: {row_id}: {arguments.dialogue_column}"
+        dialogue = record.get(column)
+        where = f"{name}: {row_id}: {column}"
         if isinstance(dialogue, str):  # CSV has no lists
             try:
                 dialogue = json.loads(dialogue)
             except (json.JSONDecodeError, RecursionError):
                 raise InputError(f"{where}: not valid JSON") from None
-        chunk += target_rows(dialogue, guide, arguments.turns, where, row_id, dialogue_id)
+        yield target_rows(dialogue, guide, arguments.turns, where, row_id, dialogue_id)
+
+
+def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
+    """Whole dialogues, at least `rows_per_chunk` rows but in the last."""
+    chunk: list[Row] = []
+    for rows in rows_by_dialogue(arguments, guide):
+        chunk += rows
         if len(chunk) >= arguments.rows_per_chunk:
             yield chunk
             chunk = []
     if chunk:
         yield chunk
+
+
+def check_table(arguments: PredictArguments, guide: LabelGuide) -> None:
+    """Refuse to write a table of whole dialogues, or over a table's own columns."""
+    records, is_table = open_source(arguments.input, "test", guide, arguments.columns)
+    if not is_table:
+        problem = f"{arguments.input} is no table of utterances; name a .jsonl file"
+        raise InputError(f"--output {arguments.output}: {problem}")
+    first = next(records)
+    if taken := [column for column in ADDED if column in first]:
+        where = f"{arguments.input}: {', '.join(taken)}: there already, and predict.py would write over it"
+        raise InputError(f"{where}; rename it, or name a .jsonl file as --output")
+
+
+def output_line(row: Row, said: Prediction, table: bool, named: bool | None) -> dict[str, Any]:
+    """What the output says of a row; for a table its cells, and the place of its line."""
+    if not table:
+        return {"id": row.id, "dialogue_id": row.dialogue_id, **vars(said)}
+    of_label = said.probabilities[said.label_name]
+    others = max(value for name, value in said.probabilities.items() if name != said.label_name)
+    cells = (said.label_name if named else said.label, of_label, round(of_label - others, 6))
+    return {"place": row.place, **dict(zip(ADDED, cells, strict=True))}
 
 
 def part_path(output: Path, rank: int) -> Path:
@@ -129,8 +170,8 @@ class Progress:
             raise InputError(f"{self.path}: cannot write: {problem}") from None
 
 
-def merge(output: Path, job: str, num_processes: int, num_chunks: int) -> int:
-    """Write the output from all processes' chunks, in the order of the input; the number of lines.
+def merge(output: Path, job: str, num_processes: int, num_chunks: int, source: str | None = None) -> None:
+    """Write the output from all processes' chunks, in the order of the input; `source` is the table that they fill in.
 
     An InputError where a process's chunks are not there, so that the output would be incomplete.
     """
@@ -140,23 +181,27 @@ def merge(output: Path, job: str, num_processes: int, num_chunks: int) -> int:
         if lines[:1] != [job.encode()] or len(lines) != 1 + len(range(rank, num_chunks, num_processes)):
             problem = f"does not hold all chunks of process {rank}; all processes must write to one folder"
             raise InputError(f"{path}: {problem}")
-    scratch, count = output.with_name(f".{output.name}.{os.getpid()}"), 0
+    scratch = output.with_name(f".{output.name}.{os.getpid()}")
     with contextlib.ExitStack() as stack:
         stack.callback(scratch.unlink, missing_ok=True)
         parts = [stack.enter_context(open(path, "rb")) for path in paths]
         for part in parts:
             next(part)
-        file = stack.enter_context(open(scratch, "w", encoding="utf-8"))
-        for chunk in itertools.chain.from_iterable(itertools.zip_longest(*parts, fillvalue=b"[]")):
-            for line in json.loads(chunk):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                count += 1
+        file = stack.enter_context(open(scratch, "wb"))
+        chunks = itertools.chain.from_iterable(itertools.zip_longest(*parts, fillvalue=b"[]"))
+        lines = (line for chunk in chunks for line in json.loads(chunk))
+        if source is None:
+            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        else:
+            records = list(read_records(source, "test"))
+            for line in lines:
+                records[line.pop("place")] |= line
+            file.write(table_bytes(records, output.suffix))
         file.flush()
         os.fsync(file.fileno())
         os.replace(scratch, output)
     for path in paths:
         path.unlink()
-    return count
 
 
 def main() -> None:
@@ -181,15 +226,18 @@ def main() -> None:
     bundle, _ = read_bundle(arguments.ensemble)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder")
+    table = None if output.suffix == ".jsonl" else arguments.input
+    if table:
+        check_table(arguments, bundle.guide)
 
     # The whole input is read once, before any model is loaded.
     total, num_chunks, digest = 0, 0, hashlib.sha256()
     for chunk in read_chunks(arguments, bundle.guide):
         total, num_chunks = total + len(chunk), num_chunks + 1
-        digest.update(json.dumps([(row.id, row.dialogue_id, row.turns) for row in chunk]).encode())
+        digest.update(row_json([(row.id, row.dialogue_id, row.turns) for row in chunk]))
     if not total:
-        speaker = bundle.guide.target_speaker
-        raise InputError(f"{arguments.input}: no turn of the target speaker {speaker!r} to classify")
+        whose = " or ".join(map(repr, bundle.guide.targets)) or "any"
+        raise InputError(f"{arguments.input}: no turn of the target speaker {whose} to classify")
     facts = [bundle.model_dump_json(), arguments.rows_per_chunk, state.num_processes, digest.hexdigest()]
     job = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -203,17 +251,17 @@ def main() -> None:
     with tqdm(total=total, unit="turn", desc="predict", disable=not state.is_main_process) as bar:
         for number, rows in mine:
             if number // state.num_processes >= progress.done:
+                named = bundle.runs[0].labels_named
                 lines = [
-                    {"id": row.id, "dialogue_id": row.dialogue_id, **vars(prediction)}
-                    for row, prediction in classifier.predictions(rows)
+                    output_line(*said, table is not None, named) for said in classifier.predictions(rows)
                 ]
                 progress.write(json.dumps(lines, ensure_ascii=False).encode())
             bar.update(len(rows) * state.num_processes)
     progress.file.close()
     state.wait_for_everyone()
     if state.is_main_process:
-        count = merge(output, job, state.num_processes, num_chunks)
-        print(f"{output}: {count} turns classified by {check_name(bundle.name, 'name')}")
+        merge(output, job, state.num_processes, num_chunks, table)
+        print(f"{output}: {total} turns classified by {check_name(bundle.name, 'name')}")
     state.wait_for_everyone()
     state.destroy_process_group()
 

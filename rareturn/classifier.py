@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from rareturn.data.dialogues import Dialogue, Row, Turns, turn_problem, turns_of
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
-from rareturn.data.rows import Row, Turn, turn_problem
 from rareturn.errors import InputError
 from rareturn.models import loading
 from rareturn.models.inference import place, predict_logits, segment_name
@@ -200,7 +200,7 @@ def target_rows(
     problems = [f"{where}: turn {number} {problem}" for number, problem in found if problem]
     if problems:
         raise InputError(*problems)
-    turns = tuple(Turn(turn["text"], turn["speaker"]) for turn in dialogue)
-    places = [place for place, turn in enumerate(turns) if turn.speaker == guide.target_speaker]
+    turns = Dialogue(turns_of([(turn["text"], turn["speaker"]) for turn in dialogue], guide))
+    places = [place for place, turn in enumerate(dialogue) if guide.is_target(turn["speaker"])]
     places = places if which == "all" else places[-1:]
-    return [Row(f"{row_id}#{place}", dialogue_id, turns[: place + 1]) for place in places]
+    return [Row(f"{row_id}#{place}", dialogue_id, Turns(turns, place + 1)) for place in places]

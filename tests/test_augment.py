@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import augment
 from rareturn import command_line
 from rareturn.data.label_guide import load_label_guide
-from rareturn.data.rows import Columns, load_rows
+from rareturn.data.rows import load_rows
 from rareturn.data.variants import ATTITUDE_HEDGES, BELIEF_HEDGES, augment_text, made_by
 
 ROOT = Path(__file__).parent.parent
@@ -218,17 +218,17 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def small_corpus(path: Path, texts: list[tuple[str, int]], **names: str) -> Path:
-    named = Columns(**names)
     rows = [
         {
-            named.id: f"r{number}",
-            named.dialogue_id: f"d{number}",
-            named.dialogue: [{"text": "Hi.", "speaker": "supporter"}, {"text": text, "speaker": "seeker"}],
-            named.current_text: text,
-            named.label: label,
+            "id": f"r{number}",
+            "dialogue_id": f"d{number}",
+            "dialogue": [{"text": "Hi.", "speaker": "supporter"}, {"text": text, "speaker": "seeker"}],
+            "current_text": text,
+            "label": label,
         }
         for number, (text, label) in enumerate(texts)
     ]
+    rows = [{names.get(field, field): value for field, value in row.items()} for row in rows]
     path.write_text(json.dumps(rows))
     return path
 

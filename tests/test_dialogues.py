@@ -22,7 +22,7 @@ from rareturn.data import readers
 from rareturn.data.label_guide import load_label_guide, parse_label_guide
 from rareturn.data.readers import read_records
 from rareturn.data.rendering import Renderer, render_instruction, window_start
-from rareturn.data.rows import Columns, Row, Turn, data_fingerprint, load_rows
+from rareturn.data.rows import Row, Turn, data_fingerprint, load_rows
 from rareturn.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -164,10 +164,10 @@ def test_column_names_are_flags(tmp_path):
     }
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{names[key]: value for key, value in record("1").items()}]))
-    assert load_rows(str(path), GUIDE, columns=Columns(**names)) == [
+    assert load_rows(str(path), GUIDE, columns=names) == [
         Row("1", "d1", (Turn("How was it?", "supporter"), Turn("I did it.", "seeker")), 7)
     ]
-    lines = problems_of(tmp_path, [{"uid": "1"}], columns=Columns(**names))
+    lines = problems_of(tmp_path, [{"uid": "1", "turns": None}], columns=names)
     assert [line.split(": ")[1] for line in lines] == ["conversation", "utterance", "turns", "y"]
 
 
@@ -190,9 +190,9 @@ def test_a_source_that_is_not_there(name, message, tmp_path):
     ("name", "content", "message"),
     [
         ("rows.json", '[{"id": "1", "dialogue_id": "d", "dia', "not valid JSON at row 1: parse error: premature EOF"),
-        ("rows.json", '[{"id": "1"}', "not valid JSON at row 2: parse error: premature EOF"),
-        ("rows.json", '[{"id": "1"} {"id": "2"}]', "not valid JSON at row 2: parse error: after array element, I expect ',' or ']'"),
-        ("rows.json", '[{"id": "1"},]', "not valid JSON at row 2: parse error: unallowed token at this point in JSON text"),
+        ("rows.json", '[{"dialogue": "1"}', "not valid JSON at row 2: parse error: premature EOF"),
+        ("rows.json", '[{"dialogue": "1"} {"id": "2"}]', "not valid JSON at row 2: parse error: after array element, I expect ',' or ']'"),
+        ("rows.json", '[{"dialogue": "1"},]', "not valid JSON at row 2: parse error: unallowed token at this point in JSON text"),
         ("rows.json", "[]]", "not valid JSON at row 1: parse error: trailing garbage"),
         ("rows.json", "", "not valid JSON at row 1: parse error: premature EOF"),
         ("rows.json", '{"id": "1"}', "a JSON file must hold an array of rows"),
@@ -202,7 +202,7 @@ def test_a_source_that_is_not_there(name, message, tmp_path):
         ("rows.jsonl", '{"id": "1"\n', "line 1: not valid JSON: Expecting ',' delimiter: line 2 column 1 (char 11)"),
         ("rows.jsonl", "", "holds no rows"),
         ("rows.parquet", "PAR1", "not a Parquet file: "),
-        ("rows.txt", "1", "unknown kind of file; one of .json, .jsonl, .parquet, .csv is expected"),
+        ("rows.txt", "1", "unknown kind of file; one of .json, .jsonl, .parquet, .csv, .tsv is expected"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read(name, content, message, tmp_path):
@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_read(name, content, message, tmp_path):
 def test_a_file_in_another_encoding(name, tmp_path):
     path = tmp_path / name
     path.write_bytes('[{"id": "Zoë"}]'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"utf-8|UTF8"):
+    with pytest.raises(InputError, match=r"UTF-8|UTF8"):
         load_rows(str(path), GUIDE)
 
 
@@ -257,7 +257,7 @@ TURN = {"text": "I did it.", "speaker": "seeker"}
             ["b: dialogue: turn 1 has unknown speaker 'Bot' (not seeker or supporter)"],
         ),
         ({"label": None}, ["b: label: missing"]),
-        ({"label": "seven"}, ["b: label: must be an integer, not a text"]),
+        ({"label": "seven"}, ["b: label: 'seven' is no name or number of the label guide"]),
         ({"label": 7.0}, ["b: label: must be an integer, not a number"]),
         ({"label": True}, ["b: label: must be an integer, not true/false"]),
         ({"label": 9}, ["b: label: 9 is not in the label guide (0 to 8)"]),

@@ -754,7 +754,7 @@ def test_a_run_whose_models_are_not_shared(place: Path, hub_here, caplog):
 
 
 def test_prediction_archive_is_a_whole_zip():
-    files = ensemble.submission([{"id": "x"}], np.array([3]), "label")
+    files = ensemble.submission([{"id": "x", "label": 3}], ".json")
     with zipfile.ZipFile(io.BytesIO(files["prediction.zip"])) as archive:
         assert archive.testzip() is None
         (member,) = archive.infolist()

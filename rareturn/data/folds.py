@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validato
 
 from rareturn.command_line import flag
 from rareturn.data.label_guide import LabelGuide, find_metric, load_label_guide
-from rareturn.data.rows import DataArguments, Row, Turn, data_fingerprint, load_rows
+from rareturn.data.rows import DataArguments, Row, Turn, data_fingerprint, load_rows, load_source
 from rareturn.errors import InputError, first_line
 from rareturn.files import check_content, read_json, write_json
 
@@ -112,6 +112,7 @@ class RunData:
     folds: dict[str, int]
     scope: list[int]
     validation: list[Row] = field(default_factory=list)
+    labels_named: bool | None = None  # of a table (`Source.named`)
 
     def placed(self) -> list[tuple[Row, int]]:
         """Every row, variants too, with its fold: that of its source, or -1 where all models are trained on it."""
@@ -136,6 +137,7 @@ class RunData:
             "metric": find_metric(self.guide.metric, self.guide.names),
             "label_scope": None if self.scope == list(self.guide.numbers) else self.scope,
             "label_guide": self.guide.to_dict(),
+            **({} if self.labels_named is None else {"labels_named": self.labels_named}),
             "data_fingerprint": data_fingerprint(self.originals + self.validation),
         }
 
@@ -147,14 +149,20 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         raise InputError("--train_file is missing; give it here or in the recipe")
     guide, columns = load_label_guide(arguments.label_guide), arguments.columns
     scope = sorted(parse_label_scope(arguments.label_scope, guide))
-    originals = load_rows(arguments.train_file, guide, columns=columns)
+    train = load_source(arguments.train_file, guide, columns=columns)
+    originals = train.rows
     misplaced = "augmented_from: variants belong in --augmented_file"
     if variants := [row.id for row in originals if row.augmented_from]:
         raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
-    validation = load_rows(arguments.validation_file, guide, columns=columns)
-    test = load_rows(arguments.test_file, guide, columns=columns, require_labels=False)
-    by_dialogue = arguments.fold_groups == "dialogue"
+    validation = load_source(arguments.validation_file, guide, columns=columns)
+    test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
+    for path, other in ((arguments.validation_file, validation), (arguments.test_file, test)):
+        if {train.named, other.named} == {True, False}:
+            kinds = {True: "names", False: "numbers"}
+            differs = f"{kinds[other.named]}, but {kinds[train.named]} in {arguments.train_file}"
+            raise InputError(f"{path}: {other.columns['label']}: {differs}")
+    validation, test, by_dialogue = validation.rows, test.rows, arguments.fold_groups == "dialogue"
     check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
     check_apart(arguments.test_file, test, arguments.train_file, originals)
     check_apart(arguments.test_file, test, arguments.validation_file, validation)
@@ -172,7 +180,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         folds, where = assign_folds(originals, **split), "folds"
     held_out, trained = (validation, originals) if validation else (originals, ())
     check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained)
-    return RunData(guide, originals, augmented, test, folds, scope, validation)
+    return RunData(guide, originals, augmented, test, folds, scope, validation, train.named)
 
 
 def check_apart(

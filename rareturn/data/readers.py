@@ -15,6 +15,7 @@ from rareturn.errors import InputError, first_line
 
 # Each escape of a JSON text; a pair of surrogates is one.
 ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -23,7 +24,7 @@ def read_records(source: str, split: str = "train") -> Iterable[Any]:
     """Raw records of a source. Reading is lazy: iterating, too, may raise an InputError.
 
     Args:
-        source: a .json (an array), .jsonl, .parquet or .csv file; a dataset folder (`save_to_disk`, or files that
+        source: a .json (an array), .jsonl, .parquet, .csv or .tsv file; a dataset folder (`save_to_disk`, or files that
             `datasets.load_dataset` reads); or a Hub dataset, `ORG/NAME[:path/of/file][@revision]`.
         split: the split to take where the source has several and names none.
     """
@@ -101,8 +102,18 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                         yield json.loads(line)
                     except (json.JSONDecodeError, RecursionError) as error:
                         raise InputError(f"{path}: line {number}: not valid JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def _not_utf8(path: Path) -> InputError:
+    """With the line where other bytes begin: a file may be joined from parts in several encodings."""
+    content = path.read_bytes()
+    try:
+        content.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a UTF-8 text: {error}") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        return InputError(f"{path}: line {line}: not a UTF-8 text: byte {content[error.start]:#x}")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -118,13 +129,22 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 def _read_csv(path: Path) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file)
-    except (csv.Error, UnicodeDecodeError) as error:
+        # Excel begins a UTF-8 file with a byte order mark.
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+    except csv.Error as error:
         raise InputError(f"{path}: not a CSV file: {error}") from None
 
 
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv}
+READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
 
 
 def _read_dataset(name: str, revision: str | None, split: str) -> Iterable[Any]:

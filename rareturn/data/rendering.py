@@ -25,7 +25,9 @@ def render_turn(turn: Turn) -> str:
 
 def render_instruction(guide: LabelGuide) -> str:
     """What stands before the dialogue: the task and the label guide."""
-    lines = [f"{label.number}: {label.name} - {label.definition}" for label in guide.labels]
+    lines = [
+        f"{label.number}: {label.name} - {label.definition}".removesuffix(" - ") for label in guide.labels
+    ]
     return "\n".join([guide.task, "", "Labels:", *lines, "", "Dialogue:", ""])
 
 

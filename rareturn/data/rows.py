@@ -4,103 +4,125 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
-from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 from rareturn.command_line import flag
-from rareturn.data.label_guide import LabelGuide, listed
+from rareturn.data.dialogues import NO_LABEL, Row, Turn, kind, row_json, text_problem, turn_problem, turns_of
+from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import read_records
+from rareturn.data.utterances import Source, read_table, table_columns
 from rareturn.errors import InputError
 
-NO_LABEL = -1
 MAX_PROBLEMS_KEPT = 10_000
-# JSON can spell a lone surrogate; UTF-8, and so every tokenizer, cannot. For U+FFFE see `readers`.
-LONE_SURROGATE = re.compile("[\ud800-\udfff\ufffe]")
-HALF = "holds half a character (a lone surrogate)"
-KINDS = {"bool": "true/false", "int": "a number", "float": "a number", "str": "a text", "dict": "an object"}
-FIELDS = ("id", "dialogue_id", "dialogue", "current_text", "label")
-Columns = namedtuple("Columns", FIELDS, defaults=FIELDS)  # what a file calls the fields of a row
-
-
-class Turn(NamedTuple):
-    """One turn of a dialogue, as the file has it."""
-
-    text: str
-    speaker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One utterance to classify: the target, the last of its turns."""
-
-    id: str
-    dialogue_id: str
-    turns: tuple[Turn, ...]
-    label: int = NO_LABEL
-    augmented_from: str | None = None  # the id of the row that this one is a variant of
+FIELDS = ("id", "dialogue_id", "dialogue", "current_text", "label")  # of a row that holds its own turns
 
 
 @dataclass
-class DataArguments:
-    """Flags of every script that reads rows: the label guide and the names of the columns."""
+class ColumnArguments:
+    """Flags of every script that reads dialogues: the names of the columns."""
 
-    _argument_group_name = "Label guide and columns"
+    _argument_group_name = "Columns (default: for a table the label guide's, then the name in the flag)"
 
-    label_guide: str = flag("label_guides/dmrs.yaml", "YAML file of labels, their definitions and speakers.")
-    id_column: str = flag("id", "Column of the row's id.")
-    dialogue_id_column: str = flag("dialogue_id", "Column of the dialogue's id.")
-    dialogue_column: str = flag("dialogue", "Column of the turns, each {text, speaker}, the target last.")
-    current_text_column: str = flag("current_text", "Column of the target's text.")
-    label_column: str = flag("label", "Column of the label's number.")
+    dialogue_id_column: str | None = flag(None, "Column of the dialogue's id.")
+    label_column: str | None = flag(None, "Column of the label: a number or a name of the label guide.")
+    id_column: str | None = flag(None, "Column of the row's id. A table without has DIALOGUE/TURN.")
+    turn_column: str | None = flag(None, "Table: column of the turn's number. File order where it has none.")
+    speaker_column: str | None = flag(None, "Table: column of the speaker.")
+    text_column: str | None = flag(None, "Table: column of the utterance.")
+    dialogue_column: str | None = flag(None, "Rows: column of the turns, each {text, speaker}, target last.")
+    current_text_column: str | None = flag(None, "Rows: column of the target's text.")
 
     @property
-    def columns(self) -> Columns:
-        return Columns(*(getattr(self, f"{name}_column") for name in FIELDS))
+    def columns(self) -> dict[str, str]:
+        """Field to column, where a flag says so."""
+        named = [item.name for item in fields(ColumnArguments) if getattr(self, item.name)]
+        return {name.removesuffix("_column"): getattr(self, name) for name in named}
 
 
-def load_rows(
+@dataclass
+class DataArguments(ColumnArguments):
+    """The label guide, besides."""
+
+    label_guide: str = flag("label_guides/dmrs.yaml", "YAML file of labels, their definitions and speakers.")
+
+
+def row_columns(given: Mapping[str, str]) -> dict[str, str]:
+    """The column of each field of rows that hold their own turns."""
+    return {name: given.get(name, name) for name in FIELDS}
+
+
+def open_source(
+    source: str, split: str, guide: LabelGuide, given: Mapping[str, str]
+) -> tuple[Iterator[Any], bool]:
+    """The records of a source, and whether they are a table's: whether the first one has no column of turns."""
+    records, column = iter(read_records(source, split)), row_columns(given)["dialogue"]
+    first = list(itertools.islice(records, 1))
+    is_table = any(isinstance(record, dict) and column not in record for record in first)
+    if first and not is_table and table_columns(given, guide)["dialogue_id"] == column:
+        is_table = not str(first[0][column]).lstrip().startswith("[")
+    return itertools.chain(first, records), is_table
+
+
+def load_rows(source: str | None, label_guide: LabelGuide, **how: Any) -> list[Row]:
+    """The rows of `load_source`, which has the arguments."""
+    return load_source(source, label_guide, **how).rows
+
+
+def load_source(
     source: str | None,
     label_guide: LabelGuide,
     *,
-    columns: Columns | None = None,
+    columns: Mapping[str, str] | None = None,
     require_labels: bool = True,
     sources_of_augmented: Sequence[Row] | None = None,
-) -> list[Row]:
+) -> Source:
     """Read and check rows (none where there is no source); an InputError has a line for each problem in a row.
 
     Args:
-        source: see `read_records`.
+        source: see `read_records`; rows that hold their own turns, or a table of utterances.
+        columns: columns that flags name, by field.
         require_labels: False for a test file: a label that is there is checked all the same.
         sources_of_augmented: the original rows, where the source holds augmented ones: each must name one of these,
             in the same dialogue and with the same label. None: augmented rows refer to rows of the same source.
     """
     if not source:
-        return []
-    columns = columns or Columns()
+        return Source([])
+    given, split = columns or {}, "train" if require_labels else "test"
+    records, is_table = open_source(source, split, label_guide, given)
+    if is_table:
+        table = read_table(records, source, label_guide, given, require_labels)
+        if not table.rows:
+            labelled = " that has a label" if require_labels else ""
+            raise InputError(f"{source}: holds no rows: no turn of a target speaker{labelled}")
+        if sources_of_augmented is not None:
+            raise InputError(f"{source}: a table of utterances, but variants are rows that hold their turns")
+        return table
+    columns = row_columns(given)
     problems: list[str] = []
     rows: dict[str, Row] = {}
     shared: dict[Turn, Turn] = {}
-    for number, record in enumerate(read_records(source, "train" if require_labels else "test"), 1):
+    for number, record in enumerate(records, 1):
         if len(problems) >= MAX_PROBLEMS_KEPT:
             break
         if not isinstance(record, dict):
             problems.append(f"{source}: row {number}: not an object with fields")
             continue
-        fields = _fields(record, columns)
-        found = list(_field_problems(fields, label_guide, require_labels))
-        name = f"row {number}" if any(field == "id" for field, _ in found) else fields["id"]
-        problems += [f"{source}: {name}: {getattr(columns, field, field)}: {said}" for field, said in found]
+        cells = _cells(record, columns, label_guide)
+        found = list(_field_problems(cells, label_guide, require_labels))
+        name = f"row {number}" if any(field == "id" for field, _ in found) else cells["id"]
+        problems += [f"{source}: {name}: {columns.get(field, field)}: {said}" for field, said in found]
         if not found:
             if name in rows:
-                problems.append(f"{source}: {name}: {columns.id}: duplicate id")
-            turns = (Turn(turn["text"], turn["speaker"]) for turn in fields["dialogue"])
-            turns = tuple(shared.setdefault(turn, turn) for turn in turns)
-            label = NO_LABEL if fields["label"] is None else fields["label"]
-            rows[name] = Row(name, fields["dialogue_id"], turns, label, fields["augmented_from"])
+                problems.append(f"{source}: {name}: {columns['id']}: duplicate id")
+            said = [(turn["text"], turn["speaker"]) for turn in cells["dialogue"]]
+            turns = tuple(shared.setdefault(turn, turn) for turn in turns_of(said, label_guide))
+            label = NO_LABEL if cells["label"] is None else cells["label"]
+            rows[name] = Row(name, cells["dialogue_id"], turns, label, cells["augmented_from"], number - 1)
     if not rows and not problems:
         problems.append(f"{source}: holds no rows")
     originals = rows if sources_of_augmented is None else {row.id: row for row in sources_of_augmented}
@@ -110,10 +132,10 @@ def load_rows(
             problems += [f"{source}: {row.id}: {said}"] if said else []
     if problems:
         raise InputError(*problems)
-    return list(rows.values())
+    return Source(list(rows.values()))
 
 
-def _augmentation_problem(row: Row, source: Row | None, columns: Columns) -> str | None:
+def _augmentation_problem(row: Row, source: Row | None, columns: Mapping[str, str]) -> str | None:
     """What is wrong with a variant, in words that go on from its id; None if nothing is."""
     if row.augmented_from is None:
         return "augmented_from: missing in a file of augmented rows"
@@ -122,35 +144,36 @@ def _augmentation_problem(row: Row, source: Row | None, columns: Columns) -> str
     if source.dialogue_id != row.dialogue_id:
         return f"augmented_from: {source.id!r} is in dialogue {source.dialogue_id!r}, not {row.dialogue_id!r}"
     if source.label != row.label:
-        return f"{columns.label}: {row.label}, but its source has {source.label}"
+        return f"{columns['label']}: {row.label}, but its source has {source.label}"
     if source.turns[:-1] != row.turns[:-1] or source.turns[-1].speaker != row.turns[-1].speaker:
-        return f"{columns.dialogue}: its context is not its source's"
+        return f"{columns['dialogue']}: its context is not its source's"
     return None
 
 
-def _fields(record: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def _cells(record: dict[str, Any], columns: Mapping[str, str], guide: LabelGuide) -> dict[str, Any]:
     """A record's values by our names, unchecked. CSV has neither lists nor integers nor None: a text may stand for one."""
-    fields = {name: record.get(column) for name, column in columns._asdict().items()}
-    if isinstance(fields["dialogue"], str):
+    cells = {name: record.get(column) for name, column in columns.items()}
+    if isinstance(cells["dialogue"], str):
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            fields["dialogue"] = json.loads(fields["dialogue"])
-    label = fields["label"]
-    if isinstance(label, str) and re.fullmatch(r"(\s*\d+\s*)?", label):
-        fields["label"] = int(label) if label else None
-    return fields | {"augmented_from": record.get("augmented_from") or None}
+            cells["dialogue"] = json.loads(cells["dialogue"])
+    if isinstance(label := cells["label"], str):
+        label = label.strip() or None
+        digits = label and re.fullmatch(r"\d+", label)
+        cells["label"] = int(label) if digits else guide.known_labels.get(label, label)
+    return cells | {"augmented_from": record.get("augmented_from") or None}
 
 
 def _field_problems(
-    fields: dict[str, Any], guide: LabelGuide, require_labels: bool
+    cells: dict[str, Any], guide: LabelGuide, require_labels: bool
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with a row: our name of each bad field, and what to say of it."""
-    texts = {name: _text_problem(fields[name]) for name in ("id", "dialogue_id", "current_text")}
+    texts = {name: text_problem(cells[name]) for name in ("id", "dialogue_id", "current_text")}
     yield from ((name, problem) for name, problem in texts.items() if problem)
-    dialogue, label, source = fields["dialogue"], fields["label"], fields["augmented_from"]
+    dialogue, label, source = cells["dialogue"], cells["label"], cells["augmented_from"]
     if dialogue is None:
         yield "dialogue", "missing"
     elif not isinstance(dialogue, list):
-        yield "dialogue", f"must be a list of turns, not {_kind(dialogue)}"
+        yield "dialogue", f"must be a list of turns, not {kind(dialogue)}"
     elif not dialogue:
         yield "dialogue", "empty"
     elif any(wrong := [turn_problem(turn, guide) for turn in dialogue]):
@@ -158,47 +181,22 @@ def _field_problems(
         yield from (("dialogue", f"turn {number} {problem}") for number, problem in numbered if problem)
     else:
         text, speaker = dialogue[-1]["text"], dialogue[-1]["speaker"]
-        if speaker != guide.target_speaker:
-            wanted = f"the label guide's target_speaker {guide.target_speaker!r}"
+        if not guide.is_target(speaker):
+            wanted = f"the label guide's target_speaker {' or '.join(map(repr, guide.targets))}"
             yield "dialogue", f"the last turn is by {speaker!r}, not by {wanted}"
-        if not texts["current_text"] and text.strip() != fields["current_text"].strip():
+        if not texts["current_text"] and text.strip() != cells["current_text"].strip():
             yield "current_text", "is not the last turn's text"
     if label is None:
         if require_labels:
             yield "label", "missing"
+    elif isinstance(label, str):
+        yield "label", f"{label!r} is no name or number of the label guide"
     elif type(label) is not int:
-        yield "label", f"must be an integer, not {_kind(label)}"
+        yield "label", f"must be an integer, not {kind(label)}"
     elif label not in guide.numbers:
         yield "label", f"{label} is not in the label guide (0 to {len(guide.labels) - 1})"
     if source is not None and not isinstance(source, str):
-        yield "augmented_from", f"must be a text, not {_kind(source)}"
-
-
-def _text_problem(value: Any) -> str | None:
-    if value is None:
-        return "missing"
-    if not isinstance(value, str):
-        return f"must be a text, not {_kind(value)}"
-    if not value.strip():
-        return "empty"
-    return HALF if LONE_SURROGATE.search(value) else None
-
-
-def turn_problem(turn: Any, guide: LabelGuide) -> str | None:
-    """What is wrong with a turn of a record, in words that go on from "turn 3"; None if nothing is."""
-    text, speaker = (turn.get("text"), turn.get("speaker")) if isinstance(turn, Mapping) else (None, None)
-    if not isinstance(text, str) or not isinstance(speaker, str):
-        return "must have a text and a speaker"
-    if speaker not in guide.speakers:
-        return f"has unknown speaker {speaker!r} (not {listed(guide.speakers)})"
-    if not text.strip():
-        return "is empty"
-    return HALF if LONE_SURROGATE.search(text) else None
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return KINDS.get(name, f"a {name}")
+        yield "augmented_from", f"must be a text, not {kind(source)}"
 
 
 def data_fingerprint(rows: Iterable[Row]) -> str:
@@ -206,5 +204,5 @@ def data_fingerprint(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in sorted(rows, key=lambda row: row.id):
         facts = [row.id, row.dialogue_id, row.turns, row.label]
-        digest.update(json.dumps(facts, ensure_ascii=False).encode())
+        digest.update(row_json(facts, ensure_ascii=False))
     return digest.hexdigest()

@@ -86,6 +86,7 @@ class BundledRun(WeightedRun):
 
     oof_sha256: str | None = None
     label_scope: list[Label] | None
+    labels_named: bool | None = None
     base_model: str
     base_revision: str | None
     loader: Loader

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rareturn.data.rows import Row
+from rareturn.data.dialogues import Row, row_json
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -62,8 +61,7 @@ def rows_digest(rows: Iterable[Row]) -> str:
     """SHA-256 of rows in their order: ids, dialogues, turns, labels and the sources of variants."""
     digest = hashlib.sha256()
     for row in rows:
-        fields = [row.id, row.dialogue_id, row.turns, row.label, row.augmented_from]
-        digest.update(json.dumps(fields).encode())
+        digest.update(row_json([row.id, row.dialogue_id, row.turns, row.label, row.augmented_from]))
     return digest.hexdigest()
 
 
