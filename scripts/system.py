@@ -11,7 +11,7 @@ Flags behind the system go to every run. A stage that is complete is skipped: it
 is there, and what it reads has not changed since. So a system that was stopped is started again with the same command.
 Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 
-The file (docs/YOUR_CORPUS.md has an example) has these keys, of which `output` and `runs` must be there:
+The file has these keys, of which `output` and `runs` must be there; ${NAME} in it is an environment variable:
     output      what the names of all outputs begin with: OUTPUT-RUN/ for each run, OUTPUT/ for the ensemble, …
     jobs        folds at a time on a CPU
     data        flags of every script that reads rows: label_guide, train_file, test_file, …
@@ -85,6 +85,18 @@ class Stage:
     reads: list[Path] = field(default_factory=list)
     writes: list[Path] = field(default_factory=list)
     run: Path | None = None
+
+
+def with_variables(content: Any, where: str) -> Any:
+    """The content of a file, each ${NAME} in its texts replaced by that environment variable."""
+    if isinstance(content, dict):
+        return {key: with_variables(value, f"{where}: {key}") for key, value in content.items()}
+    if isinstance(content, list):
+        return [with_variables(value, where) for value in content]
+    text = os.path.expandvars(content) if isinstance(content, str) else content
+    if isinstance(text, str) and "${" in text:
+        raise InputError(f"{where}: {text}: set this environment variable")
+    return text
 
 
 def words(flags: Mapping[str, Any]) -> list[str]:
@@ -224,7 +236,9 @@ def main() -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run none")
     arguments, more = parser.parse_known_args()
 
-    system = check_content(System, read_recipe(arguments.system), arguments.system)
+    system = check_content(
+        System, with_variables(read_recipe(arguments.system), arguments.system), arguments.system
+    )
     stages = make_stages(system, more)
     if arguments.dry_run:
         print("\n".join(shown(stage.command) for stage in stages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ from tiny_models import make_tiny_decoder, make_tiny_encoder
 ROOT = Path(__file__).parent.parent
 
 
-def system_py(*words: object) -> subprocess.CompletedProcess[str]:
+def system_py(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts/system.py"), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
 
 
 def states(text: str) -> dict[str, str]:
@@ -27,7 +28,7 @@ def states(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_system_prints_commands_that_can_be_typed(path: Path):
-    done = system_py(path, "--dry_run")
+    done = system_py(path, "--dry_run", DATA="somewhere")
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         words = line.split()
@@ -126,6 +127,10 @@ def test_a_system_from_rows_to_predictions(tmp_path: Path):
         ({"runs": {"probe": {"variants": True}}}, "runs.probe: variants: true, but there is no augment"),
         ({"runs": {"decoder": {}}}, "runs.decoder: config: missing"),
         ({"runs": {"a b": {}}}, "runs.a b"),
+        (
+            {"data": {"train_file": "${NOWHERE_SET}/train.csv"}},
+            "data: train_file: ${NOWHERE_SET}/train.csv: set this",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, change: dict, line: str):
