@@ -68,8 +68,10 @@ class CalibrationArguments:
     )
     num_vectors: int = flag(22_000, "Bias vectors of `random`; the paper's number.")
     repeats: int = flag(5, "Partitions a cross-fitted score is averaged over; 5 steady the figure.")
-    num_splits: int = flag(5, "Folds of dialogues a partition. 5, as the runs have.")
-    jobs: int | None = flag(None, "Processes that fit at once; the result is the same. Default: one a core.")
+    num_splits: int = flag(5, "Folds of dialogues per partition. 5, as the runs have.")
+    jobs: int | None = flag(
+        None, "Processes that fit at once; the result is the same. Default: one per core."
+    )
     seed: int = flag(42, "Seed of folds, searches and intervals.")
 
     def __post_init__(self) -> None:

@@ -55,7 +55,8 @@ class HubArguments:
 
     def __post_init__(self) -> None:
         if self.wanted and not (self.hub_namespace and self.hub_name):
-            raise ValueError("--push_to_hub needs --hub_namespace and --hub_name")
+            asked = "--push_only" if self.push_only else "--push_to_hub"
+            raise ValueError(f"{asked} needs --hub_namespace and --hub_name")
 
     @property
     def wanted(self) -> bool:

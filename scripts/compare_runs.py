@@ -101,7 +101,7 @@ class Comparison:
 
     Attributes:
         scores: of A and of B, the mean over their repeats.
-        difference: B less A.
+        difference: B minus A.
         interval: 95 % interval of the difference, by bootstrap over dialogues, both systems on the same samples.
         flips: one dict a pair of different labels: `a`, `b`, `rows`, `a_right`, `b_right`, `ids`; most rows first. Of
             repeated predictions the first repeat counts.
@@ -186,7 +186,7 @@ def main() -> None:
         print(f"B was made for {other}; both are compared by {metric}, for which A was made")
     low, high = found.interval
     print(
-        f"B less A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
+        f"B minus A: {found.difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f} (paired, over dialogues)\n"
     )
     print(flip_table(found, first.info["label_names"], len(first.table)).text())
     if arguments.output_file:

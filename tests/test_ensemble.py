@@ -404,6 +404,7 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
         (["--runs", "a", "nowhere"], "nowhere: no such run"),
         (["--runs"], "expected at least one argument"),
         (["--weights", "1"], "--runs: name one or more"),
+        (["--runs", "a", "b", "a"], "--runs: a is named twice"),
         (["--runs", "a", "--decision", "wrong.json"], "wrong.json: label_names"),
         (["--runs", "a", "--decision", "test.json"], "test.json: Input should be a valid dictionary"),
         (["--runs", "a", "--label_guide", "label_guides/dmrs.yaml"], "label guide: labels"),
@@ -473,7 +474,7 @@ def test_compare_by_hand(place: Path, capsys):
     out = capsys.readouterr().out
     assert "Rows that flip: 3 of 48" in out and "0 none -> 2 denial" in out
     assert compare("d", "d") == 0
-    assert "B less A: +0.0000, 95 % interval +0.0000 to +0.0000" in capsys.readouterr().out
+    assert "B minus A: +0.0000, 95 % interval +0.0000 to +0.0000" in capsys.readouterr().out
 
 
 def test_compare_with_an_ensemble(place: Path, capsys):

@@ -219,7 +219,7 @@ def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encode
         ({"label_scope": ["4"]}, "--label_scope: a classifier needs two labels at least"),
         ({"num_folds": 99}, "99 folds cannot be made of 38 dialogues"),
         ({"C": [1, 0]}, "--C: every value must be a positive number, not [1.0, 0.0]"),
-        ({"push_only": "true"}, "--push_to_hub needs --hub_namespace and --hub_name"),
+        ({"push_only": "true"}, "--push_only needs --hub_namespace and --hub_name"),
         ({"max_turns": 0}, "--max_turns must be 1 or more, not 0"),
         (
             {"label_guide": "absent.yaml"},
