@@ -20,6 +20,7 @@ import torch
 from running import run_script, words_of
 from tiny_models import make_tiny_decoder
 
+import augment
 import run_classification
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rendering import Renderer
@@ -84,6 +85,7 @@ WAYS = {
     "dropout above the cut": ("llama", {"lora_dropout": 0.3}),
     "sliding windows": ("gemma3_text", {}),
     "rows cut short": ("qwen3", {"max_seq_length": 420}),
+    "variants": ("qwen3", {"augmented_file": "augmented.jsonl", "max_train_samples": 90}),
 }
 CHANGES = {
     "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -99,6 +101,16 @@ def test_training_on_cached_states_is_training_on_the_whole_model(tmp_path: Path
         tmp_path / "base", architecture, num_hidden_layers=4, **CHANGES.get(architecture, {})
     )
     flags = {"lora_dropout": 0.0} | flags
+    if "augmented_file" in flags:
+        flags["augmented_file"] = tmp_path / "augmented.jsonl"
+        words = {
+            "train_file": TRAIN,
+            "label_guide": GUIDE,
+            "labels": [2, 5],
+            "k": 2,
+            "output_file": flags["augmented_file"],
+        }
+        assert run_script(augment.main, **words) == 0
     assert train(model, tmp_path / "cached", **flags) == 0
     assert len(folders(cache)) == 1
     assert train(model, tmp_path / "uncached", trunk_cache_gb=0, **flags) == 0
@@ -145,6 +157,30 @@ def test_gradients_of_one_step(decoder: str, tmp_path: Path):
         torch.testing.assert_close(
             of_upper[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())
         )
+
+
+def test_two_processes_take_the_steps_of_one(decoder: str, tmp_path: Path, cache: Path):
+    flags = FLAGS | {
+        "model_name_or_path": decoder,
+        "lora_dropout": 0,
+        "use_cpu": True,
+        "pack_dialogues": True,
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = words_of(**flags | {"output_dir": tmp_path / "two", "per_device_train_batch_size": 4})
+    command = [*torchrun, str(ROOT / "run_classification.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(folders(cache)) == 1
+    # A step of two micro-batches of four rows is cut as two processes cut it.
+    one = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "rows_per_batch": 4,
+        "trunk_cache_gb": 0,
+    }
+    assert train(decoder, tmp_path / "one", lora_dropout=0, **one) == 0
+    np.testing.assert_allclose(logits(tmp_path / "two"), logits(tmp_path / "one"), atol=1e-4)
 
 
 def test_the_saved_adapter_on_the_whole_base_by_peft_alone(decoder: str, tmp_path: Path):
