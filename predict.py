@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -39,9 +39,6 @@ from rareturn.data.utterances import read_table, table_bytes
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
-
-if TYPE_CHECKING:
-    from rareturn.classifier import Prediction
 
 ADDED = ("label", "probability", "margin")  # a table's columns
 
@@ -124,8 +121,8 @@ def check_table(arguments: PredictArguments, guide: LabelGuide) -> None:
         raise InputError(f"{where}; rename it, or name a .jsonl file as --output")
 
 
-def output_line(row: Row, said: Prediction, table: bool, named: bool | None) -> dict[str, Any]:
-    """What the output says of a row; for a table its cells, and the place of its line."""
+def output_line(row: Row, said: Any, table: bool, named: bool | None) -> dict[str, Any]:
+    """What the output says of a row, given its `Prediction`; for a table the cells, and the place of their line."""
     if not table:
         return {"id": row.id, "dialogue_id": row.dialogue_id, **vars(said)}
     of_label = said.probabilities[said.label_name]

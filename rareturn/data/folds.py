@@ -136,9 +136,9 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
     test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
     if {train.named, test.named} == {True, False}:
-        kinds = {True: "names", False: "numbers"}
-        other = f"but {kinds[train.named]} in {arguments.train_file}"
-        raise InputError(f"{arguments.test_file}: {test.columns['label']}: {kinds[test.named]}, {other}")
+        kinds = "names, but numbers" if test.named else "numbers, but names"
+        where = f"{arguments.test_file}: {test.columns['label']}"
+        raise InputError(f"{where}: {kinds} in {arguments.train_file}")
     path, split = run_dir / "folds.json", arguments.split
     if path.exists():
         there = read_folds(path)
