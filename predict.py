@@ -75,20 +75,20 @@ def rows_by_dialogue(arguments: PredictArguments, guide: LabelGuide) -> Iterator
         for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
             yield list(of_dialogue)[0 if arguments.turns == "all" else -1 :]
         return
-    column = row_columns(arguments.columns)["dialogue"]
+    columns = row_columns(arguments.columns)
     for number, record in enumerate(records, 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
-        row_id = record.get("id", record.get("dialogue_id"))
-        dialogue_id = record.get("dialogue_id", row_id)
+        row_id = record.get(columns["id"], record.get(columns["dialogue_id"]))
+        dialogue_id = record.get(columns["dialogue_id"], row_id)
         for key, value in (("id", row_id), ("dialogue_id", dialogue_id)):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
             if LONE_SURROGATE.search(value):
                 raise InputError(f"{where}: {key}: {HALF}")
-        dialogue = record.get(column)
-        where = f"{name}: {row_id}: {column}"
+        dialogue = record.get(columns["dialogue"])
+        where = f"{name}: {row_id}: {columns['dialogue']}"
         if isinstance(dialogue, str):  # CSV has no lists
             try:
                 dialogue = json.loads(dialogue)
