@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -39,9 +39,6 @@ from rareturn.data.utterances import read_table, table_bytes
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
-
-if TYPE_CHECKING:
-    from rareturn.classifier import Prediction
 
 ADDED = ("label", "probability", "margin")  # a table's columns
 
@@ -78,20 +75,20 @@ def rows_by_dialogue(arguments: PredictArguments, guide: LabelGuide) -> Iterator
         for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
             yield list(of_dialogue)[0 if arguments.turns == "all" else -1 :]
         return
-    column = row_columns(arguments.columns)["dialogue"]
+    columns = row_columns(arguments.columns)
     for number, record in enumerate(records, 1):
         where = f"{name}: dialogue {number}"
         if not isinstance(record, dict):
             raise InputError(f"{where}: not an object with fields")
-        row_id = record.get("id", record.get("dialogue_id"))
-        dialogue_id = record.get("dialogue_id", row_id)
+        row_id = record.get(columns["id"], record.get(columns["dialogue_id"]))
+        dialogue_id = record.get(columns["dialogue_id"], row_id)
         for key, value in (("id", row_id), ("dialogue_id", dialogue_id)):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
             if LONE_SURROGATE.search(value):
                 raise InputError(f"{where}: {key}: {HALF}")
-        dialogue = record.get(column)
-        where = f"{name}: {row_id}: {column}"
+        dialogue = record.get(columns["dialogue"])
+        where = f"{name}: {row_id}: {columns['dialogue']}"
         if isinstance(dialogue, str):  # CSV has no lists
             try:
                 dialogue = json.loads(dialogue)
@@ -124,8 +121,8 @@ def check_table(arguments: PredictArguments, guide: LabelGuide) -> None:
         raise InputError(f"{where}; rename it, or name a .jsonl file as --output")
 
 
-def output_line(row: Row, said: Prediction, table: bool, named: bool | None) -> dict[str, Any]:
-    """What the output says of a row; for a table its cells, and the place of its line."""
+def output_line(row: Row, said: Any, table: bool, named: bool | None) -> dict[str, Any]:
+    """What the output says of a row, given its `Prediction`; for a table the cells, and the place of their line."""
     if not table:
         return {"id": row.id, "dialogue_id": row.dialogue_id, **vars(said)}
     of_label = said.probabilities[said.label_name]

@@ -258,6 +258,8 @@ TURN = {"text": "I did it.", "speaker": "seeker"}
         ),
         ({"label": None}, ["b: label: missing"]),
         ({"label": "seven"}, ["b: label: 'seven' is no name or number of the label guide"]),
+        ({"label": [2, 3]}, ["b: label: [2, 3]: several labels for one row (multi-label) cannot be learnt here"]),
+        ({"label": "2;3"}, ["b: label: 2;3: several labels for one row (multi-label) cannot be learnt here"]),
         ({"label": 7.0}, ["b: label: must be an integer, not a number"]),
         ({"label": True}, ["b: label: must be an integer, not true/false"]),
         ({"label": 9}, ["b: label: 9 is not in the label guide (0 to 8)"]),

@@ -287,6 +287,12 @@ def test_as_a_library_and_from_jsonl(system: Path, tmp_path: Path):
         prediction.label_name for prediction in both
     ]
     assert [line["id"] for line in read_lines(output)] == ["d1#1", "d1#3"]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"talk": "d1", "turns": dialogue}) + "\n")
+    named = {"dialogue_id_column": "talk", "dialogue_column": "turns", "output": tmp_path / "named.jsonl"}
+    assert run_script(predict.main, ensemble=system, input=tmp_path / "in.jsonl", **named) == 0
+    assert read_lines(tmp_path / "named.jsonl") == [
+        line | {"dialogue_id": "d1"} for line in read_lines(output)
+    ]
     with pytest.raises(InputError, match="turn 1 has unknown speaker 'bot'"):
         classifier([{"speaker": "bot", "text": "hello"}])
 

@@ -53,9 +53,6 @@ class Turns(Sequence[Turn]):
             return tuple.__getitem__(self.dialogue, slice(start, stop))
         return tuple(map(self.dialogue.__getitem__, range(start, stop, step)))
 
-    def __iter__(self) -> Iterator[Turn]:
-        return iter(self[:])
-
     def __eq__(self, other: object) -> bool:
         return self[:] == tuple(other) if isinstance(other, (Turns, tuple)) else NotImplemented
 

@@ -159,9 +159,8 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
     for path, other in ((arguments.validation_file, validation), (arguments.test_file, test)):
         if {train.named, other.named} == {True, False}:
-            kinds = {True: "names", False: "numbers"}
-            differs = f"{kinds[other.named]}, but {kinds[train.named]} in {arguments.train_file}"
-            raise InputError(f"{path}: {other.columns['label']}: {differs}")
+            kinds = "names, but numbers" if other.named else "numbers, but names"
+            raise InputError(f"{path}: {other.columns['label']}: {kinds} in {arguments.train_file}")
     validation, test, by_dialogue = validation.rows, test.rows, arguments.fold_groups == "dialogue"
     check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
     check_apart(arguments.test_file, test, arguments.train_file, originals)

@@ -15,7 +15,7 @@ from rareturn.command_line import flag
 from rareturn.data.dialogues import NO_LABEL, Row, Turn, kind, row_json, text_problem, turn_problem, turns_of
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import read_records
-from rareturn.data.utterances import Source, read_table, table_columns
+from rareturn.data.utterances import Source, holds_several, read_table, table_columns
 from rareturn.errors import InputError
 
 MAX_PROBLEMS_KEPT = 10_000
@@ -189,6 +189,8 @@ def _field_problems(
     if label is None:
         if require_labels:
             yield "label", "missing"
+    elif isinstance(label, list) or holds_several(str(label), guide.known_labels):
+        yield "label", f"{label}: several labels for one row (multi-label) cannot be learnt here"
     elif isinstance(label, str):
         yield "label", f"{label!r} is no name or number of the label guide"
     elif type(label) is not int:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from rareturn.data.dialogues import NO_LABEL, Dialogue, Row, Turns, text_problem, turns_of
 from rareturn.data.label_guide import TABLE_FIELDS, LabelGuide, listed
@@ -23,25 +23,13 @@ SEVERAL = re.compile(r"\s*[|;,/+&]\s*|\s+")
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a source, and how it puts them.
-
-    Attributes:
-        columns: the column of each of a table's fields; None for rows that hold their own turns.
-        named: whether a table's labels are names (True) or numbers (False); None where no line has one.
-    """
+    """The rows of a source, and how it puts them."""
 
     rows: list[Row]
-    columns: dict[str, str] | None = None
-    named: bool | None = None
-
-
-class _Line(NamedTuple):
-    order: float
-    place: int
-    text: str
-    speaker: str
-    label: int
-    id: str
+    columns: dict[str, str] | None = (
+        None  # of each of a table's fields; None for rows that hold their own turns
+    )
+    named: bool | None = None  # whether a table's labels are names, not numbers; None where no line has one
 
 
 def table_columns(given: Mapping[str, str], guide: LabelGuide) -> dict[str, str]:
@@ -78,7 +66,7 @@ def read_table(
             raise InputError(*lines)
 
     names, blank = {*guide.names}, (None, "", *guide.no_label)
-    dialogues: dict[str, list[_Line]] = {}
+    dialogues: dict[str, list[tuple]] = {}  # of order, place, text, speaker, label and id
     shared: dict[str, str] = {}  # dialogue ids and speakers, each held once
     ids: set[str] = set()
     named, elsewhere, present, needed = None, 0, set(), ()
@@ -88,7 +76,8 @@ def read_table(
             note(place, "cells", wrong)
             continue
         if not present:
-            present = _check_columns(source, record, columns, {*given, *guide.columns}, labels)
+            optional = {"turn", "id"} - {*given, *guide.columns} | (set() if labels else {"label"})
+            present = _present(source, record, columns, {*TABLE_FIELDS} - optional)
             needed = ("dialogue_id", "speaker", "text", *({"turn", "id"} & present))
         cells = {name: cell_text(record.get(column)) for name, column in columns.items()}
         for name in needed:
@@ -121,7 +110,7 @@ def read_table(
             note(place, columns["id"], f"duplicate id {row_id!r}")
         else:
             ids.add(row_id)
-        lines.append(_Line(order, place, text, shared.setdefault(speaker, speaker), number, row_id))
+        lines.append((order, place, text, shared.setdefault(speaker, speaker), number, row_id))
     refuse()
     if elsewhere:
         whom = f"speakers other than the target ({listed(guide.targets)})"
@@ -129,31 +118,26 @@ def read_table(
     rows, every = [], named is None and not labels
     for dialogue_id in list(dialogues):
         lines = sorted(dialogues.pop(dialogue_id))
-        dialogue = Dialogue(turns_of([(line.text, line.speaker) for line in lines], guide))
-        for count, line in enumerate(lines, 1):
-            if count > 1 and line.order == lines[count - 2].order:
-                twice = f"{line.order} is there twice in dialogue {dialogue_id!r}"
-                note(line.place, columns["turn"], twice)
-            if guide.is_target(line.speaker) and (every or line.label != NO_LABEL):
-                turns = Turns(dialogue, count)
-                rows.append(Row(line.id, dialogue_id, turns, line.label, None, line.place))
+        dialogue, before = Dialogue(turns_of([line[2:4] for line in lines], guide)), None
+        for count, (order, place, _, speaker, label, row_id) in enumerate(lines, 1):
+            if order == before:
+                note(place, columns["turn"], f"{order} is there twice in dialogue {dialogue_id!r}")
+            if guide.is_target(speaker) and (every or label != NO_LABEL):
+                rows.append(Row(row_id, dialogue_id, Turns(dialogue, count), label, None, place))
+            before = order
     refuse()
     return Source(rows, columns, named)
 
 
-def _check_columns(
-    source: str, record: dict[str, Any], columns: dict[str, str], named: set[str], labels: bool | None
-) -> set[str]:
+def _present(source: str, record: dict[str, Any], columns: dict[str, str], needed: set[str]) -> set[str]:
     """The fields whose columns the first record has; an InputError where one that is needed is not there."""
-    needed = {"dialogue_id", "speaker", "text"} | (named & {"turn", "id"}) | ({"label"} if labels else set())
     present = {name for name in TABLE_FIELDS if columns[name] in record}
     if missing := [name for name in TABLE_FIELDS if name in needed - present]:
         absent = ", ".join(repr(columns[name]) for name in missing)
         flags = ", ".join(f"--{name}_column" for name in missing)
         there = ", ".join(map(str, record))
-        raise InputError(
-            f"{source}: no column {absent}; there are: {there}. Name them by {flags}, or in the guide"
-        )
+        advice = f"Name them by {flags}, or in the guide"
+        raise InputError(f"{source}: no column {absent}; there are: {there}. {advice}")
     return present
 
 
