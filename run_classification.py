@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
-from rareturn.data.folds import FoldDataArguments, limit_rows, read_run_data, write_folds
-from rareturn.data.rendering import Renderer
+from rareturn.data.folds import FoldDataArguments, RunData, limit_rows, read_run_data, write_folds
+from rareturn.data.rendering import Rendered, Renderer
+from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
 from rareturn.reports.push import push_folds
@@ -179,6 +180,25 @@ def weighted_trainer() -> type:
     return WeightedTrainer
 
 
+def render(
+    parts: dict[str, list[Row]],
+    data: RunData,
+    renderer: Renderer,
+    base: BaseModel,
+    cut: int,
+    limit_gb: float,
+    bf16: bool,
+) -> tuple[dict[str, list[Rendered]], BaseModel, Any]:
+    """Parts of the run's rows as tokens; where the layers below `cut` are computed beforehand, the rest and their states."""
+    if not (cut and limit_gb):
+        return {name: renderer.render(rows) for name, rows in parts.items()}, base, None
+    from rareturn.models.loading import upper_layers
+    from rareturn.models.trunk import trunk_states
+
+    rendered, states = trunk_states(parts, data, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
+    return rendered, base if states is None else upper_layers(base, cut), states
+
+
 def load_model(
     base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
 ) -> Any:
@@ -232,7 +252,6 @@ def main() -> None:
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing, make_batches
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
-    from rareturn.models.trunk import trunk_states
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -269,18 +288,12 @@ def main() -> None:
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
     seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    rendered, states = {"train": train, **missing}, None
-    if cut and arguments.pack_dialogues and options.trunk_cache_gb:
-        how = {"bf16": training.bf16, "limit_gb": options.trunk_cache_gb}
-        rendered, states = trunk_states(rendered, data, renderer, base, cut, **how)
-    else:
-        rendered = {name: renderer.render(rows) for name, rows in rendered.items()}
-    if states is not None:
-        base = loading.upper_layers(base, cut)
+    parts, limit = {"train": train, **missing}, options.trunk_cache_gb if arguments.pack_dialogues else 0.0
+    rendered, base, states = render(parts, data, renderer, base, cut, limit, training.bf16)
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
-    rows_and_sizes = f"{len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
-    logger.info(f"fold {fold}: {rows_and_sizes}")
+    sizes = f"{trainable:,} of {total:,} parameters"
+    logger.info(f"fold {fold}: {len(train)} training rows {counts.tolist()}; {sizes}")
 
     # Train
     batches = make_batches(arguments, training, model, base, tokenizer, states)

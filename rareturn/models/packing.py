@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from rareturn.errors import InputError
 from rareturn.models.inference import segment_name
 from rareturn.models.loading import BaseModel, is_encoder, load_config
 from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step
-
-if TYPE_CHECKING:
-    from rareturn.models.trunk import TrunkStates
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +271,7 @@ class PackedBatches:
     tokens_per_batch: int = 4096  # as much as a prediction takes; a batch's mask grows with its square
     num_epochs: int = 1
     branches: bool = True
-    states: TrunkStates | None = None  # of rows that have `nodes`
+    states: Any = None  # `trunk.TrunkStates`, of rows that have `nodes`
 
     def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """Rows as one packed batch for a model that `accept_packed` prepared.
@@ -356,7 +353,7 @@ def make_batches(
     model: Any,
     base: BaseModel,
     tokenizer: Any,
-    states: TrunkStates | None = None,
+    states: Any = None,
 ) -> RowBatches | PackedBatches:
     """How rows become forward passes: a dialogue at a time, or rows of like length."""
     passes = training.gradient_accumulation_steps * training.world_size
