@@ -111,8 +111,14 @@ class TurnClassifier(SegmentMeanClassifier):
             embeddings.append(embed_turns(self.encoder, ids, mask))
         return gather_vectors(torch.cat(embeddings), members, starts, self.NUM_VECTORS)
 
-    def remember(self, trunk: Sequence[nn.Module]) -> None:
-        """Keep what frozen layers without dropout, the lowest, make of a turn: each turn goes through them once."""
+    def remember(self, trunk: Sequence[nn.Module], layers: Sequence[nn.Module]) -> None:
+        """Train no more of the encoder than `layers`; a turn goes through the `trunk` below, free of dropout, only once.
+
+        Frozen with the trunk is what serves all layers, such as the position biases of MPNet and DeBERTa.
+        """
+        trained = {id(weight) for layer in layers for weight in layer.parameters()}
+        for weight in self.encoder.parameters():
+            weight.requires_grad_(id(weight) in trained)
         _TrunkMemory(self.encoder, trunk)
 
 

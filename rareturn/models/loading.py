@@ -300,7 +300,7 @@ def freeze_trunk(model: nn.Module, cut: int) -> None:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     if isinstance(model, TurnClassifier):
-        model.remember(layers[:cut])
+        model.remember(layers[:cut], layers[cut:])
 
 
 def add_lora(
