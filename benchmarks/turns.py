@@ -3,7 +3,7 @@
 The fictional corpus, a minute or two of one core:
     OMP_NUM_THREADS=1 python benchmarks/turns.py --train_file data/demo/train.json --label_guide data/demo/label_guide.yaml
 Real rows:
-    OMP_NUM_THREADS=1 python benchmarks/turns.py --train_file train.json --max_train_samples 200
+    OMP_NUM_THREADS=1 python benchmarks/turns.py --train_file train.json --num_dialogues 20
 
 The baseline is `recipes/minilm/psydefconv.yaml`: pairs of target and context, 64 tokens, averaged, all layers trained. A
 step has 16 rows on average everywhere. The settings take turns, an epoch each, for several rounds; the first round of a
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -29,7 +30,6 @@ from tqdm import tqdm
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rareturn.command_line import REQUIRED, flag, parse_arguments, provenance, run, start_logging
-from rareturn.data.folds import limit_rows
 from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Row, load_rows
 from rareturn.files import write_json
@@ -58,7 +58,7 @@ class ScriptArguments:
     train_file: str = flag(REQUIRED, "Labelled rows.")
     label_guide: str = flag("label_guides/dmrs.yaml", "The labels' YAML file.")
     model_name_or_path: str = flag("sentence-transformers/all-MiniLM-L6-v2", "Encoder: a Hub id or a folder.")
-    max_train_samples: int | None = flag(None, "Rows to take at most, drawn label by label.")
+    num_dialogues: int | None = flag(None, "Dialogues to take, drawn by the seed. Default: all.")
     trainable_layers: list[int] = flag([4, 2, 1], "Settings with turns: layers trained, from the top.")
     repeats: int = flag(3, "Rounds; medians are reported, and three leave out an outlier.")
     seed: int = flag(42, "Of the heads and the order.")
@@ -128,7 +128,10 @@ def main() -> None:
     start_logging(logging.WARNING)
 
     guide = load_label_guide(arguments.label_guide)
-    rows = limit_rows(load_rows(arguments.train_file, guide), arguments.max_train_samples)
+    rows = load_rows(arguments.train_file, guide)
+    names = sorted({row.dialogue_id for row in rows})
+    chosen = set(np.random.default_rng(arguments.seed).permutation(names)[: arguments.num_dialogues])
+    rows = [row for row in rows if row.dialogue_id in chosen]
     settings = [Setting(arguments, guide, rows, trained) for trained in (0, *arguments.trainable_layers)]
     first = {setting: setting.epoch(0) for setting in settings}
     epochs: dict[Setting, list[float]] = {setting: [] for setting in settings}

@@ -159,7 +159,11 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         encoder = _load_weights(AutoModel, base, config)
         encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
         if base.pooling == "turns":
-            encoder.config.num_hidden_layers = keep_layers(encoder, default_layer(config))
+            layer = default_layer(config)
+            keep_layers(encoder, layer)
+            encoder.config.num_hidden_layers = layer
+            if getattr(encoder.config, "layer_types", None):
+                encoder.config.layer_types = encoder.config.layer_types[:layer]
         config_class, model_class = POOLED[base.pooling]
         attention = encoder.config._attn_implementation
         pooled = config_class(encoder.config, attn_implementation=attention, **head)
@@ -184,11 +188,10 @@ def layer_list(backbone: nn.Module) -> nn.ModuleList:
     )
 
 
-def keep_layers(backbone: nn.Module, count: int) -> int:
+def keep_layers(backbone: nn.Module, count: int) -> None:
     """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
     if count < backbone.config.get_text_config().num_hidden_layers:
         del layer_list(backbone)[count:]
-    return count
 
 
 def default_layer(config: Any) -> int:
