@@ -234,12 +234,10 @@ def main() -> None:
     # Logging
     import transformers
 
-    from rareturn.models import loading
+    from rareturn.models import loading, probing, turns
     from rareturn.models.inference import predict_logits
-    from rareturn.models.packing import accept_packed, decide_packing, make_batches
-    from rareturn.models.probing import init_head
+    from rareturn.models.packing import accept_packed, decide_packing
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
-    from rareturn.models.turns import make_renderer, make_turn_batches
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -261,7 +259,7 @@ def main() -> None:
     how = {name: getattr(options, name) for name in loading.LOADING}
     base = loading.find_base_model(options.model_name_or_path, options.model_revision, **how)
     encoder, tokenizer = loading.is_encoder(loading.load_config(base)), loading.load_tokenizer(base)
-    renderer = make_renderer(base, tokenizer, data.guide, arguments.window)
+    renderer = turns.make_renderer(base, tokenizer, data.guide, arguments.window)
     cut, flags = loading.trunk_layers(base, options.trainable_layers), (arguments, options, training)
     loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
     facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
@@ -278,21 +276,17 @@ def main() -> None:
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
-    rows_and_sizes = f"{len(train)} training rows {counts.tolist()}; {trainable:,} of {total:,} parameters"
-    logger.info(f"fold {fold}: {rows_and_sizes}")
+    logger.info(f"fold {fold}: {len(train)} rows {counts.tolist()}; {trainable:,} of {total:,} parameters")
 
     # Train
     rendered = {name: renderer.render(rows) for name, rows in {"train": train, **missing}.items()}
     batching = (arguments, training, model, base, tokenizer)
-    batches = {name: make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
-    if options.pooling == "turns":
-        batches = dict.fromkeys(rendered, make_turn_batches(arguments, training, tokenizer.pad_token_id))
+    batches = {name: turns.make_batches(*batching, max(map(len, rows))) for name, rows in rendered.items()}
     if arguments.pack_dialogues:
         accept_packed(model)
     plan = batches["train"].plan(train, rendered["train"], training.seed)
-    if options.head_init == "probe" and not saved.exists() and checkpoint is None:
-        fitting = {"num_labels": len(counts), "weights": options.class_weights, "C": options.head_C}
-        init_head(model, batches["train"], train, rendered["train"], bf16=training.bf16, **fitting)
+    if options.head_init == "probe" and not (saved.exists() or checkpoint):
+        probing.init_head(model, batches["train"], train, rendered["train"], options, training.bf16)
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
         folder.write_run_info(run_dir, info, *flags)

@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,8 @@ class Setting:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
         start = time.process_time()
         if trained:
-            fitting = {"num_labels": len(guide.labels), "weights": "inverse_sqrt", "C": 10.0}
-            init_head(self.model, self.batches, rows, self.rendered, bf16=False, **fitting)
+            options = SimpleNamespace(class_weights="balanced", head_C=10.0)
+            init_head(self.model, self.batches, rows, self.rendered, options, bf16=False)
         self.start = time.process_time() - start
 
     def epoch(self, number: int) -> float:

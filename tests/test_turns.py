@@ -285,6 +285,27 @@ def test_a_saved_model_gives_the_oof_logits(encoder, demo, tmp_path, tuning, cap
     assert table.logits.std() > 0.1
 
 
+def test_a_trained_model_is_trained_on(encoder, tmp_path, capsys):
+    flags = FLAGS | {
+        "model_name_or_path": encoder,
+        "tuning": "full",
+        "max_train_samples": 32,
+        "num_train_epochs": 1,
+    }
+    assert run_script(run_classification.main, **flags, output_dir=tmp_path / "first") == 0
+    flags |= {"model_name_or_path": tmp_path / "first/fold-0/adapter", "trainable_layers": 3}
+    assert run_script(run_classification.main, **flags, output_dir=tmp_path / "second") == 0
+    layers = json.loads((tmp_path / "second/fold-0/adapter/config.json").read_text())["encoder"][
+        "num_hidden_layers"
+    ]
+    assert layers == 4
+    capsys.readouterr()
+    assert (
+        run_script(run_classification.main, **flags | {"pooling": "mean"}, output_dir=tmp_path / "third") == 2
+    )
+    assert "first/fold-0/adapter: was not trained with --pooling mean" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_the_head_starts_from_the_probe_s(encoder, tmp_path, tuning):
     common = WINDOW | {

@@ -148,6 +148,8 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     if base.pooling in POOLED and not is_encoder(config):
         problem = f"{base.name} is a decoder, read at its last token"
         raise InputError(f"--pooling {base.pooling} is for encoders; {problem}")
+    if isinstance(config, SegmentMeanConfig) and isinstance(config, TurnConfig) != (base.pooling == "turns"):
+        raise InputError(f"{base.name}: was not trained with --pooling {base.pooling}")
     head = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
@@ -283,13 +285,18 @@ def _settled(model: nn.Module) -> nn.Module:
 
 def trunk_layers(base: BaseModel, trainable_layers: int | None) -> int:
     """How many layers lie below those that are trained; None trains all."""
+    if trainable_layers is None:
+        return 0
     config = load_config(base)
-    layers = config.get_text_config().num_hidden_layers
-    if base.pooling == "turns":
-        layers = default_layer(config)
-    if trainable_layers is not None and trainable_layers > layers:
+    if isinstance(config, SegmentMeanConfig):
+        layers = config.encoder.num_hidden_layers
+    else:
+        layers = (
+            default_layer(config) if base.pooling == "turns" else config.get_text_config().num_hidden_layers
+        )
+    if trainable_layers > layers:
         raise InputError(f"--trainable_layers {trainable_layers}: {base.name} has {layers}")
-    return 0 if trainable_layers is None else layers - trainable_layers
+    return layers - trainable_layers
 
 
 def freeze_trunk(model: nn.Module, cut: int) -> None:

@@ -39,7 +39,7 @@ from rareturn.models.loading import (
 )
 from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
-from rareturn.models.turns import PARTS, TurnBatches, TurnRenderer, pad_turns, share_turns
+from rareturn.models.turns import PARTS, RenderedTurns, TurnBatches, TurnRenderer, pad_turns, share_turns
 
 logger = logging.getLogger(__name__)
 
@@ -243,27 +243,29 @@ def init_head(
     model: nn.Module,
     batches: TurnBatches,
     rows: Sequence[Row],
-    rendered: Sequence[Any],
-    *,
+    rendered: Sequence[RenderedTurns],
+    options: Any,
     bf16: bool,
-    **fitting: Any,
 ) -> None:
     """Give a `TurnClassifier`, or a PEFT model around one, the logistic head on its vectors of the rows.
 
-    Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). `fitting` is the rest of `fit_head`'s arguments.
+    `options` are the flags of run_classification.py: `class_weights` and `head_C`, which `fit_head` takes.
+    Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
     """
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device, was_training = classifier.device, model.training
-    model.eval()
-    features = np.zeros((len(rows), classifier.config.encoder.hidden_size * len(PARTS)), dtype=np.float32)
+    device, width = classifier.device, classifier.config.encoder.hidden_size
+    features = np.zeros((len(rows), len(PARTS) * width), dtype=np.float32)
+    model.eval()  # the Trainer sets it to training
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in batches.prediction_batches(rows, rendered):
             inputs = batches.collate([rendered[index] for index in batch])
             inputs = {key: value.to(device) for key, value in inputs.items()}
             features[batch] = classifier.vectors(**inputs).cpu().numpy()
-    model.train(was_training)
-    labels = np.array([row.label for row in rows])
-    head = fit_head(features, labels, block_size=classifier.config.encoder.hidden_size, **fitting)
+    labels, fitting = (
+        np.array([row.label for row in rows]),
+        {"weights": options.class_weights, "C": options.head_C},
+    )
+    head = fit_head(features, labels, num_labels=model.config.num_labels, block_size=width, **fitting)
     weight = head.coef.astype(np.float64) / head.scale
     bias = head.intercept - weight @ head.mean
     for module in model.modules():

@@ -24,9 +24,10 @@ from transformers import AutoModel
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer, fold_whitespace
 from rareturn.data.rows import Row
+from rareturn.models import packing
 from rareturn.models.loading import BaseModel, is_encoder, load_config
 from rareturn.models.packing import PackedBatches, RowGroups
-from rareturn.models.training import Batch, FoldTrainingArguments
+from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ class TurnRenderer:
     fingerprint = None  # there is no prompt
 
     def __init__(self, base: BaseModel, tokenizer: Any, window: Mapping[str, int]):
+        config = load_config(base)
+        config = getattr(config, "encoder", config)  # a trained `TurnClassifier`'s
         with torch.device("meta"):
-            encoder = AutoModel.from_config(load_config(base), trust_remote_code=base.trust_remote_code)
+            encoder = AutoModel.from_config(config, trust_remote_code=base.trust_remote_code)
         self.tokenizer, self.max_turns = tokenizer, window["max_turns"]
         self.limit = min(window["max_seq_length"], position_limit(encoder), tokenizer.model_max_length)
 
@@ -159,8 +162,12 @@ class TurnBatches(PackedBatches):
         return pad_turns(turns, self.pad_token_id) | {"members": members, "starts": starts}
 
 
-def make_turn_batches(arguments: Any, training: FoldTrainingArguments, pad_token_id: int) -> TurnBatches:
-    """As many rows a step as without sharing, in passes of at most `tokens_per_batch` tokens of distinct turns."""
+def make_batches(
+    arguments: Any, training: FoldTrainingArguments, model: Any, base: BaseModel, tokenizer: Any, longest: int
+) -> RowBatches | PackedBatches:
+    """How rows become forward passes: turn by turn, or as `packing.make_batches` decides."""
+    if base.pooling != "turns":
+        return packing.make_batches(arguments, training, model, base, tokenizer, longest)
     passes = training.gradient_accumulation_steps * training.world_size
     sizes = training.train_batch_size * passes, passes, arguments.tokens_per_batch
-    return TurnBatches(*sizes, math.ceil(training.num_train_epochs), pad_token_id=pad_token_id)
+    return TurnBatches(*sizes, math.ceil(training.num_train_epochs), pad_token_id=tokenizer.pad_token_id)
