@@ -126,7 +126,7 @@ def main() -> None:
     taken["batch_size"] = arguments.per_device_eval_batch_size
     frozen = probing.FrozenFeatures(base, data.guide, **taken)
     facts = {"seed": arguments.seed, "loader": base.loader | {"bf16": arguments.bf16}}
-    facts["prompt_fingerprint"] = frozen.renderer.fingerprint if frozen.renderer else None
+    facts["prompt_fingerprint"] = frozen.renderer.fingerprint
     facts["features"] = {"layer": frozen.layer, "parts": list(frozen.parts)}
     info = folder.describe_run(run_name, data, base, arguments, **facts)
     folder.check_same_run(run_dir, info, arguments)  # before the model is loaded

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import shutil
 import time
@@ -76,9 +77,16 @@ class ModelArguments:
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
-    pooling: Literal["native", "mean"] = flag(
-        "native", "native: the architecture's own head; mean (encoders): averages of target and context."
+    pooling: Literal["native", "mean", "turns"] = flag(
+        "native",
+        "native: the architecture's own head; for encoders, mean: averages of target and context; turns: the linear "
+        "probe's averages of turns, each turn encoded once, --max_seq_length tokens of each at most.",
     )
+    head_init: Literal["random", "probe"] = flag(
+        "random",
+        "probe (turns): start from the logistic head that linear_probe.py fits, not from a random one.",
+    )
+    head_C: float = flag(10.0, "Its inverse L2 penalty. 10: what linear_probe.py chose on PsyDefConv.")
     attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
@@ -106,6 +114,10 @@ class ModelArguments:
             raise ValueError("--quantization nf4 needs --tuning lora: 4-bit weights cannot be trained")
         if self.trainable_layers is not None and self.trainable_layers < 1:
             raise ValueError(f"--trainable_layers {self.trainable_layers}: one layer or more")
+        if self.head_init == "probe" and self.pooling != "turns":
+            raise ValueError("--head_init probe needs --pooling turns, whose vectors are the probe's")
+        if not 0 < self.head_C < math.inf:
+            raise ValueError(f"--head_C must be a positive number, not {self.head_C}")
 
 
 def fold_training_arguments() -> type:
@@ -248,9 +260,9 @@ def main() -> None:
     # Logging
     import transformers
 
-    from rareturn.models import loading
+    from rareturn.models import loading, probing, turns
     from rareturn.models.inference import predict_logits
-    from rareturn.models.packing import accept_packed, decide_packing, make_batches
+    from rareturn.models.packing import accept_packed, decide_packing
     from rareturn.models.training import CheckpointSeal, class_weights, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)
@@ -273,7 +285,7 @@ def main() -> None:
     how = {name: getattr(options, name) for name in loading.LOADING}
     base = loading.find_base_model(options.model_name_or_path, options.model_revision, **how)
     encoder, tokenizer = loading.is_encoder(loading.load_config(base)), loading.load_tokenizer(base)
-    renderer = Renderer(tokenizer, data.guide, is_encoder=encoder, **arguments.window)
+    renderer = turns.make_renderer(base, tokenizer, data.guide, arguments.window)
     cut, flags = loading.trunk_layers(base, options.trainable_layers), (arguments, options, training)
     loader = base.loader | {"bf16": training.bf16, "tuning": options.tuning}
     facts = {"prompt_fingerprint": renderer.fingerprint, "processes": training.world_size}
@@ -292,14 +304,15 @@ def main() -> None:
     rendered, base, states = render(parts, data, renderer, base, cut, limit, training.bf16)
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
-    sizes = f"{trainable:,} of {total:,} parameters"
-    logger.info(f"fold {fold}: {len(train)} training rows {counts.tolist()}; {sizes}")
+    logger.info(f"fold {fold}: {len(train)} rows {counts.tolist()}; {trainable:,} of {total:,} parameters")
 
     # Train
-    batches = make_batches(arguments, training, model, base, tokenizer, states)
+    batches = turns.make_batches(arguments, training, model, base, tokenizer, states)
     if arguments.pack_dialogues:
         accept_packed(model)
     plan = batches.plan(train, rendered["train"], training.seed)
+    if options.head_init == "probe" and not (saved.exists() or checkpoint):
+        probing.init_head(model, batches, train, rendered["train"], options, training.bf16)
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
         folder.write_run_info(run_dir, info, *flags)

@@ -27,6 +27,7 @@ from rareturn.models.loading import BaseModel, is_encoder
 from rareturn.models.packing import PackedBatches, accept_packed, can_branch
 from rareturn.models.probing import FrozenFeatures, LinearHead
 from rareturn.models.training import RowBatches
+from rareturn.models.turns import TurnBatches, TurnRenderer, make_renderer
 from rareturn.runs.bundle import Bundle, BundledRun, model_folders, read_bundle
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ class Prediction:
     decided_by: str
 
 
-def _check_prompt(run: BundledRun, renderer: Renderer | None) -> None:
+def _check_prompt(run: BundledRun, renderer: Renderer | TurnRenderer) -> None:
     """Refuse a run whose rows would be rendered in another way than in training."""
-    if run.prompt_fingerprint not in (None, renderer and renderer.fingerprint):
+    if run.prompt_fingerprint not in (None, renderer.fingerprint):
         raise InputError(f"{run.name}: this program renders rows otherwise than the one that trained the run")
 
 
@@ -62,10 +63,12 @@ class _TrainedVoter:
     ):
         self.bf16, tokenizer = run.loader.bf16, loading.load_tokenizer(base)
         self.is_encoder = is_encoder(loading.load_config(base))
-        self.renderer = Renderer(tokenizer, guide, is_encoder=self.is_encoder, **run.window.model_dump())
+        self.renderer = make_renderer(base, tokenizer, guide, run.window.model_dump())
         _check_prompt(run, self.renderer)
         self.scope = run.label_scope
-        self.padded = RowBatches(tokenizer.pad_token_id, 1, 1, 32, segment_name(base, tokenizer))
+        self.batches = RowBatches(tokenizer.pad_token_id, 1, 1, 32, segment_name(base, tokenizer))
+        if base.pooling == "turns":
+            self.batches = TurnBatches(pad_token_id=tokenizer.pad_token_id)
         self.models = [bases.load_fold(base, folder, guide, tokenizer.pad_token_id) for folder in folders]
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -74,7 +77,7 @@ class _TrainedVoter:
         for model, adapter in self.models:
             if adapter is not None:
                 model.set_adapter(adapter)
-            batches = self.padded if self.is_encoder else PackedBatches(branches=can_branch(model))
+            batches = self.batches if self.is_encoder else PackedBatches(branches=can_branch(model))
             how = {"scope": self.scope, "bf16": self.bf16, "alone": True}
             results.append(predict_logits(model, batches, rows, rendered, **how))
         return results

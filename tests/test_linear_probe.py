@@ -31,9 +31,8 @@ from rareturn.models.probing import (
     choose_C,
     fit_head,
     inner_folds,
-    keep_layers,
-    position_limit,
 )
+from rareturn.models.turns import position_limit
 from rareturn.runs.folder import metrics_path
 from rareturn.runs.reading import read_run
 
@@ -327,7 +326,7 @@ def test_a_row_sees_its_window_only(encoder):
 
 def test_each_distinct_turn_is_encoded_once(encoder, demo, monkeypatch):
     encoded = []
-    real = keep_layers
+    real = probing.keep_layers
 
     def watch(backbone, count):
         real(backbone, count)

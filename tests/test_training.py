@@ -422,5 +422,5 @@ def test_recipe_parses(recipe: Path):
     assert data.fold_seed == 42 and data.num_folds == 5 and data.train_file
     assert Path(training.output_dir).parent == Path("outputs")
     effective = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert effective == 16 and training.num_train_epochs >= 3
-    assert model.class_weights == "inverse_sqrt"
+    assert effective == 16 and training.num_train_epochs >= (2 if model.head_init == "probe" else 3)
+    assert model.class_weights == ("balanced" if model.head_init == "probe" else "inverse_sqrt")

