@@ -125,8 +125,8 @@ def lines_of(path: Path) -> int:
 
 def test_sizes():
     files = [ROOT / name for name in SCRIPTS] + PACKAGE + sorted((ROOT / "metrics").rglob("*.py"))
-    # 8,000 for the house of issue 9; what came since: the trunk, turn pooling, tables, metrics and given splits.
-    assert sum(map(lines_of, files)) <= 9350
+    # 8,000 for the house of issue 9; what came since: trunk, turns, tables, metrics, given splits, variants by a model.
+    assert sum(map(lines_of, files)) <= 9600
     assert not [path.name for path in files if lines_of(path) > 450]
     assert not [name for name in SCRIPTS if lines_of(ROOT / name) > 380]
     for name in SCRIPTS:
