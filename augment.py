@@ -20,6 +20,7 @@ output holds the variants alone, each with the id `<source>#aug<j>` (j from 0) a
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,15 +115,14 @@ def prompt(template: str, source: Row, guide: LabelGuide, **parts: str | int) ->
 
 def texts_in(answer: str) -> list[str]:
     """The last JSON list of texts in an answer, whatever stands around it; none where there is no such list."""
-    decoder, found, place = json.JSONDecoder(strict=False), [], answer.find("[")
-    while place >= 0:
+    decoder, found, end = json.JSONDecoder(strict=False), [], 0
+    while begins := re.compile(r'\[\s*"').search(answer, end):
         try:
-            value, end = decoder.raw_decode(answer, place)
+            value, end = decoder.raw_decode(answer, begins.start())
         except (ValueError, RecursionError):
-            end = place + 1
+            end = begins.end()
         else:
-            found = value if value and all(isinstance(text, str) for text in value) else found
-        place = answer.find("[", end)
+            found = value if all(isinstance(text, str) for text in value) else found
     return found
 
 

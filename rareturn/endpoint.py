@@ -6,6 +6,7 @@ an interrupted run goes on for nothing. The key comes from the environment and g
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -52,12 +53,17 @@ class EndpointArguments:
 
 
 def render_prompt(name: str, **parts: Any) -> str:
-    """A template of `rareturn/prompts`, filled in; one that needs a part that is not given raises."""
+    """A template of `rareturn/prompts`, filled in."""
+    return _template(name).render(parts)
+
+
+@functools.cache
+def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     how = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(packaged("prompts")), **how)
-    return environment.get_template(f"{name}.jinja").render(parts)
+    return environment.get_template(f"{name}.jinja")
 
 
 @dataclass

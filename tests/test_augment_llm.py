@@ -122,7 +122,8 @@ def test_the_same_again_costs_nothing(tmp_path: Path, capsys):
         ("1. Also gut. 2. Ja.", 0),
         ('["Also gut", "Ja', 0),
         ("[1, 2]", 0),
-        ("[" * 9000, 0),
+        ('["Also gut", ' + "[" * 9000, 0),
+        ('["Also gut", 2]', 0),
         ("", 0),
         (None, 0),  # a refusal
         (Reply(status=400, body={"error": {"message": "filtered", "code": "content_filter"}}), 0),
