@@ -19,12 +19,12 @@ output holds the variants alone, each with the id `<source>#aug<j>` (j from 0) a
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
@@ -33,7 +33,7 @@ from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_gu
 from rareturn.data.rendering import render_turn
 from rareturn.data.rows import DataArguments, Row, load_rows, row_columns
 from rareturn.data.variants import augment_text
-from rareturn.endpoint import Endpoint, EndpointArguments, render_prompt
+from rareturn.endpoint import Endpoint, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -52,6 +52,7 @@ The rows hold dialogue text, so the licence of the source data applies to them.
 
 
 CONTEXT_TURNS = 30  # before the target: those that a decoder sees by default
+YES = re.compile(r"(?is)(.*</think>)?\W*yes\b")
 
 
 @dataclass
@@ -64,9 +65,7 @@ class ScriptArguments:
     rare_below: int = flag(90, "A label of fewer rows is rare. 90 gives the paper's 2, 4, 5, 8, without 3.")
     k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
     seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
-    llm: str | None = flag(
-        None, "Model that writes variants in any language and judges them. Sends it the dialogues' text."
-    )
+    llm: str | None = flag(None, "Model that writes and judges variants, in any language: it gets the text.")
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -106,11 +105,9 @@ def variants_of(source: Row, texts: Sequence[str]) -> list[Row]:
 
 def prompt(template: str, source: Row, guide: LabelGuide, **parts: str | int) -> str:
     """A prompt about a row; the dialogue before it as a decoder sees it."""
-    *context, target = source.turns[-CONTEXT_TURNS - 1 :]
-    said, label = "".join(map(render_turn, context)), guide.labels[source.label]
-    return render_prompt(
-        template, guide=guide, label=label, context=said, text=target.text, speaker=target.speaker, **parts
-    )
+    *context, (text, speaker) = source.turns[-CONTEXT_TURNS - 1 :]
+    parts |= {"label": guide.labels[source.label], "context": "".join(map(render_turn, context))}
+    return prompt_template(template).render(parts, guide=guide, text=text, speaker=speaker)
 
 
 def texts_in(answer: str) -> list[str]:
@@ -145,30 +142,26 @@ def usable(answer: str, source: str, k: int, dropped: Counter[str]) -> list[str]
 
 def written_texts(sources: Sequence[Row], k: int, guide: LabelGuide, endpoint: Endpoint) -> list[list[str]]:
     """For each source at most `k` texts that the model wrote and, asked again, found to keep label and facts."""
-    said, dropped = [source.turns[-1].text for source in sources], Counter()
-    writing = [prompt("paraphrase", source, guide, k=k) for source in sources]
-    judged = partial(prompt, "judge", guide=guide)
-    at_most, answers = list(writing), 0
-    for source, text, asked in zip(sources, said, writing, strict=True):
-        answer = endpoint.cached(asked)
-        expected = [text] * k if answer is None else usable(answer, text, k, Counter())
-        at_most += [judged(source=source, variant=variant) for variant in expected]
-        answers += 2 * k * len(text.encode()) if answer is None else len(expected)
-    endpoint.plan(at_most, answers)
 
-    replies = endpoint.ask(writing, "variants")
-    found = [usable(reply, text, k, dropped) for reply, text in zip(replies, said, strict=True)]
-    pairs = [(source, text) for source, texts in zip(sources, found, strict=True) for text in texts]
-    judging = [judged(source=source, variant=text) for source, text in pairs]
-    verdicts = endpoint.ask(judging, "judgements")
-    kept = {source.id: [] for source in sources}
-    for (source, text), verdict in zip(pairs, verdicts, strict=True):
-        if verdict.rpartition("</think>")[2].strip(" *\"'\n").casefold().startswith("yes"):
-            kept[source.id].append(text)
-        else:
-            dropped["refused by the judge"] += 1
+    def judging(found: Sequence[Sequence[str]]) -> list[str]:
+        pairs = [(source, text) for source, texts in zip(sources, found, strict=True) for text in texts]
+        return [prompt("judge", source, guide, variant=text) for source, text in pairs]
+
+    def texts_of(answers: Sequence[str | None]) -> list[list[str]]:
+        pairs = zip(answers, (source.turns[-1].text for source in sources), strict=True)
+        return [[text] * k if answer is None else usable(answer, text, k, dropped) for answer, text in pairs]
+
+    dropped: Counter[str] = Counter()
+    writing = [prompt("paraphrase", source, guide, k=k) for source in sources]
+    likely = texts_of(list(map(endpoint.cached, writing)))  # of an unknown answer: the source, k times
+    endpoint.plan([*writing, *judging(likely)], list(itertools.chain(*likely)))
+    dropped.clear()
+    found = texts_of(endpoint.ask(writing, "variants"))
+    verdicts = iter(endpoint.ask(judging(found), "judgements"))
+    kept = [[text for text in texts if YES.match(next(verdicts))] for texts in found]
+    dropped["refused by the judge"] = sum(map(len, found)) - sum(map(len, kept))
     print("dropped:", ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "nothing")
-    return list(kept.values())
+    return kept
 
 
 def file_bytes(rows: Sequence[Row], columns: Mapping[str, str], suffix: str) -> bytes:
@@ -217,11 +210,7 @@ def card(rows: Sequence[Row], guide: LabelGuide, llm: str | None = None) -> str:
 
 
 def push(
-    rows: Sequence[Row],
-    made: ScriptArguments,
-    columns: Mapping[str, str],
-    hub: HubArguments,
-    guide: LabelGuide,
+    rows: Sequence[Row], made: ScriptArguments, data: DataArguments, hub: HubArguments, guide: LabelGuide
 ) -> None:
     """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
@@ -229,7 +218,7 @@ def push(
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    table = file_bytes(rows, columns, ".parquet")
+    table = file_bytes(rows, data.columns, ".parquet")
     files = {"augmented.parquet": table, "README.md": card(rows, guide, made.llm).encode()}
     options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": made.output_file}
     sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", **options)
@@ -238,8 +227,8 @@ def push(
 
 def main() -> None:
     # Arguments and logging
-    own = (ScriptArguments, EndpointArguments, DataArguments, HubArguments)
-    arguments, where, data, hub = parse_arguments(own, __doc__)
+    own = (ScriptArguments, Endpoint, DataArguments, HubArguments)
+    arguments, endpoint, data, hub = parse_arguments(own, __doc__)
     start_logging()
 
     # Data
@@ -253,14 +242,15 @@ def main() -> None:
     originals = [row for row in rows if row.augmented_from is None]
     if hub.push_only:
         variants = load_rows(output_file, guide, columns=data.columns, sources_of_augmented=originals)
-        return push(variants, arguments, data.columns, hub, guide)
+        return push(variants, arguments, data, hub, guide)
     labels = selected_labels(arguments, originals, guide)
     sources = [row for row in originals if row.label in labels]
 
     # Variants
     k, seed = arguments.k, arguments.seed
     if arguments.llm:
-        texts = written_texts(sources, k, guide, Endpoint(arguments.llm, where, seed))
+        endpoint.model, endpoint.seed = arguments.llm, seed
+        texts = written_texts(sources, k, guide, endpoint)
     else:
         numbered = enumerate(sources)
         texts = [augment_text(row.turns[-1].text, number, k, f"{seed}/{row.id}") for number, row in numbered]
@@ -270,12 +260,7 @@ def main() -> None:
     if taken:
         raise InputError(*(f"{train_file}: {name}: the file has this variant already" for name in taken))
     if not variants:
-        none = (
-            f"{arguments.llm} wrote no variant of"
-            if arguments.llm
-            else "no pattern finds anything to change in"
-        )
-        raise InputError(f"{train_file}: {none} {len(sources)} rows")
+        raise InputError(f"{train_file}: no variant of {len(sources)} rows could be made")
 
     # Save
     write_bytes(output_file, file_bytes(variants, data.columns, Path(output_file).suffix))
@@ -284,7 +269,7 @@ def main() -> None:
 
     # Push
     if hub.push_to_hub:
-        push(variants, arguments, data.columns, hub, guide)
+        push(variants, arguments, data, hub, guide)
 
 
 if __name__ == "__main__":

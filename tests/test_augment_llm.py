@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from llm_server import LlmServer, Reply
+from pyarrow.parquet import read_table
 from running import run_script, words_of
+from tiny_models import make_tiny_encoder
 
 import augment
+import linear_probe
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rows import load_rows
 
@@ -58,8 +61,7 @@ def written(path: Path) -> dict[str, list[str]]:
     """The variants' texts by source; the reader of training data checks ids, sources, labels and contexts."""
     originals = load_rows(str(GERMAN / "train.csv"), GUIDE)
     found: dict[str, list[str]] = {}
-    names = {name: name for name in ("id", "dialogue_id", "label")}
-    for row in load_rows(str(path), GUIDE, columns=names, sources_of_augmented=originals):
+    for row in load_rows(str(path), GUIDE, sources_of_augmented=originals):
         assert row.id == f"{row.augmented_from}#aug{len(found.get(row.augmented_from, []))}"
         found.setdefault(row.augmented_from, []).append(row.turns[-1].text)
     return found
@@ -79,7 +81,7 @@ def test_variants_in_german(tmp_path: Path, capsys):
     assert f"at most {ALL} requests (0 answers are in the cache), about " in printed
     assert "\ndropped: nothing\n" in printed and f"0 of {len(SOURCES)} sources gave fewer than 2" in printed
     assert len(server.requests) == ALL
-    assert {(one["model"], one["seed"], one["key"]) for one in server.requests} == {("gross-1", 42, "none")}
+    assert {(one["model"], one["seed"], one["key"]) for one in server.requests} == {("gross-1", 42, "no-key")}
 
     source = next(row for row in SOURCES if len(row.turns) > 2)
     writing, judging = (
@@ -119,6 +121,7 @@ def test_the_same_again_costs_nothing(tmp_path: Path, capsys):
         ('<think>Vielleicht ["so"]?</think>{}', 2),
         ('{{"texts": {}}}', 2),
         ("[[{}", 2),
+        ("Gern \ud800 {}", 2),  # half a character
         ("1. Also gut. 2. Ja.", 0),
         ('["Also gut", "Ja', 0),
         ("[1, 2]", 0),
@@ -178,7 +181,7 @@ def test_nothing_is_written_where_the_judge_refuses_all(tmp_path: Path, capsys):
     with LlmServer(lambda prompt: "no" if "<variant>" in prompt else good(prompt)) as server:
         assert run_script(augment.main, **flags(server, tmp_path / "out.jsonl")) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.endswith(f"train.csv: gross-1 wrote no variant of {len(SOURCES)} rows")
+    assert last.endswith(f"train.csv: no variant of {len(SOURCES)} rows could be made")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -206,9 +209,15 @@ def error_of(server: LlmServer | str, tmp_path: Path, capsys, **more: object) ->
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     with LlmServer(good, key=KEY) as server:
         host = server.url.removeprefix("http://").removesuffix("/v1")
-        assert error_of(server, tmp_path, capsys) == f"{host}: the key in OPENAI_API_KEY is missing (401)"
+        assert (
+            error_of(server, tmp_path, capsys)
+            == f"{host}: the key in OPENAI_API_KEY is missing or refused (401)"
+        )
         monkeypatch.setenv("OPENAI_API_KEY", KEY[:-1])
-        assert error_of(server, tmp_path, capsys) == f"{host}: the key in OPENAI_API_KEY is refused (401)"
+        assert (
+            error_of(server, tmp_path, capsys)
+            == f"{host}: the key in OPENAI_API_KEY is missing or refused (401)"
+        )
         assert not answers_kept(tmp_path)
         monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
         said = {"error": {"message": f"{KEY} has no money left"}}
@@ -310,6 +319,19 @@ def test_rows_that_say_the_same_share_an_answer(tmp_path: Path):
         assert run_script(augment.main, **given) == 0
     assert len(server.requests) == 3
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_trains_on_them_and_scores_the_table_alone(tmp_path: Path):
+    with LlmServer(good) as server:
+        assert run_script(augment.main, **flags(server, tmp_path / "out.jsonl")) == 0
+    data = {"label_guide": GERMAN / "label_guide.yaml", "train_file": GERMAN / "train.csv"}
+    model = {"model_name_or_path": make_tiny_encoder(tmp_path / "encoder"), "num_folds": 3, "C": 1}
+    more = {"augmented_file": tmp_path / "out.jsonl", "output_dir": tmp_path / "probe"}
+    assert run_script(linear_probe.main, **data, **model, **more) == 0
+    scored = [
+        name for fold in range(3) for name in read_table(tmp_path / f"probe/oof/fold-{fold}.parquet")["id"]
+    ]
+    assert sorted(map(str, scored)) == sorted(row.id for row in load_rows(str(data["train_file"]), GUIDE))
 
 
 def test_the_card_names_the_model(tmp_path: Path, hub_here, capsys):
