@@ -2,29 +2,38 @@
 # requires-python = ">=3.11"
 # dependencies = ["rareturn"]
 # ///
-"""Lexical variants of the target utterances of rare classes, for training only.
+"""Variants of the target utterances of rare classes, for training only: lexical ones, or a large model's (--llm).
 
-Variant j of source i (the running number of a source among the selected rows) takes pattern (i + j) mod 3; a pattern
-that finds nothing to change hands on to the next. Only the target changes, never its context. The output holds the
-variants alone, each with the id `<source>#aug<j>` (j from 0) and its source's id in `augmented_from`.
+Lexical variant j of source i (the running number of a source among the selected rows) takes pattern (i + j) mod 3; a pattern
+that finds nothing to change hands on to the next. These patterns are English. --llm serves any language: a model behind
+an OpenAI-compatible endpoint writes the variants and then judges each. The text of the selected dialogues leaves this
+machine for --base_url, so see first that licence and consent allow that. Only the target changes, never its context. The
+output holds the variants alone, each with the id `<source>#aug<j>` (j from 0) and its source's id in `augmented_from`.
 
     python augment.py --train_file AIMH/PsyDefConv:Splits/train.json --labels 2 3 4 5 8 --output_file augmented.jsonl
     python augment.py --label_guide data/demo/label_guide.yaml --train_file data/demo/train.json \\
         --labels 2 3 4 5 8 --output_file augmented.jsonl
+    python augment.py --label_guide data/german/label_guide.yaml --train_file data/german/train.csv \\
+        --llm qwen3-8b --base_url http://localhost:8000/v1 --output_file augmented.jsonl
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
-from rareturn.data.label_guide import LabelGuide, load_label_guide
+from rareturn.data.dialogues import text_problem
+from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_guide
+from rareturn.data.rendering import render_turn
 from rareturn.data.rows import DataArguments, Row, load_rows, row_columns
 from rareturn.data.variants import augment_text
+from rareturn.endpoint import Endpoint, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 
@@ -34,12 +43,16 @@ CARD = """---
 
 # Augmented rows
 
-{{ rows }} lexical variants of {{ sources }} rows{{ " of " + corpus if corpus }}, made by rareturn's augment.py for
+{{ rows }} {{ "" if llm else "lexical " }}variants of {{ sources }} rows{{ " of " + corpus if corpus }}, {{ "written and judged by " + llm + "," if llm else "made" }} by rareturn's augment.py for
 training only. Each names its source row in `augmented_from`: train on it only where its source is trained on, and
 never score on it.
 
 The rows hold dialogue text, so the licence of the source data applies to them.
 """
+
+
+CONTEXT_TURNS = 30  # before the target: those that a decoder sees by default
+YES = re.compile(r"(?is)(.*</think>)?\W*yes\b")
 
 
 @dataclass
@@ -52,6 +65,7 @@ class ScriptArguments:
     rare_below: int = flag(90, "A label of fewer rows is rare. 90 gives the paper's 2, 4, 5, 8, without 3.")
     k: int = flag(3, "Variants of a source row; 3 (the paper's) is one for each pattern.")
     seed: int = flag(42, "Chooses the words and their places; the same seed gives the same bytes.")
+    llm: str | None = flag(None, "Model that writes and judges variants, in any language: it gets the text.")
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -79,14 +93,75 @@ def selected_labels(arguments: ScriptArguments, rows: Sequence[Row], guide: Labe
     return labels
 
 
-def variants_of(source: Row, number: int, k: int, seed: int) -> list[Row]:
-    """At most `k` variants of the source, the selected row of that running number."""
+def variants_of(source: Row, texts: Sequence[str]) -> list[Row]:
+    """A variant of the source for each text."""
     *context, target = source.turns
     found = []
-    for j, text in enumerate(augment_text(target.text, number, k, f"{seed}/{source.id}")):
+    for j, text in enumerate(texts):
         turns = (*context, target._replace(text=text))
         found.append(replace(source, id=f"{source.id}#aug{j}", turns=turns, augmented_from=source.id))
     return found
+
+
+def prompt(template: str, source: Row, guide: LabelGuide, **parts: str | int) -> str:
+    """A prompt about a row; the dialogue before it as a decoder sees it."""
+    *context, (text, speaker) = source.turns[-CONTEXT_TURNS - 1 :]
+    parts |= {"label": guide.labels[source.label], "context": "".join(map(render_turn, context))}
+    return prompt_template(template).render(parts, guide=guide, text=text, speaker=speaker)
+
+
+def texts_in(answer: str) -> list[str]:
+    """The last JSON list of texts in an answer, whatever stands around it; none where there is no such list."""
+    decoder, found, end = json.JSONDecoder(strict=False), [], 0
+    while begins := re.compile(r'\[\s*"').search(answer, end):
+        try:
+            value, end = decoder.raw_decode(answer, begins.start())
+        except (ValueError, RecursionError):
+            end = begins.end()
+        else:
+            found = value if all(isinstance(text, str) for text in value) else found
+    return found
+
+
+def usable(answer: str, source: str, k: int, dropped: Counter[str]) -> list[str]:
+    """At most `k` texts of an answer that may be variants of the source; what is dropped is counted, by reason."""
+    texts, kept = texts_in(answer), {fold_whitespace(source).casefold(): source}
+    dropped["answers without a list of texts"] += not texts
+    for text in map(str.strip, texts[:k]):
+        folded = fold_whitespace(text).casefold()
+        if text_problem(text):
+            dropped["empty"] += 1
+        elif folded in kept:
+            dropped["repeated"] += 1
+        elif len(text) > 2 * len(source) + 20:
+            dropped["far longer than their source"] += 1
+        else:
+            kept[folded] = text
+    return list(kept.values())[1:]
+
+
+def written_texts(sources: Sequence[Row], k: int, guide: LabelGuide, endpoint: Endpoint) -> list[list[str]]:
+    """For each source at most `k` texts that the model wrote and, asked again, found to keep label and facts."""
+
+    def judging(found: Sequence[Sequence[str]]) -> list[str]:
+        pairs = [(source, text) for source, texts in zip(sources, found, strict=True) for text in texts]
+        return [prompt("judge", source, guide, variant=text) for source, text in pairs]
+
+    def texts_of(answers: Sequence[str | None]) -> list[list[str]]:
+        pairs = zip(answers, (source.turns[-1].text for source in sources), strict=True)
+        return [[text] * k if answer is None else usable(answer, text, k, dropped) for answer, text in pairs]
+
+    dropped: Counter[str] = Counter()
+    writing = [prompt("paraphrase", source, guide, k=k) for source in sources]
+    likely = texts_of(list(map(endpoint.cached, writing)))  # of an unknown answer: the source, k times
+    endpoint.plan([*writing, *judging(likely)], list(itertools.chain(*likely)))
+    dropped.clear()
+    found = texts_of(endpoint.ask(writing, "variants"))
+    verdicts = iter(endpoint.ask(judging(found), "judgements"))
+    kept = [[text for text in texts if YES.match(next(verdicts))] for texts in found]
+    dropped["refused by the judge"] = sum(map(len, found)) - sum(map(len, kept))
+    print("dropped:", ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "nothing")
+    return kept
 
 
 def file_bytes(rows: Sequence[Row], columns: Mapping[str, str], suffix: str) -> bytes:
@@ -121,7 +196,7 @@ def summary(rows: Sequence[Row], made: Sequence[tuple[Row, list[Row]]], k: int, 
     return f"{table.text()}\n{len(few)} of {len(made)} sources gave fewer than {k} variants{listed}{more}"
 
 
-def card(rows: Sequence[Row], guide: LabelGuide) -> str:
+def card(rows: Sequence[Row], guide: LabelGuide, llm: str | None = None) -> str:
     """The README.md of the pushed dataset; licence, language and corpus are those that the guide names."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -130,11 +205,12 @@ def card(rows: Sequence[Row], guide: LabelGuide) -> str:
     corpus |= {"source_datasets": [guide.dataset]} if guide.dataset else {}
     data = DatasetCardData(configs=configs, tags=["rareturn"], **corpus)
     numbers = {"rows": len(rows), "sources": len({row.augmented_from for row in rows})}
-    return str(DatasetCard.from_template(data, template_str=CARD, corpus=guide.dataset, **numbers)) + "\n"
+    parts = {"corpus": guide.dataset, "llm": llm, **numbers}
+    return str(DatasetCard.from_template(data, template_str=CARD, **parts)) + "\n"
 
 
 def push(
-    rows: Sequence[Row], kept_in: str, columns: Mapping[str, str], hub: HubArguments, guide: LabelGuide
+    rows: Sequence[Row], made: ScriptArguments, data: DataArguments, hub: HubArguments, guide: LabelGuide
 ) -> None:
     """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
@@ -142,50 +218,58 @@ def push(
 
     namespace = check_name(hub.hub_namespace, "hub_namespace")
     repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
-    table = file_bytes(rows, columns, ".parquet")
-    files = {"augmented.parquet": table, "README.md": card(rows, guide).encode()}
-    options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": kept_in}
+    table = file_bytes(rows, data.columns, ".parquet")
+    files = {"augmented.parquet": table, "README.md": card(rows, guide, made.llm).encode()}
+    options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": made.output_file}
     sha = push_files(repo_id, files, message=f"{len(rows)} augmented rows", **options)
     print(f"pushed {len(rows)} variants to {repo_id} at {sha}")
 
 
 def main() -> None:
     # Arguments and logging
-    arguments, data, hub = parse_arguments((ScriptArguments, DataArguments, HubArguments), __doc__)
+    own = (ScriptArguments, Endpoint, DataArguments, HubArguments)
+    arguments, endpoint, data, hub = parse_arguments(own, __doc__)
     start_logging()
 
     # Data
     guide = load_label_guide(data.label_guide)
-    if guide.language and guide.language.lower().split("-")[0] not in ("en", "eng", "english"):
-        but = "but the patterns of augment.py are English"
+    english = not guide.language or guide.language.lower().split("-")[0] in ("en", "eng", "english")
+    if not (arguments.llm or english):
+        but = "but the patterns of augment.py are English; --llm MODEL writes in any language"
         raise InputError(f"{data.label_guide}: language: {guide.language!r}, {but}")
     train_file, output_file = arguments.train_file, arguments.output_file
     rows = load_rows(train_file, guide, columns=data.columns)
     originals = [row for row in rows if row.augmented_from is None]
     if hub.push_only:
         variants = load_rows(output_file, guide, columns=data.columns, sources_of_augmented=originals)
-        return push(variants, output_file, data.columns, hub, guide)
+        return push(variants, arguments, data, hub, guide)
     labels = selected_labels(arguments, originals, guide)
     sources = [row for row in originals if row.label in labels]
 
     # Variants
-    numbered = enumerate(sources)
-    made = [(source, variants_of(source, number, arguments.k, arguments.seed)) for number, source in numbered]
+    k, seed = arguments.k, arguments.seed
+    if arguments.llm:
+        endpoint.model, endpoint.seed = arguments.llm, seed
+        texts = written_texts(sources, k, guide, endpoint)
+    else:
+        numbered = enumerate(sources)
+        texts = [augment_text(row.turns[-1].text, number, k, f"{seed}/{row.id}") for number, row in numbered]
+    made = [(source, variants_of(source, found)) for source, found in zip(sources, texts, strict=True)]
     variants = [variant for _, found in made for variant in found]
     taken = sorted({row.id for row in rows} & {variant.id for variant in variants})
     if taken:
         raise InputError(*(f"{train_file}: {name}: the file has this variant already" for name in taken))
     if not variants:
-        raise InputError(f"{train_file}: no pattern finds anything to change in {len(sources)} rows")
+        raise InputError(f"{train_file}: no variant of {len(sources)} rows could be made")
 
     # Save
     write_bytes(output_file, file_bytes(variants, data.columns, Path(output_file).suffix))
-    print(summary(originals, made, arguments.k, guide))
+    print(summary(originals, made, k, guide))
     print(f"wrote {len(variants)} variants to {output_file}")
 
     # Push
     if hub.push_to_hub:
-        push(variants, output_file, data.columns, hub, guide)
+        push(variants, arguments, data, hub, guide)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ def packaged(name: str | os.PathLike) -> Path:
     return inside if inside.exists() else outside
 
 
+def cache_dir(name: str) -> Path:
+    """`rareturn/NAME` under XDG_CACHE_HOME, or under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rareturn" / name
+
+
 def check_content(model: type[Model], content: Any, where: str) -> Model:
     """What a file holds, as a pydantic model; an InputError has a line for each problem and its place in the file.
 

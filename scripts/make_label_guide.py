@@ -111,7 +111,7 @@ def guide_text(
         f"# Made by scripts/make_label_guide.py from {Path(table).name}: {counts.total():,} labelled lines.",
         "# docs/YOUR_CORPUS.md explains every key. Fill in the lines marked TODO.",
         'task: "Classify the last turn."  # TODO: one sentence, in the language of the corpus',
-        "# language: en  # TODO: the language of the corpus; augment.py refuses any but en",
+        "# language: en  # TODO: the language of the corpus; augment.py without --llm refuses any but en",
         "# license: cc-by-4.0  # TODO: of the corpus; model cards state it",
         "# dataset: ORG/NAME  # TODO: where the corpus is; model cards state it",
         "columns:  # of its tables; flags such as --text_column win",

@@ -13,8 +13,18 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 PACKAGE = sorted((ROOT / "rareturn").rglob("*.py"))
 # A file may import from layers before its own, and from its own.
-LAYERS = (("errors", "files", "command_line"), ("data",), ("decisions",), ("models",), ("runs",), ("reports",), ("classifier",))  # fmt: skip
-HEAVY = ("torch", "transformers", "peft", "datasets", "evaluate", "matplotlib", "sklearn", "huggingface_hub")
+LAYERS = (("errors", "files", "command_line", "endpoint"), ("data",), ("decisions",), ("models",), ("runs",), ("reports",), ("classifier",))  # fmt: skip
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "evaluate",
+    "matplotlib",
+    "sklearn",
+    "huggingface_hub",
+    "openai",
+)
 
 
 def module_name(path: Path) -> str:

@@ -360,7 +360,8 @@ def test_a_corpus_in_another_language_is_refused(
     flags = ("--train_file", DEMO, "--labels", 2, "--output_file", output, "--label_guide", guide)
     errors = refused(monkeypatch, capsys, *flags)
     assert (
-        errors == f"augment.py: error: {guide}: language: 'de', but the patterns of augment.py are English\n"
+        errors
+        == f"augment.py: error: {guide}: language: 'de', but the patterns of augment.py are English; --llm MODEL writes in any language\n"
     )
     assert not output.exists()
 

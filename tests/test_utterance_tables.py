@@ -120,7 +120,8 @@ def test_english_patterns_are_refused_for_german(tmp_path: Path, capsys):
     flags = {"train_file": GERMAN / "train.csv", "label_guide": GUIDE, "output_file": tmp_path / "out.jsonl"}
     assert run_script(augment.main, **flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"augment.py: error: {GUIDE}: language: 'de', but the patterns of augment.py are English"
+    but = "but the patterns of augment.py are English; --llm MODEL writes in any language"
+    assert line == f"augment.py: error: {GUIDE}: language: 'de', {but}"
     assert not (tmp_path / "out.jsonl").exists()
 
 

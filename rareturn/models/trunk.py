@@ -29,7 +29,7 @@ from rareturn.data.folds import RunData
 from rareturn.data.rendering import Rendered, Renderer
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
-from rareturn.files import file_digest, read_json, write_bytes, write_json
+from rareturn.files import cache_dir, file_digest, read_json, write_bytes, write_json
 from rareturn.models import loading
 from rareturn.models.inference import place
 from rareturn.models.loading import BaseModel
@@ -111,7 +111,7 @@ def trunk_states(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for index in order:
         digest.update(len(numbered[index]).to_bytes(8, "little") + numbered[index].input_ids.tobytes())
-    folder = cache_dir() / digest.hexdigest()[:32]
+    folder = cache_dir("trunk") / digest.hexdigest()[:32]
     with _locked(folder, what):
         files = whole_parts(folder)
         if files is None:
@@ -122,11 +122,6 @@ def trunk_states(
             files = whole_parts(folder)
         os.utime(folder / INDEX)
         return rendered, TrunkStates(files)
-
-
-def cache_dir() -> Path:
-    """`rareturn/trunk` under XDG_CACHE_HOME, or under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rareturn" / "trunk"
 
 
 @contextlib.contextmanager
