@@ -261,11 +261,9 @@ def init_head(
             inputs = batches.collate([rendered[index] for index in batch])
             inputs = {key: value.to(device) for key, value in inputs.items()}
             features[batch] = classifier.vectors(**inputs).cpu().numpy()
-    labels, fitting = (
-        np.array([row.label for row in rows]),
-        {"weights": options.class_weights, "C": options.head_C},
-    )
-    head = fit_head(features, labels, num_labels=model.config.num_labels, block_size=width, **fitting)
+    labels = np.array([row.label for row in rows])
+    fitting = {"weights": options.class_weights, "C": options.head_C, "block_size": width}
+    head = fit_head(features, labels, num_labels=model.config.num_labels, **fitting)
     weight = head.coef.astype(np.float64) / head.scale
     bias = head.intercept - weight @ head.mean
     for module in model.modules():
