@@ -160,5 +160,5 @@ def test_secrets_are_hidden_and_nothing_else():
 
 
 def test_pushing_needs_a_place():
-    with pytest.raises(InputError, match="--push_to_hub needs --hub_namespace and --hub_name"):
+    with pytest.raises(InputError, match="--push_only needs --hub_namespace and --hub_name"):
         parse_arguments((HubArguments,), "", ["--push_only", "--hub_name", "demo"])

@@ -296,9 +296,10 @@ def test_a_column_called_dialogue_may_be_that_of_the_ids(tmp_path: Path):
 
 def write_variants(path: Path, rows: list[Row]) -> str:
     """A variant of each row, as augment.py writes it."""
-    variants = [
-        row for number, source in enumerate(rows) for row in augment.variants_of(source, number, 1, 42)
-    ]
+    variants = []
+    for number, source in enumerate(rows):
+        texts = augment.augment_text(source.turns[-1].text, number, 1, f"42/{source.id}")
+        variants += augment.variants_of(source, texts)
     path.write_bytes(augment.file_bytes(variants, {}, ".jsonl"))
     return str(path)
 
