@@ -462,3 +462,11 @@ def test_the_code_on_the_cards_of_a_probe_and_of_an_ensemble_runs(tmp_path, hub)
 def test_a_card_of_a_run_without_a_label_guide_has_no_code_that_could_not_run():
     card = run_card(run_info(label_guide=None), {"folds": {}})
     assert "```python" not in card and "no label guide" in card
+
+
+def test_the_card_of_a_run_on_turns_points_to_what_reads_it():
+    info = run_info()
+    info["loader"] = {**info["loader"], "pooling": "turns", "tuning": "full"}
+    card = run_card(info, {"folds": {}})
+    assert "```python" not in card and "single turns" in card
+    assert f"ensemble.py --runs ORG/NAME-oof:{info['name']}" in card

@@ -1,0 +1,29 @@
+"""Pushing what a training script made: complete folds, then the run's card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rareturn.command_line import HubArguments
+from rareturn.errors import InputError
+from rareturn.reports.cards import run_card, run_results
+from rareturn.runs.folder import complete_folds, read_run_info
+from rareturn.runs.publish import push_fold, push_run
+from rareturn.runs.references import model_repo
+
+
+def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = None) -> None:
+    """Push complete folds (None: all of them) and the card of the run, which covers every fold that is complete by then."""
+    info = read_run_info(run_dir) if (run_dir / "run.json").exists() else {"num_folds": 0}
+    folds = complete_folds(run_dir, info["num_folds"]) if folds is None else folds
+    if not folds:
+        raise InputError(f"{run_dir}: no fold is complete, so there is nothing to push")
+    where, private = (hub.hub_namespace, hub.hub_name), hub.hub_private_repo
+    shas: dict[str, str] = {}
+    for fold in folds:
+        shas |= push_fold(run_dir, fold, *where, private=private)
+    card = run_card(info, run_results(run_dir, info), model_repo(*where, info["name"]))
+    shas |= push_run(run_dir, *where, model_card=card, private=private)
+    for repo, sha in shas.items():
+        print(f"pushed fold {', '.join(map(str, folds))} of {info['name']} to {repo} at {sha}")
