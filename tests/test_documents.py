@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import csv
 import importlib
+import json
 import re
 import shlex
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
 from llm_server import LlmServer
 from running import run_script
 from test_augment_llm import good
-from tiny_models import make_tiny_encoder
+from tiny_models import make_tiny_decoder, make_tiny_encoder
 
 import linear_probe
+import run_classification
+from rareturn.data.label_guide import load_label_guide
 from rareturn.models import loading
 
 ROOT = Path(__file__).parent.parent
@@ -101,3 +107,82 @@ def test_the_commands_and_the_code_of_the_readme_run(newcomer: Path, monkeypatch
     exec(compile(code, "README.md", "exec"), {})
     label, probability, decided_by = capsys.readouterr().out.rsplit(maxsplit=2)
     assert label and 0 <= float(probability) <= 1 and decided_by
+
+
+def script_of(page: str, name: str) -> str:
+    (code,) = [
+        code for code in blocks((ROOT / page).read_text(encoding="utf-8"), "python") if name in code[:40]
+    ]
+    return code
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """What vLLM's `/classify` answers, by the adapter under PEFT; `answer` gives a text's probabilities."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (self.path, asked["model"]) == ("/classify", "fold-0")
+        found = [
+            {"index": place, "probs": self.server.answer(ids)} for place, ids in enumerate(asked["input"])
+        ]
+        body = json.dumps({"data": found[::-1]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *said: object) -> None:
+        pass
+
+
+def test_the_checker_of_a_server_compares_it_with_the_run(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base, train = make_tiny_decoder(tmp_path / "base"), str(ROOT / "data/demo/train.json")
+    flags = {
+        "model_name_or_path": base,
+        "train_file": train,
+        "output_dir": "run",
+        "num_folds": 6,
+        "max_turns": 4,
+    }
+    small = {
+        "max_train_samples": 16,
+        "num_train_epochs": 1,
+        "lora_r": 4,
+        "learning_rate": 0.01,
+        "max_seq_length": 512,
+    }
+    assert run_script(run_classification.main, **flags, **small) == 0
+    names, loaded = load_label_guide("label_guides/dmrs.yaml").names, loading.find_base_model(base)
+    model = loading.load_trained(loaded, Path("run/fold-0/adapter"), names, 0).eval()
+
+    @torch.inference_mode()
+    def answer(ids: list[int]) -> list[float]:
+        return model(torch.tensor([ids])).logits.softmax(-1)[0].tolist()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for changed, line in (
+            (answer, r"difference 0\.000\d, same label on 100\.0%"),
+            (lambda ids: [1 / 9] * 9, r"0\.[1-9]"),
+        ):
+            server.answer = changed
+            monkeypatch.setattr(
+                sys, "argv", ["check", "run", train, f"http://127.0.0.1:{server.server_port}", "fold-0"]
+            )
+            capsys.readouterr()
+            exec(compile(script_of("docs/SERVING.md", "check_served.py"), "check_served.py", "exec"), {})
+            assert re.search(line, capsys.readouterr().out)
+        server.shutdown()
+
+
+def test_every_test_that_the_page_of_traps_names_exists():
+    page = (ROOT / "docs/TRAPS.md").read_text(encoding="utf-8")
+    traps = [line for line in page.splitlines() if line.startswith("| **")]
+    there = {
+        name
+        for path in ROOT.glob("tests/test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
+    named = [re.findall(r"`(test_\w+)`", trap) for trap in traps]
+    assert len(traps) == 7 and all(named) and {name for names in named for name in names} <= there
