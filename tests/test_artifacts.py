@@ -21,6 +21,7 @@ from huggingface_hub import DatasetCard, constants
 from rareturn.data.folds import read_folds, write_folds
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_bytes, write_json
+from rareturn.runs.bundle import read_bundle
 from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path, table_path, write_run_info
 from rareturn.runs.hub import PushError, push_files, resolve_revision
 from rareturn.runs.publish import dataset_card, public_info, pull_adapters, push_fold, push_run
@@ -327,6 +328,22 @@ def test_read_run_aligns_with_folds_json(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         run.oof.logits[[run.oof.id.index(row_id) for row_id in fold_0.id]], fold_0.logits
     )
+
+
+def test_a_folder_of_another_kind_is_said_to_be_one(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "anchor")
+    (tmp_path / "ensemble").mkdir()
+    (tmp_path / "ensemble/ensemble.json").write_text("{}")
+    for folder, said in (
+        (adapter_dir(run_dir, 0), "is a part of a run, which is anchor"),
+        (run_dir / "fold-0", "is a part of a run, which is anchor"),
+        (tmp_path / "ensemble", "is an ensemble, not a run; name the runs"),
+        (tmp_path, "is not a run: it holds no run.json"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_run(folder)
+    with pytest.raises(InputError, match=r"holds no ensemble.json; it is a run: make an ensemble of it"):
+        read_bundle(str(run_dir))
 
 
 def test_an_incomplete_run_names_its_missing_folds(tmp_path: Path) -> None:
