@@ -66,7 +66,8 @@ def push_run(
     """Push what belongs to the whole run: `run.json`, `folds.json`, the card, and the run's config in the dataset card.
 
     Other configs and all prose of an existing dataset card are kept, even if another process changes it at the same
-    moment. `facts` (`license`, `datasets`, …) are added to its header; `files` go beside the model card. The collection `NAME` ties the repos together. Returns and fails as `push_fold`.
+    moment. `facts` (`license`, `datasets`, …) are added to its header; `files` go beside the model card. The collection
+    `NAME` ties the repos together. Returns and fails as `push_fold`.
     """
     run_dir = Path(run_dir)
     info = public_info(read_run_info(run_dir))
