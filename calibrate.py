@@ -58,7 +58,9 @@ class CalibrationArguments:
     method: str = flag(
         "auto",
         "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best method, "
-        "and argmax where that does not beat it.",
+        "and argmax where that does not beat it. argmax: no bias. vector: vector scaling. expected: the score that the "
+        "probabilities expect. prior: one strength times the log prior. smooth: half way from expected to the score "
+        "itself. exact: the score itself, by coordinate ascent. random: the best of --num_vectors, as in the paper.",
         choices=["auto", *METHODS],
     )
     metric: str | None = flag(None, f"Score to maximise: {METRICS_HELP}. Default: the run's.")

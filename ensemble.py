@@ -38,7 +38,7 @@ from rareturn.decisions.probabilities import BLENDS, check_weights, softmax
 from rareturn.decisions.rules import Decision, Outcome, Rule
 from rareturn.errors import InputError
 from rareturn.files import check_content, read_json, write_bytes, write_json
-from rareturn.reports.cards import ensemble_card
+from rareturn.reports.cards import EVAL_RESULTS, ensemble_card, eval_results
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure
 from rareturn.reports.tables import score_test
 from rareturn.runs.alignment import (
@@ -245,12 +245,14 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
     bundle["runs"] = [refer_to_hub(part, *where) for part in bundle["runs"]]
     for run, part in zip(decision["runs"], bundle["runs"], strict=True):
         run |= {key: part[key] for key in ("reference", "revision")}
-    card = files["README.md"].read_text(encoding="utf-8")
-    for spelling in ('("{}")', "\n# {}\n", "name: {}\n"):
-        card = card.replace(spelling.format(local_name), spelling.format(repo_id))
+    files |= {path: output_dir / path for path in [EVAL_RESULTS] if (output_dir / path).is_file()}
+    for path in files.keys() & {"README.md", EVAL_RESULTS}:
+        text = files[path].read_text(encoding="utf-8")
+        for spelling in ('("{}")', "\n# {}\n", "name: {}\n", ".co/{}/blob/"):
+            text = text.replace(spelling.format(local_name), spelling.format(repo_id))
+        write_bytes(files[path], text.encode())
     write_json(files["ensemble.json"], bundle)
     write_json(files["decision.json"], decision)
-    write_bytes(files["README.md"], card.encode())
     for part in bundle["runs"]:
         if part["model"]:
             part["model"].pop("folder", None)
@@ -325,6 +327,8 @@ def main() -> None:
     infos = [run.info for run in runs]
     card = ensemble_card(repo_id or name, infos, metrics, list(tables.values()), pictures)
     files |= {f"figures/{picture}.png": png for picture, png in pictures.items()}
+    files |= eval_results(infos, metrics, repo_id or name)
+    (output_dir / EVAL_RESULTS).unlink(missing_ok=True)
     files |= {"report.html": make_page(name, metrics, tables, pictures).encode(), "README.md": card.encode()}
     for file, content in files.items():
         write_bytes(output_dir / file, content)

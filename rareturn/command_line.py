@@ -20,11 +20,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rareturn.errors import InputError
+from rareturn.files import check_writable
 
 REQUIRED = MISSING
 TRAINING_GROUP = "transformers' TrainingArguments"
@@ -125,6 +127,9 @@ def parse_arguments(
             parser.add_argument(*spelt, default=argparse.SUPPRESS, **opposite)
     given = vars(parser.parse_args(_recipe_words(parser, argv) + argv))
     names = {one: [field.name for field in dataclasses.fields(one) if field.init] for one in classes}
+    for name in ("output_dir", "output", "output_file"):
+        if given.get(name) and not given.get("push_only"):
+            check_writable(Path(given[name]) if name == "output_dir" else Path(given[name]).parent)
     try:
         return tuple(one(**{name: given[name] for name in names[one]}) for one in classes)
     except (ValueError, TypeError) as error:

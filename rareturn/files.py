@@ -46,6 +46,15 @@ def write_bytes(path: str | os.PathLike, data: bytes, *, overwrite: bool = True)
             beside.unlink()
 
 
+def check_writable(folder: Path) -> None:
+    """An InputError where a folder could not be made or written into: said before anything is computed for it."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{folder}: cannot be written: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: cannot be written: no permission to write in {nearest}")
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turn what libraries raise on a full disk, each its own, into one line: an InputError."""

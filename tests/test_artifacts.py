@@ -21,6 +21,7 @@ from huggingface_hub import DatasetCard, constants
 from rareturn.data.folds import read_folds, write_folds
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_bytes, write_json
+from rareturn.runs.bundle import read_bundle
 from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path, table_path, write_run_info
 from rareturn.runs.hub import PushError, push_files, resolve_revision
 from rareturn.runs.publish import dataset_card, public_info, pull_adapters, push_fold, push_run
@@ -329,6 +330,22 @@ def test_read_run_aligns_with_folds_json(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_of_another_kind_is_said_to_be_one(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "anchor")
+    (tmp_path / "ensemble").mkdir()
+    (tmp_path / "ensemble/ensemble.json").write_text("{}")
+    for folder, said in (
+        (adapter_dir(run_dir, 0), "is a part of a run, which is anchor"),
+        (run_dir / "fold-0", "is a part of a run, which is anchor"),
+        (tmp_path / "ensemble", "is an ensemble, not a run; name the runs"),
+        (tmp_path, "is not a run: it holds no run.json"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read_run(folder)
+    with pytest.raises(InputError, match=r"holds no ensemble.json; it is a run: make an ensemble of it"):
+        read_bundle(str(run_dir))
+
+
 def test_an_incomplete_run_names_its_missing_folds(tmp_path: Path) -> None:
     make_run(tmp_path)
     table_path(tmp_path, "test", 1).unlink()
@@ -611,16 +628,39 @@ def test_the_dataset_card_keeps_what_others_wrote(tmp_path: Path, hub_here: HubS
     ],
 )
 def test_dataset_cards_of_every_shape(present: bytes, prose: str) -> None:
-    content = dataset_card(present, "org/x-oof", "anchor", has_test=True)
+    content = dataset_card(present, "org/x-oof", "anchor", has_test=True, facts={})
     card = DatasetCard(content.decode())
     assert [config["config_name"] for config in card.data["configs"]] == ["anchor"]
     assert card.text == prose
     assert card.data.license == ("mit" if b"license" in present else None)
-    assert dataset_card(content, "org/x-oof", "anchor", has_test=True) == content
+    assert dataset_card(content, "org/x-oof", "anchor", has_test=True, facts={}) == content
+
+
+def test_the_facts_of_several_runs_meet_in_the_dataset_card() -> None:
+    facts = {"license": ["odbl"], "language": ["de"], "datasets": ["org/calls"], "base_model": ["org/a"]}
+    first = dataset_card(None, "org/x-oof", "anchor", has_test=True, facts=facts)
+    data = DatasetCard(first.decode()).data
+    assert (data.license, data.language, data.task_categories) == ("odbl", ["de"], ["text-classification"])
+    assert (data.source_datasets, data["datasets"], data["base_model"]) == (
+        ["org/calls"],
+        ["org/calls"],
+        ["org/a"],
+    )
+    assert dataset_card(first, "org/x-oof", "anchor", has_test=True, facts=facts) == first
+    facts = {"license": ["mit"], "datasets": ["org/calls"], "base_model": ["org/b"]}
+    data = DatasetCard(dataset_card(first, "org/x-oof", "b", has_test=True, facts=facts).decode()).data
+    assert (data.license, data["datasets"], data["base_model"]) == (
+        ["odbl", "mit"],
+        ["org/calls"],
+        ["org/a", "org/b"],
+    )
+    theirs = b"---\nlicense: other\nlanguage: en\n---\n# Ours\n"
+    data = DatasetCard(dataset_card(theirs, "org/x-oof", "b", has_test=True, facts={}).decode()).data
+    assert (data.license, data.language) == ("other", "en")
 
 
 def test_a_new_dataset_card_names_the_run_and_its_splits() -> None:
-    card = DatasetCard(dataset_card(None, "org/x-oof", "anchor", has_test=False).decode())
+    card = DatasetCard(dataset_card(None, "org/x-oof", "anchor", has_test=False, facts={}).decode())
     files = [{"split": "oof", "path": "data/anchor/oof-fold-*.parquet"}]
     assert card.data["configs"] == [{"config_name": "anchor", "data_files": files}]
     assert card.data.tags == ["rareturn"] and card.text.startswith("\n# x: logits\n")

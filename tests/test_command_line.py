@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -116,6 +117,20 @@ def test_a_mistake_is_one_line_that_says_where_it_stands(tmp_path: Path, recipe,
         parse(tmp_path, recipe, *words)
     (shown,) = refused.value.problems
     assert line in shown
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").touch()
+    for script, words in (
+        ("ensemble", ["--output_dir", "file", "--runs", "nowhere"]),
+        ("ensemble", ["--output_dir", "file/deeper/still", "--runs", "nowhere"]),
+        ("calibrate", ["--output", "file/decision.json", "--run", "nowhere"]),
+        ("augment", ["--output_file", "file/x.jsonl", "--train_file", "nowhere.json"]),
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+        with pytest.raises(InputError, match=r"cannot be written: .*file is not a folder"):
+            importlib.import_module(script).main()
 
 
 def test_help_shows_our_flags_and_help_all_theirs_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

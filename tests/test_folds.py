@@ -85,6 +85,8 @@ def test_folds_that_cannot_be_made():
     rows = [Row(f"{number}", "d1", (Turn("x", "seeker"),), number % 2) for number in range(8)]
     with pytest.raises(InputError, match=r"^5 folds cannot be made of 1 dialogues$"):
         assign_folds(rows, 5, 42, "dialogue")
+    with pytest.raises(InputError, match=r"^--num_folds 1: 2 or more; for one model, .* --validation_file$"):
+        assign_folds(rows, 1, 42, "none")
     assert set(assign_folds(rows, 4, 42, "none").values()) == {0, 1, 2, 3}
 
 

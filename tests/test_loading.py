@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_packing import GUIDE, PAD, demo_rows
-from tiny_models import make_tiny_decoder, make_tiny_encoder
+from tiny_models import make_tiny_decoder, make_tiny_encoder, store_in_4bit
 from transformers import AutoConfig
 
 from rareturn.data.rendering import Renderer
@@ -152,6 +152,39 @@ def test_a_prediction_leaves_4bit_weights_as_they_are(tmp_path):
         predicted = model.eval()(**inputs).logits
     assert layers and all(torch.equal(layer.weight.data, before[name]) for name, layer in layers.items())
     assert torch.equal(trained, predicted)  # no dropout here, and one and the same kernel
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_head_on_4bit_weights_is_float_trained_and_saved(tmp_path, stored, recwarn):
+    """docs/TRAPS.md: a head in 4 bits, of another dtype, frozen, NaN, or left out of the adapter."""
+    folder = make_tiny_decoder(tmp_path / "base")
+    inputs = {"input_ids": torch.arange(5, 25)[None], "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+
+    def load(path):
+        torch.manual_seed(0)
+        base = find_base_model(path, quantization="nf4", dtype="bfloat16")
+        return base, load_classifier(base, GUIDE.names, PAD).eval()
+
+    base, model = load(store_in_4bit(folder, tmp_path / "stored") if stored else folder)
+    assert "You passed `quantization_config`" not in str([str(one.message) for one in recwarn])
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    with torch.inference_mode():
+        assert torch.equal(model(**inputs).logits, load(folder)[1](**inputs).logits)
+    model = add_lora(model, 4, 8, 0.0, ["q_proj"])
+    head = model.base_model.model.score
+    assert (
+        head.weight.dtype == torch.float32 and type(head.modules_to_save["default"]).__name__ == "FloatHead"
+    )
+    before = head.weight.detach().clone()
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    torch.nn.functional.cross_entropy(model(**inputs).logits, torch.tensor([3])).backward()
+    optimizer.step()
+    assert head.weight.isfinite().all() and not torch.equal(head.weight, before)
+    assert torch.equal(head.original_module.weight, before)
+    save_trained(model, load_tokenizer(base), base, tmp_path / "adapter")
+    again = load_trained(base, tmp_path / "adapter", GUIDE.names, PAD).eval()
+    with torch.inference_mode():
+        assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
 def test_loading_settings_that_came_from_elsewhere_are_checked_all_at_once():

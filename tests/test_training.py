@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from running import run_script, words_of
-from tiny_models import make_tiny_decoder, make_tiny_encoder
+from tiny_models import make_tiny_decoder, make_tiny_encoder, store_in_4bit
 from transformers import TrainerCallback, TrainingArguments
 
 import run_classification
@@ -246,6 +246,17 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     again = read_table(run_dir / "oof/fold-0.parquet")
     assert np.abs(again.logits - table.logits).max() <= 1e-4
     assert (fold / "adapter/adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_base_that_is_stored_in_4_bits(decoder: str, tmp_path: Path, run, capsys):
+    base, run_dir = store_in_4bit(decoder, tmp_path / "stored"), tmp_path / "run"
+    flags = {"lora_r": 4, "num_train_epochs": 1, "max_train_samples": 16, "max_seq_length": 512}
+    assert run(command(base, run_dir, **flags)) == 2 and not run_dir.exists()
+    assert "its weights are in 4 bits already: give --quantization nf4" in capsys.readouterr().err
+    assert run(command(base, run_dir, quantization="nf4", **flags)) == 0
+    assert np.isfinite(read_table(run_dir / "oof/fold-0.parquet").logits).all()
+    weights = modeling_keys(run_dir / "fold-0/adapter/adapter_model.safetensors")
+    assert [name for name in weights if "score" in name] == ["base_model.model.score.weight"]
 
 
 def modeling_keys(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertTokenizerFast,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -93,6 +94,21 @@ def make_tiny_decoder(path: str | Path, architecture: str = "qwen3", seed: int =
     """
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(decoder_config(architecture, **changes)).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def store_in_4bit(model: str, path: str | Path) -> str:
+    """Save a tiny decoder as many bases are shared: in NF4, with a list of what was left out that knows no new head."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "multi_modal_projector"],
+    )
+    stored = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=nf4)
+    stored.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return str(path)
 

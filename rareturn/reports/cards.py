@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rareturn.data.label_guide import parse_label_guide
 from rareturn.data.readers import HUB_FILE, READERS
 from rareturn.data.rendering import render_instruction, render_turn
@@ -30,6 +32,7 @@ METRIC_TYPES = {
 OTHER_TYPES = {"balanced_accuracy": "balanced_accuracy", "kappa": "cohen_kappa"}  # and f1
 FOLD_SCORES = ("macro_f1_positive", "accuracy", "macro_f1")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+EVAL_RESULTS = ".eval_results/test.yaml"  # where the Hub looks for scores of benchmarks
 
 
 def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +90,48 @@ def ensemble_card(
     return _card(title, infos, scores, kind="ensemble", tables=shown, pictures=pictures)
 
 
+def eval_results(
+    infos: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], title: str
+) -> dict[str, bytes]:
+    """The file `EVAL_RESULTS` of a repo: the score of the labelled test rows, as a share; empty without such rows.
+
+    Also empty where their data set, that of the test file or else the label guide's, is not on the Hub. The format is
+    that of https://huggingface.co/docs/hub/eval-results; `default` is the one task of a data set that names none.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    info, test = infos[0], metrics.get("test")
+    dataset = _hub_dataset(info["recipe"].get("test_file")) or (info.get("label_guide") or {}).get("dataset")
+    if not (test and dataset and HUB_ID.fullmatch(dataset)):
+        return {}
+    metric, stage = test["metric"], "decision" if "decision" in test else "argmax"
+    rows = (
+        f"{test['rows']} labelled rows of {test['dialogues']} dialogues, on which nothing was tuned or chosen"
+    )
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id="default",
+        value=round(test[stage][metric], 4),
+        source_url=f"https://huggingface.co/{title}/blob/main/README.md",
+        source_name="model card",
+        notes=f"{_metric_name(metric, test[stage], f'share, {stage}')}: {rows}",
+    )
+    content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+    return {EVAL_RESULTS: content.encode()}
+
+
+def card_facts(infos: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What the headers of cards say of runs, in the Hub's words: licences and languages as the label guides state them."""
+    guides = [info.get("label_guide") or {} for info in infos]
+    stated = {key: _unique(guide.get(key) for guide in guides) for key in ("license", "language")}
+    datasets = [name for name in _unique(map(dataset_of, infos)) if HUB_ID.fullmatch(name)]
+    return {
+        **stated,
+        "datasets": datasets,
+        "base_model": _unique(hub_model(info["base_model"]) for info in infos),
+    }
+
+
 def _card(
     title: str,
     infos: Sequence[Mapping[str, Any]],
@@ -101,11 +146,9 @@ def _card(
 
     metric, found, how = scores
     types = {metric: OTHER_TYPES.get(metric, "f1")} | METRIC_TYPES
-    guides = [info.get("label_guide") or {} for info in infos]
+    guides, facts = [info.get("label_guide") or {} for info in infos], card_facts(infos)
     libraries = {LIBRARIES.get(info.get("loader", {}).get("tuning"), "sklearn") for info in infos}
-    datasets = _unique(map(dataset_of, infos))
-    on_hub = [name for name in datasets if HUB_ID.fullmatch(name)]
-    stated = {key: _unique(guide.get(key) for guide in guides) for key in ("language", "license")}
+    datasets, on_hub = _unique(map(dataset_of, infos)), facts["datasets"]
     results = [
         EvalResult(
             task_type="text-classification",
@@ -121,13 +164,16 @@ def _card(
     ]
     data = ModelCardData(
         library_name=libraries.pop() if len(libraries) == 1 else "transformers",
-        base_model=_unique(hub_model(info["base_model"]) for info in infos) or None,
+        base_model=facts["base_model"] or None,
         pipeline_tag="text-classification",
         datasets=on_hub or None,
         tags=["rareturn", "dialogue", "long-tail", parts["kind"]],
         model_name=title,
         eval_results=results or None,
-        **{key: values[0] if len(values) == 1 else values or None for key, values in stated.items()},
+        **{
+            key: facts[key][0] if len(facts[key]) == 1 else facts[key] or None
+            for key in ("language", "license")
+        },
     )
     folds = tables.fold_text(infos[0])
     if infos[0]["num_folds"] > 1:
@@ -136,7 +182,7 @@ def _card(
     parts["guide"] = parse_label_guide(guides[0], "run.json: label_guide") if guides[0] else None
     functions = (hub_model, quoted, render_instruction, render_turn, Turn)
     parts |= {function.__name__: function for function in functions}
-    text = tables.render("model_card.md.jinja", card_data=data.to_yaml(), licenses=stated["license"], **parts)
+    text = tables.render("model_card.md.jinja", card_data=data.to_yaml(), licenses=facts["license"], **parts)
     return str(ModelCard(text)).rstrip() + "\n"
 
 
@@ -160,7 +206,12 @@ def dataset_of(info: Mapping[str, Any]) -> str | None:
     """The corpus of a run: its label guide's `dataset`, else the Hub dataset that it read; never a path on a disk."""
     if named := (info.get("label_guide") or {}).get("dataset"):
         return named
-    source = str(info["recipe"].get("train_file"))
+    return _hub_dataset(info["recipe"].get("train_file"))
+
+
+def _hub_dataset(source: str | None) -> str | None:
+    """The Hub dataset that a source names, if it is none on this disk."""
+    source = str(source)
     match = HUB_FILE.fullmatch(source)
     local = Path(source).exists() or (match and match["path"] is None and Path(source).suffix in READERS)
     return match["repo"] if match and not local else None

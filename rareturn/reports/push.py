@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rareturn.command_line import HubArguments
 from rareturn.errors import InputError
-from rareturn.reports.cards import run_card, run_results
+from rareturn.reports.cards import card_facts, eval_results, run_card, run_results
 from rareturn.runs.folder import complete_folds, read_run_info
 from rareturn.runs.publish import push_fold, push_run
 from rareturn.runs.references import model_repo
@@ -23,7 +23,10 @@ def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = N
     shas: dict[str, str] = {}
     for fold in folds:
         shas |= push_fold(run_dir, fold, *where, private=private)
-    card = run_card(info, run_results(run_dir, info), model_repo(*where, info["name"]))
-    shas |= push_run(run_dir, *where, model_card=card, private=private)
+    results, repo_id = run_results(run_dir, info), model_repo(*where, info["name"])
+    card, scores = run_card(info, results, repo_id), eval_results([info], results, repo_id)
+    shas |= push_run(
+        run_dir, *where, model_card=card, facts=card_facts([info]), files=scores, private=private
+    )
     for repo, sha in shas.items():
         print(f"pushed fold {', '.join(map(str, folds))} of {info['name']} to {repo} at {sha}")

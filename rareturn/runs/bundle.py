@@ -130,7 +130,12 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
         check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
     if not (folder / "ensemble.json").is_file():
-        raise InputError(f"{reference}: holds no ensemble.json")
+        of_run = (
+            "; it is a run: make an ensemble of it, ensemble.py --runs"
+            if (folder / "run.json").is_file()
+            else ""
+        )
+        raise InputError(f"{reference}: holds no ensemble.json{of_run}")
     where, lines = f"{reference}: ensemble.json", []
     bundle = check_content(Bundle, read_json(folder / "ensemble.json"), where)
     for place, run in enumerate(bundle.runs):

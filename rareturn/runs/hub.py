@@ -34,7 +34,7 @@ from rareturn.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Nothing else is pushed or pulled: pickles (.bin, .pt, .pkl) run code when they are loaded.
-SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".model", ".jinja", ".png", ".html")
+SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".yaml", ".model", ".jinja", ".png", ".html")
 TEXT_FILES = ("merges.txt", "vocab.txt")
 TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typo
@@ -144,7 +144,7 @@ def push_files(
         if not may_travel(path):
             raise InputError(f"{path} is not pushed: only {', '.join((*SUFFIXES, *TEXT_FILES))}")
         # A token given on a command line may end up in run.json, and one in a config in the model's folder.
-        is_text = not callable(content) and path.endswith((".json", ".md", ".html", ".jinja"))
+        is_text = not callable(content) and path.endswith((".json", ".md", ".yaml", ".html", ".jinja"))
         if is_text and token and token in (content if isinstance(content, bytes) else content.read_bytes()):
             raise InputError(f"{path}: has the Hub token in it; not pushed")
     try:

@@ -54,12 +54,20 @@ def push_fold(
 
 
 def push_run(
-    run_dir: str | os.PathLike, namespace: str, name: str, *, model_card: str, private: bool = True
+    run_dir: str | os.PathLike,
+    namespace: str,
+    name: str,
+    *,
+    model_card: str,
+    facts: Mapping[str, Sequence[str]] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    private: bool = True,
 ) -> dict[str, str]:
     """Push what belongs to the whole run: `run.json`, `folds.json`, the card, and the run's config in the dataset card.
 
     Other configs and all prose of an existing dataset card are kept, even if another process changes it at the same
-    moment. The collection `NAME` ties the repos together. Returns and fails as `push_fold`.
+    moment. `facts` (`license`, `datasets`, …) are added to its header; `files` go beside the model card. The collection
+    `NAME` ties the repos together. Returns and fails as `push_fold`.
     """
     run_dir = Path(run_dir)
     info = public_info(read_run_info(run_dir))
@@ -67,15 +75,17 @@ def push_run(
     repos = model_repo(namespace, name, run), table_repo(namespace, name)
     has_test = any((run_dir / "test").glob("fold-*.parquet"))
     read_folds(run_dir / "folds.json")
-    facts: dict[str, Content] = {
+    of_run: dict[str, Content] = {
         "run.json": (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode(),
         "folds.json": run_dir / "folds.json",
     }
-    tables: dict[str, Content] = {f"data/{run}/{file}": content for file, content in facts.items()}
-    tables["README.md"] = lambda present: dataset_card(present, repos[1], run, has_test)
+    tables: dict[str, Content] = {f"data/{run}/{file}": content for file, content in of_run.items()}
+    tables["README.md"] = lambda present: dataset_card(present, repos[1], run, has_test, facts or {})
     options = {"message": f"{run}: run and card", "kept_in": run_dir, "private": private}
     shas = {
-        repos[0]: push_files(repos[0], {**facts, "README.md": model_card.encode()}, **options),
+        repos[0]: push_files(
+            repos[0], {**of_run, "README.md": model_card.encode(), **(files or {})}, **options
+        ),
         repos[1]: push_files(repos[1], tables, repo_type="dataset", **options),
     }
     add_to_collection(namespace, name, [(repos[0], "model"), (repos[1], "dataset")], private=private)
@@ -107,8 +117,10 @@ def public_info(info: Mapping[str, Any]) -> dict[str, Any]:
     return {**info, "recipe": reduced(info["recipe"]), "command": shlex.join(reduced(words))}
 
 
-def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) -> bytes:
-    """The dataset repo's README.md (None: there is none yet) with the config of one run; everything else in it stays.
+def dataset_card(
+    present: bytes | None, repo_id: str, run: str, has_test: bool, facts: Mapping[str, Sequence[str]]
+) -> bytes:
+    """The dataset repo's README.md (None: there is none yet) with a run's config and facts; everything else in it stays.
 
     A ValueError where the YAML header cannot be read, so that it cannot be kept.
     """
@@ -118,21 +130,30 @@ def dataset_card(present: bytes | None, repo_id: str, run: str, has_test: bool) 
     if present is None:
         name = repo_id.split("/")[1].removesuffix("-oof")
         template = packaged("reports/templates/dataset_card.md.jinja")
-        data = DatasetCardData(tags=["rareturn"], configs=[config])
+        data = DatasetCardData(tags=["rareturn"])
         card = DatasetCard.from_template(data, str(template), name=name, repo_id=repo_id, run=run)
-        return str(card).encode()
-    try:
-        card = DatasetCard(present.decode())
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
-    configs = card.data.get("configs", [])
+    else:
+        try:
+            card = DatasetCard(present.decode())
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"the YAML header of its README.md cannot be read: {error}") from None
+    configs, before = card.data.get("configs", []), card.data.to_dict()
     if not isinstance(configs, list) or not all(isinstance(other, dict) for other in configs):
         raise ValueError("the configs in the YAML header of its README.md are not a list of mappings")
-    if config in configs:
-        return present
-    others = [other for other in configs if other.get("config_name") != run]
-    card.data["configs"] = [*others, config]
-    return str(card).encode()
+    if config not in configs:
+        others = [other for other in configs if other.get("config_name") != run]
+        card.data["configs"] = [*others, config]
+    stated = {
+        **facts,
+        "source_datasets": facts.get("datasets", ()),
+        "task_categories": ["text-classification"],
+    }
+    for key, names in stated.items():
+        known = card.data.get(key) or []
+        known = known if isinstance(known, list) else [known]
+        if new := [name for name in names if name not in known]:
+            card.data[key] = new[0] if key == "license" and not known and len(new) == 1 else [*known, *new]
+    return present if present is not None and card.data.to_dict() == before else str(card).encode()
 
 
 def pull_run(reference: str | os.PathLike, where: Reference) -> tuple[Path, str]:

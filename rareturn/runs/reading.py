@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,8 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
     where = parse_reference(reference)
     if where.folder is not None:
         root, revision, pattern = where.folder, None, "{}/fold-{}.parquet"
+        if not (root / "run.json").is_file():
+            raise InputError(f"{reference}: {_other_kind(root)}")
     else:
         (root, revision), pattern = pull_run(reference, where), "{}-fold-{}.parquet"
     info = read_run_info(root, f"{reference}: run.json")
@@ -88,6 +91,16 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
         raise InputError(*(f"{reference}: {problem}" for problem in problems))
     oof = _join(tables["oof"], folds)
     return Run(os.fspath(reference), revision, info["name"], info, folds, oof, tables["test"])
+
+
+def _other_kind(folder: Path) -> str:
+    """What a folder is that is not a run's."""
+    if (folder / "ensemble.json").is_file():
+        return "is an ensemble, not a run; name the runs that it was made of"
+    for parent in folder.resolve().parents[:2]:
+        if (parent / "run.json").is_file():
+            return f"is a part of a run, which is {parent.name}"
+    return "is not a run: it holds no run.json"
 
 
 def _join(tables: list[LogitTable], row_ids: Iterable[str]) -> LogitTable:
