@@ -90,6 +90,8 @@ def describe_run(
     flags = {**recipe, **arguments.split, **arguments.window, **facts["loader"], "seed": facts["seed"]}
     for key in [key for key in flags if key in BY_CONTENT.split() or key.endswith("_column")]:
         del flags[key]
+    if recipe.get("loss") == "distance":
+        flags["distances"] = data.guide.distances
     weights = base.weights_digest
     parts = {
         "flags": json.loads(json.dumps(flags, default=str)),
