@@ -376,9 +376,9 @@ def test_distances_belong_to_a_run_that_uses_them_alone(models, tmp_path: Path, 
     assert not (tmp_path / "near").exists()
     assert launch("near", loss="distance") == launch("plain") == 0
     info = json.loads((tmp_path / "near/run.json").read_text())
-    assert info["identity"]["flags"]["distances"] == guide["distances"]
+    assert info["label_guide"]["distances"] == guide["distances"]
     assert launch("near", loss="distance", label_guide=tmp_path / "other.yaml") == 2
-    assert "run.json: --distances: " in capsys.readouterr().err
+    assert "run.json: --label_guide: " in capsys.readouterr().err
     plain = (tmp_path / "plain/run.json").read_bytes()
     assert launch("plain", label_guide=missing) == launch("plain", label_guide=tmp_path / "other.yaml") == 0
     assert (tmp_path / "plain/run.json").read_bytes() == plain and b'"distances"' not in plain

@@ -229,7 +229,7 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
         return range(len(self.labels))
 
     def to_dict(self) -> dict[str, Any]:
-        """The guide as the YAML file has it, without `distances`, which mean nothing once a model is trained;
+        """The guide as the YAML file has it, without `distances`, which only a run that trains with them records;
         `parse_label_guide` reads it back."""
         optional = ("license", "language", "dataset", "columns", "no_label", "speaker_names", "metric")
         unsaid = {key for key in optional if getattr(self, key) == type(self).model_fields[key].default}

@@ -40,7 +40,7 @@ def logit_adjusted(
 ) -> Tensor:
     """Cross-entropy of z + τ · log π, π being the classes' shares of the rows (Menon et al. 2021, arXiv 2007.07314, eq. 10).
 
-    With τ = 1 it is the balanced softmax (Ren et al. 2020, arXiv 2007.10740, eq. 3). Predictions take z alone. A class
+    With τ = 1 it is the balanced softmax (Ren et al. 2020, arXiv 2007.10740). Predictions take z alone. A class
     without rows counts as one row, since log 0 would make a smoothed loss infinite.
     """
     log_prior = (counts.clamp(min=1) / counts.sum()).log().to(logits)
@@ -52,7 +52,7 @@ def ldam(
 ) -> Tensor:
     """Cross-entropy of s · (z - Δ · onehot(y)), Δ_y = C · n_y^(-1/4), C such that the rarest class has `margin`.
 
-    Cao et al. 2019, arXiv 1906.07413, eq. 13; a class without rows has no label to take a margin from.
+    Cao et al. 2019, arXiv 1906.07413; a class without rows has no label to take a margin from.
     """
     margins = margin * (counts[counts > 0].min() / counts.clamp(min=1)) ** 0.25
     taken = functional.one_hot(labels, logits.shape[-1]) * margins.to(logits)
@@ -114,8 +114,8 @@ def step_loss(
     ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
 
     With logits of two passes, (2, rows, num_labels), the loss is the mean of both, plus `r_drop_alpha` · ½ (KL(p ‖ q) +
-    KL(q ‖ p)) for each row, without class weights (R-Drop, Liang et al. 2021, arXiv 2106.14448, eq. 4, whose own code
-    takes the mean of the two passes where the equation has their sum).
+    KL(q ‖ p)) for each row, without class weights (R-Drop, Liang et al. 2021, arXiv 2106.14448, whose own code takes
+    the mean of the two losses where the paper has their sum).
     """
     scope = torch.tensor(label_scope or range(len(class_weights)), device=labels.device)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=labels.device)
