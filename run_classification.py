@@ -20,7 +20,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +106,22 @@ class ModelArguments:
     class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
         "inverse_sqrt", "In the loss, from the fold's training rows: 1/sqrt(n) as in the paper, 1/n, or none."
     )
+    loss: Literal["cross_entropy", "focal", "logit_adjusted", "balanced_softmax", "ldam", "distance"] = flag(
+        "cross_entropy",
+        "docs/LOSSES.md compares them. cross_entropy as in the paper; the two after focal know how rare a class is: give "
+        "them --class_weights none; distance needs `distances` in the label guide.",
+    )
+    focal_gamma: float = flag(2.0, "focal: how much less count rows that the model is sure of. 2: its paper.")
+    tau: float = flag(1.0, "logit_adjusted: strength of the adjustment. 1: its paper.")
+    ldam_margin: float = flag(0.5, "ldam: margin of the rarest class, in logits. 0.5: its paper.")
+    ldam_scale: float = flag(1.0, "ldam: factor on the logits. 1: a cosine head, as in its paper, takes 30.")
+    drw_start: float | None = flag(
+        None, "Part of training without class weights. Default: 0.8 with ldam (its paper), else 0."
+    )
+    distance_beta: float = flag(3.0, "distance: at d, e^(-beta d) of the true label's share. 3: 5 % at 1.")
+    r_drop_alpha: float = flag(0.0, "R-Drop: weight of two passes' divergence, in twice the time. 0: none.")
+    ema_decay: float = flag(0.0, "Keep a moving average of the weights with this decay a step. 0: the last.")
+    oversample: float = flag(0.0, "Draw rare classes' rows more often: 0 all rows once, 1 classes equally.")
 
     def __post_init__(self) -> None:
         self.dtype = self.dtype or ("bfloat16" if self.quantization == "nf4" else "float32")
@@ -118,6 +133,12 @@ class ModelArguments:
             raise ValueError("--head_init probe needs --pooling turns, whose vectors are the probe's")
         if not 0 < self.head_C < math.inf:
             raise ValueError(f"--head_C must be a positive number, not {self.head_C}")
+        for name in ("drw_start", "ema_decay", "oversample"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: from 0 to 1")
+        for name in ("focal_gamma", "tau", "ldam_margin", "ldam_scale", "distance_beta", "r_drop_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: 0 or a positive number")
 
 
 def fold_training_arguments() -> type:
@@ -127,55 +148,51 @@ def fold_training_arguments() -> type:
     return FoldTrainingArguments
 
 
-def weighted_cross_entropy(
-    outputs: dict[str, torch.Tensor],
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    *,
-    class_weights: np.ndarray,
-    label_smoothing_factor: float = 0.0,
-    label_scope: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """Sum over the rows of w_y · CE_ε, divided by the rows of the optimizer step (None, in evaluation: those given).
-
-    CE_ε is cross-entropy against (1 - ε) · onehot(y) + ε / C, with the row's class weight on the whole of it. Dividing
-    by `num_items_in_batch`, which `Trainer` counts over all micro-batches (and processes) of the step, makes 16x1 and
-    1x16 rows the same step; a mean over each micro-batch would not, and at one row a micro-batch would cancel the
-    weights. Logits of shape (rows, num_labels) have any floating type; the loss is float32. `label_scope` are the
-    ascending labels that a specialist tells apart; the others' logits stay out of the softmax.
-    """
-    import torch
-
-    scope = torch.tensor(label_scope or range(len(class_weights)), device=labels.device)
-    weights = torch.tensor(class_weights, dtype=torch.float32, device=labels.device)
-    logits, places = outputs["logits"].float()[:, scope], torch.searchsorted(scope, labels)
-    options = {"reduction": "none", "label_smoothing": label_smoothing_factor}
-    row_loss = torch.nn.functional.cross_entropy(logits, places, **options)
-    rows = len(labels) if num_items_in_batch is None else num_items_in_batch
-    return (weights[labels] * row_loss).sum() / rows
-
-
 @functools.cache
 def weighted_trainer() -> type:
     """The class `WeightedTrainer`, made on first use because its parent takes seconds to import."""
     import torch
     from transformers import Trainer
 
+    from rareturn.models import losses
     from rareturn.models.training import StepBatchSampler
 
     class WeightedTrainer(Trainer):
-        """`Trainer` with class weights and smoothing in the loss, and batches that follow a plan.
+        """`Trainer` with a loss for classes of unequal size (`losses.step_loss`), and batches that follow a plan.
 
         The loss is handed over as `compute_loss_func`, which sees `num_items_in_batch`; overriding `compute_loss` with
         a mean would make the gradients `gradient_accumulation_steps` times too large.
         """
 
-        def __init__(self, plan: Plan, class_weights: np.ndarray, label_scope: Any = None, **kwargs: Any):
-            options = {"class_weights": class_weights, "label_scope": label_scope}
-            options["label_smoothing_factor"] = kwargs["args"].label_smoothing_factor
-            loss = functools.partial(weighted_cross_entropy, **options)
-            super().__init__(compute_loss_func=loss, **kwargs)
-            self.plan = plan
+        def __init__(
+            self,
+            plan: Plan,
+            class_weights: np.ndarray,
+            loss: Any = losses.cross_entropy,
+            label_scope: Any = None,
+            drw_start: float = 0.0,
+            r_drop_alpha: float = 0.0,
+            **kwargs: Any,
+        ):
+            super().__init__(compute_loss_func=self.step_loss, **kwargs)
+            self.plan, self.class_weights, self.drw_start = plan, class_weights, drw_start
+            self.options = {"loss": loss, "label_scope": label_scope, "r_drop_alpha": r_drop_alpha}
+            self.options["label_smoothing_factor"] = self.args.label_smoothing_factor
+
+        def step_loss(self, *batch: Any, **step: Any) -> torch.Tensor:
+            """`losses.step_loss`; class weights hold from `drw_start` on, a fraction of the steps (DRW, docs/LOSSES.md)."""
+            deferred = self.state.global_step < self.drw_start * self.state.max_steps
+            weights = np.ones(len(self.class_weights)) if deferred else self.class_weights
+            return losses.step_loss(*batch, **step, class_weights=weights, **self.options)
+
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **kwargs: Any) -> Any:
+            """`Trainer`'s; for R-Drop of two passes, which dropout makes differ."""
+
+            def twice(**batch: Any) -> dict[str, torch.Tensor]:
+                return {"logits": torch.stack([model(**batch)["logits"] for _ in range(2)])}
+
+            passes = twice if self.options["r_drop_alpha"] else model
+            return super().compute_loss(passes, inputs, *arguments, **kwargs)
 
         def get_train_dataloader(self) -> torch.utils.data.DataLoader:
             sampler = StepBatchSampler(self.plan, self.args.process_index, self.args.world_size)
@@ -215,8 +232,10 @@ def load_model(
     base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
 ) -> Any:
     """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.loading import add_lora, freeze_trunk, load_classifier, load_trained
+    from rareturn.models.loading import add_lora, freeze_trunk, is_fsdp_enabled, load_classifier, load_trained
 
+    if options.ema_decay and is_fsdp_enabled():
+        raise InputError("--ema_decay: not under FSDP, where a process holds parts of weights")
     if saved.exists():
         return load_trained(base, saved, names, pad)
     model = load_classifier(base, names, pad)
@@ -260,10 +279,10 @@ def main() -> None:
     # Logging
     import transformers
 
-    from rareturn.models import loading, probing, turns
+    from rareturn.models import loading, losses, probing, turns
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing
-    from rareturn.models.training import CheckpointSeal, class_weights, with_labels
+    from rareturn.models.training import CheckpointSeal, WeightAverage, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
@@ -280,6 +299,7 @@ def main() -> None:
     train = limit_rows(data.training_part(fold), arguments.max_train_samples)
     labels = [row.label for row in train]
     counts = np.bincount(labels, minlength=len(data.guide.labels))
+    loss = losses.find_loss(options, counts, data.guide, data.scope)
 
     # Model
     how = {name: getattr(options, name) for name in loading.LOADING}
@@ -310,7 +330,7 @@ def main() -> None:
     batches = turns.make_batches(arguments, training, model, base, tokenizer, states)
     if arguments.pack_dialogues:
         accept_packed(model)
-    plan = batches.plan(train, rendered["train"], training.seed)
+    plan = batches.plan(train, rendered["train"], training.seed, options.oversample)
     if options.head_init == "probe" and not (saved.exists() or checkpoint):
         probing.init_head(model, batches, train, rendered["train"], options, training.bf16)
     if is_main:
@@ -321,10 +341,9 @@ def main() -> None:
         args=training,
         data_collator=functools.partial(with_labels, batches),
         train_dataset=list(zip(rendered["train"], labels, strict=True)),
-        class_weights=class_weights(counts, options.class_weights),
-        label_scope=data.scope,
         plan=plan,
-        callbacks=[seal],
+        callbacks=[WeightAverage(options.ema_decay), seal] if options.ema_decay else [seal],
+        **loss,
     )
     train_loss = None if saved.exists() else train_fold(trainer, base, tokenizer, saved, checkpoint)
 

@@ -420,7 +420,7 @@ def test_a_guide_of_one_speaker_needs_no_target_and_hub_keys_travel():
 def test_a_label_guide_survives_a_round_trip(tmp_path):
     path = tmp_path / "guide.yaml"
     path.write_text(yaml.safe_dump(GUIDE.to_dict()))
-    assert load_label_guide(path) == GUIDE
+    assert load_label_guide(path) == GUIDE.model_copy(update={"distances": None})
     assert list(GUIDE.numbers) == list(range(9)) and GUIDE.positive == tuple(range(1, 9))
     path.write_text("labels: [")
     with pytest.raises(InputError, match="not a YAML file"):

@@ -121,6 +121,10 @@ def mutations(kind: str, place: Path) -> list[tuple[str, Callable[[random.Random
             "pooling": one_of("mean"),
             "lora_r": one_of(4, 8),
             "full_determinism": one_of(True),
+            "loss": one_of("focal", "ldam", "distance"),
+            "ema_decay": one_of(0.9, 0.99),
+            "r_drop_alpha": number(0.1, 2),
+            "oversample": number(0.1, 1),
         }
     unchanged: dict[str, Callable[[random.Random], object]] = {
         "run_name": one_of("a", "b"),

@@ -16,7 +16,6 @@ import pytest
 import torch
 from running import run_script, words_of
 from tiny_models import make_tiny_decoder, make_tiny_encoder, store_in_4bit
-from transformers import TrainerCallback, TrainingArguments
 
 import run_classification
 from rareturn.command_line import parse_arguments
@@ -24,13 +23,13 @@ from rareturn.data.folds import assign_folds
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import load_rows
+from rareturn.models import losses
 from rareturn.models.inference import segment_name
-from rareturn.models.loading import LOADING, find_base_model, load_classifier, load_tokenizer, load_trained
+from rareturn.models.loading import LOADING, find_base_model, load_tokenizer, load_trained
 from rareturn.models.training import (
     RowBatches,
     StepBatchSampler,
     class_weights,
-    with_labels,
 )
 from rareturn.runs.tables import read_table
 
@@ -93,7 +92,7 @@ def test_loss_against_plain_arithmetic(scope: list[int] | None):
         log_p = row[columns] - np.log(np.exp(row[columns]).sum())
         target = np.where(np.array(columns) == label, 0.9, 0.0) + 0.1 / len(columns)
         expected += weights[label] * -(target * log_p).sum()
-    loss = run_classification.weighted_cross_entropy(
+    loss = losses.step_loss(
         {"logits": torch.from_numpy(logits)},
         torch.from_numpy(labels),
         32,
@@ -106,9 +105,7 @@ def test_loss_against_plain_arithmetic(scope: list[int] | None):
 
 def test_loss_is_torchs_without_weights():
     logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
-    ours = run_classification.weighted_cross_entropy(
-        {"logits": logits}, labels, class_weights=np.ones(4), label_smoothing_factor=0.2
-    )
+    ours = losses.step_loss({"logits": logits}, labels, class_weights=np.ones(4), label_smoothing_factor=0.2)
     assert ours.item() == pytest.approx(
         torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2).item()
     )
@@ -130,67 +127,6 @@ def test_every_row_once_an_epoch_and_the_same_steps_however_they_are_cut(rows: i
     samplers = [StepBatchSampler(lambda epoch: cut, rank, 2) for rank in range(2)]
     assert len(samplers[0]) == len(samplers[1]) == len(list(samplers[0]))
     assert sorted(itertools.chain(*samplers[0], *samplers[1])) == list(range(rows))
-
-
-@pytest.mark.parametrize("pooling", ["native", "mean"])
-def test_a_step_has_one_gradient_however_it_is_cut(encoder: str, tmp_path: Path, pooling: str):
-    rows = load_rows(TRAIN, GUIDE)[:16]
-    base = find_base_model(encoder, pooling=pooling)
-    tokenizer = load_tokenizer(base)
-    rendered = Renderer(tokenizer, GUIDE, is_encoder=True, max_seq_length=64).render(rows)
-    weights = class_weights(np.bincount([row.label for row in rows], minlength=9))
-
-    class Gradient(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            gradients.append(
-                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            )
-
-    gradients: list[dict[str, torch.Tensor]] = []
-    for batch_size, accumulation in ((16, 1), (4, 4), (2, 8), (1, 16)):
-        torch.manual_seed(0)
-        model = load_classifier(base, GUIDE.names, tokenizer.pad_token_id)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        batches = RowBatches(tokenizer.pad_token_id, 16, accumulation, 16, segment_name(base, tokenizer))
-        trainer = run_classification.weighted_trainer()(
-            model=model,
-            args=TrainingArguments(
-                str(tmp_path),
-                per_device_train_batch_size=batch_size,
-                gradient_accumulation_steps=accumulation,
-                label_smoothing_factor=0.05,
-                max_grad_norm=0,
-                max_steps=1,
-                remove_unused_columns=False,
-                report_to="none",
-                use_cpu=True,
-                save_strategy="no",
-            ),
-            data_collator=lambda items, batches=batches: with_labels(batches, items),
-            train_dataset=[(tokens, row.label) for tokens, row in zip(rendered, rows, strict=True)],
-            class_weights=weights,
-            plan=batches.plan(rows, rendered, seed=1),
-            callbacks=[Gradient()],
-        )
-        trainer.train()
-    assert len(gradients) == 4 and len(gradients[0]) > 30
-
-    # The first of them is the gradient of the loss as written down, on one batch.
-    model.zero_grad()
-    torch.manual_seed(0)
-    model = load_classifier(base, GUIDE.names, tokenizer.pad_token_id).eval()
-    logits = model(**batches.collate(rendered)).logits
-    labels = torch.tensor([row.label for row in rows])
-    log_p = torch.log_softmax(logits, -1)
-    smooth = 0.95 * -log_p[range(16), labels] + 0.05 * -log_p.mean(-1)
-    (torch.tensor(weights)[labels] * smooth).sum().div(16).backward()
-    by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    scale = max(gradient.abs().max() for gradient in by_hand.values())
-    for measured in gradients:
-        assert measured.keys() == by_hand.keys()
-        assert max((measured[name] - by_hand[name]).abs().max() for name in by_hand) / scale < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
@@ -295,6 +231,7 @@ def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
     encoder: str, tmp_path: Path, run, caplog
 ):
     flags = {"tuning": "full", "num_train_epochs": 4, "max_seq_length": 48, "bf16": "False"}
+    flags |= {"ema_decay": 0.9, "drw_start": 0.6, "r_drop_alpha": 1, "oversample": 0.5}
     assert run(command(encoder, tmp_path / "whole", **flags)) == 0
     killed = tmp_path / "killed"
     words = command(encoder, killed, **flags)

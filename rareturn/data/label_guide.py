@@ -75,6 +75,7 @@ Name = Annotated[StrictStr, AfterValidator(str.strip), AfterValidator(_not_empty
 Names = Annotated[tuple[Name, ...], Field(min_length=1), PlainSerializer(lambda names: names)]
 AnyNames = Annotated[Names, WrapValidator(lambda given, check: given if given == ANY else check(given))]
 WORD = (str, type(None))
+Distance = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Targets = Annotated[Names, WrapValidator(lambda given, check: given if type(given) in WORD else check(given))]
 
 
@@ -92,7 +93,8 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     `positive` are the labels that the macro scores average over (all by default); `protected` is the one that a
     decision's gate protects (the majority class). `columns` are what the corpus's tables call theirs, and `no_label` the
     cells of their label column that mean "context only". `metric` is what is optimised, and shown first: see
-    `find_metric`. docs/YOUR_CORPUS.md has every key and its default.
+    `find_metric`. `distances` between labels, a row a label, are for the loss of that name. docs/YOUR_CORPUS.md has every
+    key and its default.
     """
 
     # A field's check sees the fields above it, so the order matters. What the corpus is stands in the Hub's words.
@@ -109,6 +111,7 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
     positive: Numbers | None = Field(None, validate_default=True)
     protected: StrictInt | None = None
     metric: StrictStr = DEFAULT_METRIC
+    distances: tuple[tuple[Distance, ...], ...] | None = None
 
     @field_validator("target_speaker")
     @classmethod
@@ -161,6 +164,20 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
             find_metric(metric, [label.name for label in info.data["labels"]])
         return metric
 
+    @field_validator("distances")
+    @classmethod
+    def _lie_between_labels(cls, rows: tuple[tuple[float, ...], ...] | None, info: ValidationInfo) -> Any:
+        if rows is None or "labels" not in info.data:
+            return rows
+        count = len(info.data["labels"])
+        if [len(row) for row in rows] != [count] * count:
+            raise ValueError(f"must be {count} rows of {count} numbers, one for each label")
+        for one, other in itertools.combinations_with_replacement(range(count), 2):
+            there, back = rows[one][other], rows[other][one]
+            if there != back or (one == other and there):
+                raise ValueError(f"from {one} to {other} it is {there:g}, and back {back:g}")
+        return rows
+
     @functools.cached_property
     def known_labels(self) -> dict[str, int]:
         """What a label may be in data: its name, or its number unless some name reads as a number (such as 1 to 5)."""
@@ -212,10 +229,11 @@ class LabelGuide(BaseModel, frozen=True, extra="forbid"):
         return range(len(self.labels))
 
     def to_dict(self) -> dict[str, Any]:
-        """The guide as the YAML file has it; `parse_label_guide` reads it back."""
+        """The guide as the YAML file has it, without `distances`, which only a run that trains with them records;
+        `parse_label_guide` reads it back."""
         optional = ("license", "language", "dataset", "columns", "no_label", "speaker_names", "metric")
         unsaid = {key for key in optional if getattr(self, key) == type(self).model_fields[key].default}
-        return self.model_dump(mode="json", exclude=unsaid)
+        return self.model_dump(mode="json", exclude=unsaid | {"distances"})
 
 
 def listed(names: Sequence[str], shown: int = 5) -> str:

@@ -11,6 +11,7 @@ Any set of rows may share a batch; which ones do matters for cost alone (`RowGro
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -29,7 +30,7 @@ from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.models.inference import segment_name
 from rareturn.models.loading import BaseModel, is_encoder, load_config
-from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step
+from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step, row_draws
 
 logger = logging.getLogger(__name__)
 
@@ -202,8 +203,8 @@ class RowGroups:
     A group above the token budget is split, each part repeating the common beginning; a row above it on its own is a
     group of its own.
 
-    `members` has the rows' indices, a list a group; `num_rows` and `tokens` have shape (groups,). A batch holds the
-    `shared` tokens that all rows begin with (the label guide) once; `tokens` counts what each group adds to them.
+    `members` has the rows' indices, a list a group; `tokens` has shape (groups,). A batch holds the `shared` tokens
+    that all rows begin with (the label guide) once; `tokens` counts what each group adds to them.
     """
 
     def __init__(self, rows: Sequence[Row], rendered: Sequence[Rendered], budget: int, branches: bool = True):
@@ -226,16 +227,23 @@ class RowGroups:
         first_rows = [rendered[group[0]].input_ids for group in self.members]
         self.shared = min(common_prefix(first_rows[0], ids) for ids in first_rows) if branches else 0
         self.tokens = np.array(sizes) - self.shared
-        self.num_rows = np.array([len(group) for group in self.members])
         alone = sum(size > budget for size in sizes)
         if alone:
             logger.warning(f"{alone} rows have more than {budget} tokens: each is a batch alone")
 
-    def deal(self, num_batches: int, seed: int, epoch: int) -> tuple[list[list[int]], bool]:
-        """Batches of row indices, none empty as there are at least so many groups; and whether all keep the budget.
+    def drawn(self, draws: np.ndarray) -> np.ndarray:
+        """Rows that are drawn of each group, (groups,), where each row is drawn so often."""
+        return np.array([draws[group].sum() for group in self.members])
+
+    def deal(
+        self, num_batches: int, seed: int, epoch: int, draws: np.ndarray
+    ) -> tuple[list[list[int]], bool]:
+        """Batches of row indices, none empty as at least so many groups are drawn; and whether all keep the budget.
 
         Groups are shuffled, and each goes to the batch with the fewest rows among those with room for its tokens.
+        `draws` says how often each row is there; copies of a row have their tokens in common.
         """
+        num_rows = self.drawn(draws)
         rows = np.zeros(num_batches, dtype=np.int64)
         tokens = np.full(num_batches, self.shared)
         batches: list[list[int]] = [[] for _ in range(num_batches)]
@@ -243,13 +251,15 @@ class RowGroups:
         order = np.random.default_rng((seed, epoch)).permutation(len(self.members))
         is_large = 2 * self.tokens > self.budget - self.shared
         for group in order[np.argsort(~is_large[order], kind="stable")]:
+            if not num_rows[group]:
+                continue
             has_room = (tokens + self.tokens[group] <= self.budget) | (rows == 0)
             if has_room.any():
                 batch = np.where(has_room, rows, np.iinfo(np.int64).max).argmin()
             else:
                 batch, fits = tokens.argmin(), False
-            batches[batch] += self.members[group]
-            rows[batch] += self.num_rows[group]
+            batches[batch] += np.repeat(self.members[group], draws[self.members[group]]).tolist()
+            rows[batch] += num_rows[group]
             tokens[batch] += self.tokens[group]
         return batches, fits
 
@@ -298,7 +308,9 @@ class PackedBatches:
             batch["subtree_end"] = torch.from_numpy(layout.subtree_end)[None]
         return batch
 
-    def plan(self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int) -> Plan:
+    def plan(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int, oversample: float = 0.0
+    ) -> Plan:
         """Epoch -> its steps, each of `micro_batches` lists of row indices.
 
         Which rows share a step depends on `rows_per_step` and `micro_batches` alone: two processes that accumulate
@@ -307,7 +319,10 @@ class PackedBatches:
         that all epochs have the same number.
         """
         groups, passes = self.groups(rows, rendered), self.micro_batches
-        wanted, most = -(-len(rows) // self.rows_per_step), len(groups.members) // passes
+        epochs = range(max(self.num_epochs, 1))
+        draws = functools.cache(lambda epoch: row_draws(rows, len(rows), oversample, seed, epoch))
+        wanted = -(-len(rows) // self.rows_per_step)
+        most = min(np.count_nonzero(groups.drawn(draws(at))) for at in epochs) // passes
         if not most:
             raise InputError(
                 f"{len(groups.members)} dialogues cannot fill the {passes} batches of a step; use fewer processes or "
@@ -316,12 +331,16 @@ class PackedBatches:
         if wanted > most:
             average = f"a step has {len(rows) / most:.1f} rows on average, not {self.rows_per_step}"
             logger.warning(f"{average}: {len(groups.members)} packed dialogues, {passes} batches a step")
-        num_steps, epochs = min(wanted, most), range(self.num_epochs)
-        while num_steps < most and not all(groups.deal(num_steps * passes, seed, at)[1] for at in epochs):
+        num_steps = min(wanted, most)
+
+        def deal(epoch: int) -> tuple[list[list[int]], bool]:
+            return groups.deal(num_steps * passes, seed, epoch, draws(epoch))
+
+        while num_steps < most and not all(deal(at)[1] for at in epochs):
             num_steps = min(max(num_steps + 1, int(num_steps * STEP_GROWTH)), most)
 
         def steps(epoch: int) -> list[Step]:
-            batches, _ = groups.deal(num_steps * passes, seed, epoch)
+            batches, _ = deal(epoch)
             return [batches[first : first + passes] for first in range(0, len(batches), passes)]
 
         return steps

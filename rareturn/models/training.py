@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, TrainingArguments
 
@@ -75,6 +76,24 @@ def with_labels(batches: Any, items: Sequence[tuple[Rendered, int]]) -> Batch:
     return batches.collate([row for row, _ in items]) | {"labels": labels}
 
 
+def row_draws(rows: Sequence[Row], num_rows: int, oversample: float, seed: int, epoch: int) -> np.ndarray:
+    """How often an epoch has each row, int64 (num_rows,), in all as often as there are rows.
+
+    On average a row of a class with n rows is drawn in proportion to n^-oversample: 0 takes every row once, 1 as many
+    rows of each class (Kang et al. 2020, arXiv 1910.09217, eq. 1, q = 1 - oversample). Sampling is systematic: no row
+    is one off its average, so an epoch leaves no class out and repeats no row by chance.
+    """
+    if not oversample:
+        return np.ones(num_rows, dtype=np.int64)
+    labels, rng = np.array([row.label for row in rows]), np.random.default_rng((seed, epoch, 1))
+    share, order = np.bincount(labels)[labels] ** -oversample, rng.permutation(num_rows)
+    ends = np.floor(np.cumsum(share[order]) * num_rows / share.sum() + rng.random()).astype(np.int64)
+    ends[-1] = num_rows
+    draws = np.zeros(num_rows, dtype=np.int64)
+    draws[order] = np.diff(ends, prepend=0)
+    return draws
+
+
 @dataclass
 class RowBatches:
     """A row a sequence, padded to the batch's longest. `packing.PackedBatches` is the other way.
@@ -104,8 +123,10 @@ class RowBatches:
             batch[self.segment_name] = pad([row.segment_ids for row in rendered], 0)
         return batch
 
-    def plan(self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int) -> Plan:
-        """Rows of an epoch shuffled, then bucketed by length so that little is padding.
+    def plan(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], seed: int, oversample: float = 0.0
+    ) -> Plan:
+        """Rows of an epoch (see `row_draws`) shuffled, then bucketed by length so that little is padding.
 
         Megabatches of 16 steps are sorted by length and dealt to steps, which are shuffled again. Which rows share a
         step depends on `rows_per_step` alone, not on how it is cut: 16x1, 4x4 and two processes of 8 take the same
@@ -122,7 +143,8 @@ class RowBatches:
 
         def steps(epoch: int) -> list[Step]:
             rng = np.random.default_rng((seed, epoch))
-            order = rng.permutation(len(lengths))
+            drawn = np.repeat(np.arange(len(lengths)), row_draws(rows, len(lengths), oversample, seed, epoch))
+            order = drawn[rng.permutation(len(drawn))]
             for first in range(0, num_steps, MEGABATCH_STEPS):
                 megabatch = order[bounds[first] : bounds[min(first + MEGABATCH_STEPS, num_steps)]]
                 megabatch[:] = megabatch[np.argsort(lengths[megabatch], kind="stable")]
@@ -149,6 +171,46 @@ def class_weights(counts: np.ndarray, method: str = "inverse_sqrt") -> np.ndarra
     exponent = {"none": 0.0, "inverse_sqrt": -0.5, "balanced": -1.0}[method]
     weights = np.where(counts > 0, np.maximum(counts, 1).astype(np.float64) ** exponent, 0.0)
     return weights * (counts.sum() / (weights * counts).sum())
+
+
+class WeightAverage(TrainerCallback):
+    """An exponential moving average of the trained weights, in float32; it takes their place when training ends.
+
+    Step t keeps d = min(decay, (1 + t) / (10 + t)) of the average, as TensorFlow's ExponentialMovingAverage with
+    `num_updates`: a short training would else keep much of its random head. Checkpoints hold the average too.
+    """
+
+    NAME = "weight_average.safetensors"
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.average: Batch = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        saved = load_file(self._path(args, state)) if state.global_step else trained
+        for name, weight in trained.items():
+            self.average[name] = saved[name].detach().to(weight.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                self.average[name].lerp_(weight.float(), 1 - decay)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_file(self.average, self._path(args, state))
+
+    @torch.no_grad()
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(self.average[name])
+
+    def _path(self, args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.NAME
 
 
 class CheckpointSeal(TrainerCallback):

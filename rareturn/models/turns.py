@@ -144,7 +144,6 @@ class TurnGroups(RowGroups):
                 sizes[-1] += new
                 seen |= own.keys()
         self.tokens = np.array(sizes)
-        self.num_rows = np.array([len(group) for group in self.members])
 
 
 @dataclass

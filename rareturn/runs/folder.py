@@ -90,10 +90,13 @@ def describe_run(
     flags = {**recipe, **arguments.split, **arguments.window, **facts["loader"], "seed": facts["seed"]}
     for key in [key for key in flags if key in BY_CONTENT.split() or key.endswith("_column")]:
         del flags[key]
+    guide = data.guide.to_dict()
+    if recipe.get("loss") == "distance":
+        guide["distances"] = data.guide.distances
     weights = base.weights_digest
     parts = {
         "flags": json.loads(json.dumps(flags, default=str)),
-        "label_guide": _digest(data.guide.to_dict()),
+        "label_guide": _digest(guide),
         "rows": rows_digest(data.originals + data.validation),
         "folds": _digest(data.folds),
         "augmented": rows_digest(data.augmented) if data.augmented else None,
@@ -107,6 +110,7 @@ def describe_run(
     return {
         "name": name,
         **data.describe(),
+        "label_guide": guide,
         **arguments.split,
         "base_model": base.name,
         "base_revision": base.revision,
