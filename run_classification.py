@@ -76,6 +76,11 @@ class ModelArguments:
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
+    head: Literal["classifier", "label_tokens"] = flag(
+        "classifier",
+        "classifier: a new linear head. label_tokens: no new head, the language model's own logits of the labels' "
+        "numbers behind the row; serves models without a sequence-classification class.",
+    )
     pooling: Literal["native", "mean", "turns"] = flag(
         "native",
         "native: the architecture's own head; for encoders, mean: averages of target and context; turns: the linear "
@@ -232,7 +237,8 @@ def load_model(
     base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
 ) -> Any:
     """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.loading import add_lora, freeze_trunk, is_fsdp_enabled, load_classifier, load_trained
+    from rareturn.models.layers import freeze_trunk
+    from rareturn.models.loading import add_lora, is_fsdp_enabled, load_classifier, load_trained
 
     if options.ema_decay and is_fsdp_enabled():
         raise InputError("--ema_decay: not under FSDP, where a process holds parts of weights")
