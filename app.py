@@ -32,7 +32,7 @@ from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Rendered
 from rareturn.data.rows import ColumnArguments, load_rows, open_source
 from rareturn.data.utterances import table_columns
-from rareturn.decisions.explaining import Explained, explain
+from rareturn.decisions.explaining import Explained, explain, percent
 from rareturn.errors import InputError
 from rareturn.files import packaged
 from rareturn.reports.tables import render
@@ -45,7 +45,7 @@ from rareturn.runs.tables import make_table
 ANY = -1  # in a filter
 UPLOADS = [".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"]
 CONFIDENCES = {"any": (0, 1), "below 30 %": (0, 0.3), "30 to 50 %": (0.3, 0.5), "50 to 70 %": (0.5, 0.7), "70 to 90 %": (0.7, 0.9), "90 % and more": (0.9, 1)}  # fmt: skip
-SHOWN = {"errors": "errors", "all": "all rows", "flips": "A and B differ", "a": "only A right", "b": "only B right"}  # fmt: skip
+SHOWN = {"wrong": "wrong", "all": "all rows", "flips": "A and B differ", "a": "only A right", "b": "only B right"}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -153,7 +153,7 @@ class Errors:
         """Places of rows, ascending: `show` is a key of SHOWN; `fold`, `truth` and `predicted` a number or ANY, and
         `confidence`, the probability of the predicted label, at least the one and below the other of two."""
         right = self.predicted == self.truth
-        chosen = ~right if show == "errors" else np.ones(len(self.rows), dtype=bool)
+        chosen = ~right if show == "wrong" else np.ones(len(self.rows), dtype=bool)
         if show in ("flips", "a", "b"):
             chosen = self.predicted != self.other
             chosen &= {"flips": chosen, "a": right, "b": self.other == self.truth}[show]
@@ -274,14 +274,14 @@ def make_interface(arguments: AppArguments, bundle: Bundle, classifier: Any, err
 
     other, target = guide.example_speakers
     example = f"{other}: How has your week been?\n{target}: Whatever. It's not like anyone noticed."
-    gate = bundle.threshold and f", {names[bundle.protected_class]} from {bundle.threshold:.1%} on"
+    gate = bundle.threshold and f", {names[bundle.protected_class]} from {percent(bundle.threshold)} on"
     about = f"{len(names)} labels, {len(bundle.runs)} runs, rule: {bundle.method}{gate or ''}."
     warning = "For research: often wrong, not a diagnostic instrument, not for decisions about people."
     with gr.Blocks(title=bundle.name, analytics_enabled=False, delete_cache=(300, 300)) as interface:
         gr.HTML(render(template, lines=[bundle.name, about, warning]))
         with gr.Tab("Classify"):
             how = "Dialogue: a line a turn, SPEAKER: text; or JSON, or a table with a header"
-            text = gr.Textbox(example, label=how, lines=6, max_lines=16)
+            text = gr.Textbox(example, label=how, lines=6, max_lines=16, autoscroll=False)
             with gr.Row():
                 upload = gr.UploadButton("Upload a file", file_types=UPLOADS)
                 button = gr.Button("Classify", variant="primary")
@@ -300,11 +300,11 @@ def make_interface(arguments: AppArguments, bundle: Bundle, classifier: Any, err
             gr.HTML(render(template, lines=["Out-of-fold rows", *letters]))
             with gr.Row():
                 filters = [
-                    gr.Dropdown(kinds, value="errors", label="Show"),
-                    gr.Dropdown(labels, value=ANY, label="True label"),
-                    gr.Dropdown(labels, value=ANY, label="Predicted label"),
-                    gr.Dropdown(folds, value=ANY, label="Fold"),
-                    gr.Dropdown(list(CONFIDENCES), value="any", label="Confidence"),
+                    gr.Dropdown(kinds, value="wrong", label="Show", min_width=120),
+                    gr.Dropdown(labels, value=ANY, label="True label", min_width=120),
+                    gr.Dropdown(labels, value=ANY, label="Predicted label", min_width=120),
+                    gr.Dropdown(folds, value=ANY, label="Fold", min_width=120),
+                    gr.Dropdown(list(CONFIDENCES), value="any", label="Confidence", min_width=120),
                 ]
             found, number = gr.HTML(), gr.State(0)
             with gr.Row(elem_classes="pager"):

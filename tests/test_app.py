@@ -86,10 +86,10 @@ def test_reasons_of_bias_gate_and_argmax():
     logits = logits_of([0.55, 0.35, 0.1], [0.6001, 0.3499, 0.05], [0.1, 0.2, 0.7], [0.1, 0.7, 0.2])
     bias, gate, sad, angry = explain(rule, NAMES, [[logits]])
     assert [one.label for one in (bias, gate, sad, angry)] == [1, 0, 2, 1]
-    counts = "“Calm” is likelier, 55.0% against 35.0%, but beside it the rule counts “Angry” 2.00 times."
+    counts = "“Calm” is likelier, 55.0 % against 35.0 %, but the rule weighs “Angry” 2.00 times as much."
     assert bias.why == f"The bias decided: {counts}"
     assert bias.margin == pytest.approx(-0.2) and bias.runner_up == 0
-    assert gate.why == "The gate decided: “Calm” has 60.0%, and from 60.0% on it wins outright."
+    assert gate.why == "The gate decided: “Calm” has 60.0 %, and from 60.0 % on it wins outright."
     assert sad.why == angry.why == "The likeliest label won."
     assert sad.margin == pytest.approx(0.5) and sad.runner_up == 1 and sad.alone == [2]
 
@@ -107,8 +107,8 @@ def test_reasons_of_a_vote(soft: bool):
     np.testing.assert_array_equal([one.label for one in said], voting.predict([softmax(run) for run in runs]))
     if soft:
         best = 0.7 / 0.9 * 0.25  # of what the gatekeepers' mean of 0.75 leaves
-        shares = f"“Angry” has the most, {best:.1%}."
-        assert said[0].why == f"The gatekeepers give “Calm” 75.0%. The specialists share the rest: {shares}"
+        shares = f"“Angry” has the most, {100 * best:.1f} %."
+        assert said[0].why == f"The gatekeepers give “Calm” 75.0 %. The specialists share the rest: {shares}"
         return
     assert [one.why for one in said] == [
         "2 of 2 gatekeepers voted for “Calm”, more than half.",
@@ -209,7 +209,7 @@ def test_errors_are_those_of_the_ensemble_and_every_filter_counts(system: Path):
         for row, one in zip(errors.rows, errors.explained, strict=True)
     }
     choices = itertools.product(
-        ("errors", "all"), (app.ANY, 3, 7), (app.ANY, 7), (app.ANY, 2), app.CONFIDENCES
+        ("wrong", "all"), (app.ANY, 3, 7), (app.ANY, 7), (app.ANY, 2), app.CONFIDENCES
     )
     for show, truth, predicted, fold, range_ in choices:
         low, high = app.CONFIDENCES[range_]

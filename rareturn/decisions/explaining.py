@@ -34,6 +34,11 @@ class Explained:
         return float(self.probabilities[self.label] - self.probabilities[self.runner_up])
 
 
+def percent(probability: float) -> str:
+    """Such as `38.5 %`."""
+    return f"{100 * probability:.1f} %"
+
+
 def explain(rule: Rule, names: Sequence[str], logits: Sequence[Sequence[np.ndarray]]) -> list[Explained]:
     """What `Rule.predict` says of these logits, row by row, with the reasons."""
     said, runs = rule.predict(logits), rule.run_probabilities(logits)
@@ -45,12 +50,12 @@ def explain(rule: Rule, names: Sequence[str], logits: Sequence[Sequence[np.ndarr
         runner_up = next(other for other in np.argsort(-p, kind="stable").tolist() if other != label)
         name, other, how = quoted[label], quoted[runner_up], said.decided_by[row]
         if how == "gate":
-            gate = f"{name} has {p[label]:.1%}, and from {rule.decision.threshold:.1%} on it wins outright"
+            gate = f"{name} has {percent(p[label])}, and from {percent(rule.decision.threshold)} on it wins outright"
             why = f"The gate decided: {gate}."
         elif how == "bias":
             times = np.exp(rule.decision.bias[label] - rule.decision.bias[runner_up])
-            likelier = f"{other} is likelier, {p[runner_up]:.1%} against {p[label]:.1%}"
-            why = f"The bias decided: {likelier}, but beside it the rule counts {name} {times:.2f} times."
+            likelier = f"{other} is likelier, {percent(p[runner_up])} against {percent(p[label])}"
+            why = f"The bias decided: {likelier}, but the rule weighs {name} {times:.2f} times as much."
         else:
             why = reasons[row] if rule.voting else "The likeliest label won."
         alone = [int(run[row].argmax()) for run in runs]
@@ -61,9 +66,9 @@ def explain(rule: Rule, names: Sequence[str], logits: Sequence[Sequence[np.ndarr
 def _soft_votes(voting: Voting, names: Sequence[str], runs: Sequence[np.ndarray], _: list[int]) -> list[str]:
     gate, shares = voting.gate_label, voting.soft_vote(runs)
     best = np.where(np.arange(len(names)) == gate, -1, shares).argmax(axis=1).tolist()
-    said = "The gatekeepers give {} {:.1%}. The specialists share the rest: {} has the most, {:.1%}."
+    said = "The gatekeepers give {} {}. The specialists share the rest: {} has the most, {}."
     return [
-        said.format(names[gate], row[gate], names[other], row[other])
+        said.format(names[gate], percent(row[gate]), names[other], percent(row[other]))
         for row, other in zip(shares, best, strict=True)
     ]
 
