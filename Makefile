@@ -1,10 +1,11 @@
-# make demo: the whole pipeline on the fictional corpus.  make test: the tests.  Both set up .venv first.
+# make demo: the whole pipeline on the fictional corpus.  make app: a page over the demo's ensemble.  make test: the tests.
+# Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs
 
-.PHONY: setup demo test soak quality style clean
+.PHONY: setup demo app test soak quality style clean
 
 setup: $(VENV)/.installed
 
@@ -15,6 +16,16 @@ $(VENV)/.installed: requirements.txt
 
 demo: setup
 	$(BIN)/python scripts/system.py systems/demo.yaml
+
+app: $(VENV)/.app $(OUT)/demo/ensemble.json
+	$(BIN)/python app.py --bundle $(OUT)/demo --rows data/demo/train.json --compare $(OUT)/demo-probe
+
+$(VENV)/.app: $(VENV)/.installed requirements-app.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt --requirement requirements-app.txt
+	touch $@
+
+$(OUT)/demo/ensemble.json:
+	$(MAKE) demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 -q

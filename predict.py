@@ -31,11 +31,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from rareturn.command_line import REQUIRED, flag, parse_arguments, run, start_logging
-from rareturn.data.dialogues import HALF, LONE_SURROGATE, Row, row_json
+from rareturn.data.dialogues import Row, row_json
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.readers import DELIMITERS, read_records
-from rareturn.data.rows import ColumnArguments, open_source, row_columns
-from rareturn.data.utterances import read_table, table_bytes
+from rareturn.data.rows import ColumnArguments, open_source
+from rareturn.data.utterances import table_bytes
 from rareturn.errors import InputError
 from rareturn.runs.bundle import read_bundle
 from rareturn.runs.references import check_name
@@ -64,43 +64,14 @@ class PredictArguments(ColumnArguments):
             raise ValueError("--rows_per_chunk: one or more")
 
 
-def rows_by_dialogue(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
-    """The rows to classify, in the order of the input; an InputError, while iterating, at a dialogue that is wrong."""
-    from rareturn.classifier import target_rows
-
-    name = arguments.input
-    records, is_table = open_source(name, "test", guide, arguments.columns)
-    if is_table:
-        rows = read_table(records, name, guide, arguments.columns, None).rows
-        for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
-            yield list(of_dialogue)[0 if arguments.turns == "all" else -1 :]
-        return
-    columns = row_columns(arguments.columns)
-    for number, record in enumerate(records, 1):
-        where = f"{name}: dialogue {number}"
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: not an object with fields")
-        row_id = record.get(columns["id"], record.get(columns["dialogue_id"]))
-        dialogue_id = record.get(columns["dialogue_id"], row_id)
-        for key, value in (("id", row_id), ("dialogue_id", dialogue_id)):
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(f"{where}: {key}: an id or a dialogue_id must be there, and be a text")
-            if LONE_SURROGATE.search(value):
-                raise InputError(f"{where}: {key}: {HALF}")
-        dialogue = record.get(columns["dialogue"])
-        where = f"{name}: {row_id}: {columns['dialogue']}"
-        if isinstance(dialogue, str):  # CSV has no lists
-            try:
-                dialogue = json.loads(dialogue)
-            except (json.JSONDecodeError, RecursionError):
-                raise InputError(f"{where}: not valid JSON") from None
-        yield target_rows(dialogue, guide, arguments.turns, where, row_id, dialogue_id)
-
-
 def read_chunks(arguments: PredictArguments, guide: LabelGuide) -> Iterator[list[Row]]:
     """Whole dialogues, at least `rows_per_chunk` rows but in the last."""
+    from rareturn.classifier import rows_by_dialogue
+
+    name, columns = arguments.input, arguments.columns
+    records, is_table = open_source(name, "test", guide, columns)
     chunk: list[Row] = []
-    for rows in rows_by_dialogue(arguments, guide):
+    for rows in rows_by_dialogue(records, is_table, name, guide, columns, arguments.turns):
         chunk += rows
         if len(chunk) >= arguments.rows_per_chunk:
             yield chunk

@@ -8,18 +8,22 @@ classifier([{"speaker": "seeker", "text": "Whatever. It's not like anyone notice
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rareturn.data.dialogues import Dialogue, Row, Turns, turn_problem, turns_of
+from rareturn.data.dialogues import HALF, LONE_SURROGATE, Dialogue, Row, Turns, turn_problem, turns_of
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer
+from rareturn.data.rows import row_columns
+from rareturn.data.utterances import read_table
 from rareturn.errors import InputError
 from rareturn.models import loading
 from rareturn.models.inference import place, predict_logits, segment_name
@@ -91,7 +95,8 @@ class _ProbeVoter:
             raise InputError(f"{run.name}: features: missing, so its heads cannot be applied")
         taken = {"layer": run.features.layer, "window": run.window.model_dump(), "bf16": run.loader.bf16}
         self.frozen = FrozenFeatures(base, guide, **taken, batch_size=32, show_progress=False)
-        _check_prompt(run, self.frozen.renderer)
+        self.renderer = self.frozen.renderer
+        _check_prompt(run, self.renderer)
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
         self.model = self.frozen.load()
 
@@ -207,3 +212,42 @@ def target_rows(
     places = [place for place, turn in enumerate(dialogue) if guide.is_target(turn["speaker"])]
     places = places if which == "all" else places[-1:]
     return [Row(f"{row_id}#{place}", dialogue_id, Turns(turns, place + 1)) for place in places]
+
+
+def rows_by_dialogue(
+    records: Iterable[Any],
+    is_table: bool,
+    where: str,
+    guide: LabelGuide,
+    columns: Mapping[str, str],
+    which: str,
+) -> Iterator[list[Row]]:
+    """The rows to classify, in the order of the input: of what `open_source` gives, or of records in that form.
+
+    An InputError, while iterating, at a dialogue that is wrong.
+    """
+    if is_table:
+        rows = read_table(records, where, guide, columns, None).rows
+        for _, of_dialogue in itertools.groupby(rows, key=lambda row: row.dialogue_id):
+            yield list(of_dialogue)[0 if which == "all" else -1 :]
+        return
+    columns = row_columns(columns)
+    for number, record in enumerate(records, 1):
+        place = f"{where}: dialogue {number}"
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: not an object with fields")
+        row_id = record.get(columns["id"], record.get(columns["dialogue_id"]))
+        dialogue_id = record.get(columns["dialogue_id"], row_id)
+        for key, value in (("id", row_id), ("dialogue_id", dialogue_id)):
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"{place}: {key}: an id or a dialogue_id must be there, and be a text")
+            if LONE_SURROGATE.search(value):
+                raise InputError(f"{place}: {key}: {HALF}")
+        dialogue = record.get(columns["dialogue"])
+        place = f"{where}: {row_id}: {columns['dialogue']}"
+        if isinstance(dialogue, str):  # CSV has no lists
+            try:
+                dialogue = json.loads(dialogue)
+            except (json.JSONDecodeError, RecursionError):
+                raise InputError(f"{place}: not valid JSON") from None
+        yield target_rows(dialogue, guide, which, place, row_id, dialogue_id)

@@ -4,8 +4,8 @@
         subprocess.run([...], env=hub.environment(home))      # a script that pushes
         hub.files("org/name-oof", "dataset")                  # what has arrived
 
-Repos, branches (`main` only), private repos, tokens that may only read, regular and large files (git-LFS), commits with
-parents, collections. Every commit keeps its whole tree. A `Faults` object makes it misbehave; see there.
+Repos (a Space's app is not run), branches (`main` only), private repos, tokens that may only read, regular and large files
+(git-LFS), commits with parents, collections. Every commit keeps its whole tree. A `Faults` object makes it misbehave; see there.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class QuietServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-REPO = r"(?P<type>models|datasets)/(?P<repo>[^/]+/[^/]+)"
+REPO = r"(?P<type>models|datasets|spaces)/(?P<repo>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, str, str]] = [  # method, path, name of the route and of the handler's method
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate"),
@@ -256,12 +256,12 @@ ROUTES: list[tuple[str, str, str]] = [  # method, path, name of the route and of
     ("POST", r"/api/collections", "collection"),
     ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection_read"),
     ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "collection_add"),
-    ("POST", r"/(?:(?P<type>datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
-    ("POST", r"/(?:(?P<type>datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
+    ("POST", r"/(?:(?P<type>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+    ("POST", r"/(?:(?P<type>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
     ("PUT", r"/upload/(?P<sha256>[0-9a-f]{64})", "upload"),
     (
         "GET",
-        r"/(?:(?P<type>datasets)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        r"/(?:(?P<type>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
         "resolve",
     ),
 ]
@@ -430,7 +430,9 @@ class Handler(BaseHTTPRequestHandler):
         namespace, repo_type = wanted.get("organization") or "tester", wanted.get("type") or "model"
         repo_id = f"{namespace}/{wanted['name']}"
         self.need_writer(namespace)
-        url = f"{self.hub.url}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        url = f"{self.hub.url}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+        if repo_type == "space" and not wanted.get("sdk"):
+            raise Refusal(400, "A Space needs an sdk")
         if (repo_type, repo_id) in self.hub.repos:
             raise Refusal(409, f"You already created this {repo_type} repo", url=url)
         self.hub.create(repo_id, repo_type, wanted.get("visibility") == "private")

@@ -57,10 +57,11 @@ def row_columns(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def open_source(
-    source: str, split: str, guide: LabelGuide, given: Mapping[str, str]
+    source: str | Iterable[Any], split: str, guide: LabelGuide, given: Mapping[str, str]
 ) -> tuple[Iterator[Any], bool]:
-    """The records of a source, and whether they are a table's: whether the first one has no column of turns."""
-    records, column = iter(read_records(source, split)), row_columns(given)["dialogue"]
+    """The records of a source (or records), and whether they are a table's: whether the first has no column of turns."""
+    records = iter(read_records(source, split) if isinstance(source, str) else source)
+    column = row_columns(given)["dialogue"]
     first = list(itertools.islice(records, 1))
     is_table = any(isinstance(record, dict) and column not in record for record in first)
     if first and not is_table and table_columns(given, guide)["dialogue_id"] == column:

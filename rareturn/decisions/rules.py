@@ -72,14 +72,18 @@ class Rule:
     blend: str = BLENDS[0]
     voting: Voting | None = None
 
+    def run_probabilities(self, logits: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Each run's probabilities [n, c], the mean over its folds' models (DESIGN 8); `logits` as `predict` takes them."""
+        temperature = 1.0 if self.voting else self.decision.temperature
+        return [np.mean([softmax(fold, temperature) for fold in folds], axis=0) for folds in logits]
+
     def predict(self, logits: Sequence[Sequence[np.ndarray]]) -> Prediction:
-        """Labels of rows; a run's probabilities are the mean over its folds' models (DESIGN 8).
+        """Labels of rows.
 
         `logits` are, of each run, one array [n, c] for each fold whose model predicts these rows; one a run for
         out-of-fold rows.
         """
-        temperature = 1.0 if self.voting else self.decision.temperature
-        runs = [np.mean([softmax(fold, temperature) for fold in folds], axis=0) for folds in logits]
+        runs = self.run_probabilities(logits)
         probabilities = blend(runs, self.weights, self.blend)
         if self.voting is not None:
             return Prediction(self.voting.predict(runs), probabilities, ["vote"] * len(probabilities))

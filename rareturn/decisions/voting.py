@@ -53,17 +53,21 @@ class Voting:
         """
         if self.soft:
             return self.soft_vote(probabilities).argmax(axis=1)
-        gatekeepers, specialists = self._voters(probabilities)
-        votes = np.stack([run.argmax(axis=1) for run in [*gatekeepers, *specialists]])
-        tally = (votes[:, :, None] == np.arange(gatekeepers[0].shape[1])).sum(axis=0)
-        tally[:, self.gate_label] = -1
+        for_gate, tally = self.tally(probabilities)
         predictions = tally.argmax(axis=1)
         if self.protected_class is not None:
             most = tally.max(axis=1, keepdims=True)
             predictions[((tally == most).sum(axis=1) > 1) | (most[:, 0] == 0)] = self.protected_class
-        for_gate = (votes[: len(gatekeepers)] == self.gate_label).sum(axis=0)
-        predictions[for_gate * 2 > len(gatekeepers)] = self.gate_label
+        predictions[for_gate * 2 > self.label_scopes.count(None)] = self.gate_label
         return predictions
+
+    def tally(self, probabilities: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The gatekeepers' votes for the gate's label [n], and all votes for each other label [n, c] (-1 for the gate's)."""
+        gatekeepers, specialists = self._voters(probabilities)
+        votes = np.stack([run.argmax(axis=1) for run in [*gatekeepers, *specialists]])
+        tally = (votes[:, :, None] == np.arange(gatekeepers[0].shape[1])).sum(axis=0)
+        tally[:, self.gate_label] = -1
+        return (votes[: len(gatekeepers)] == self.gate_label).sum(axis=0), tally
 
     def soft_vote(self, probabilities: Sequence[np.ndarray]) -> np.ndarray:
         """The vote in probabilities [n, c]: the gatekeepers' mean for the gate's label; specialists share what remains.

@@ -141,10 +141,10 @@ def push_files(
     """
     token = (get_token() or "").encode()
     for path, content in files.items():
-        if not may_travel(path):
+        if repo_type != "space" and not may_travel(path):  # a Space is code
             raise InputError(f"{path} is not pushed: only {', '.join((*SUFFIXES, *TEXT_FILES))}")
         # A token given on a command line may end up in run.json, and one in a config in the model's folder.
-        is_text = not callable(content) and path.endswith((".json", ".md", ".yaml", ".html", ".jinja"))
+        is_text = not callable(content) and path.endswith((".json", ".md", ".yaml", ".html", ".jinja", ".py"))
         if is_text and token and token in (content if isinstance(content, bytes) else content.read_bytes()):
             raise InputError(f"{path}: has the Hub token in it; not pushed")
     try:
@@ -157,7 +157,8 @@ def push_files(
         reason = "the token may not write there" if 403 in status else "gave up"
         if 401 in status:
             reason = "no valid token (hf auth login, or HF_TOKEN)"
-        advice = f"everything stays on disk in {os.fspath(kept_in)}; repeat with --push_only"
+        again = "" if repo_type == "space" else " with --push_only"
+        advice = f"everything stays on disk in {os.fspath(kept_in)}; repeat{again}"
         raise PushError(f"{repo_id}: push failed: {reason}: {explain(error)}; {advice}") from error
 
 
@@ -197,7 +198,8 @@ class _Repo(_Persistence):
         try:
             info = self.api.repo_info(**self.where)
         except errors.RepositoryNotFoundError:
-            self.api.create_repo(**self.where, private=self.private, exist_ok=True)
+            sdk = {"space_sdk": "gradio"} if self.where["repo_type"] == "space" else {}
+            self.api.create_repo(**self.where, **sdk, private=self.private, exist_ok=True)
             try:
                 info = self.api.repo_info(**self.where)
             except errors.RepositoryNotFoundError:
