@@ -21,7 +21,8 @@ from rareturn import DialogueClassifier
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
-from rareturn.models.heads import TurnClassifier, TurnConfig
+from rareturn.models import turns
+from rareturn.models.heads import TrunkMemory, TurnClassifier, TurnConfig
 from rareturn.models.inference import predict_logits
 from rareturn.models.loading import (
     find_base_model,
@@ -34,7 +35,7 @@ from rareturn.models.loading import (
     trunk_layers,
 )
 from rareturn.models.probing import FrozenFeatures
-from rareturn.models.turns import TurnBatches, TurnRenderer, share_turns
+from rareturn.models.turns import TurnBatches, TurnRenderer, share_turns, turn_states
 from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def demo() -> list[Row]:
     return load_rows(TRAIN, GUIDE)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/rareturn/trunk"
 
 
 def classifier(encoder: str, trainable_layers: int | None = None) -> TurnClassifier:
@@ -156,6 +163,7 @@ def test_frozen_layers_see_a_turn_once_and_change_nothing(architecture):
         weight.data.normal_(std=0.2)
     remembering.load_state_dict(plain.state_dict())
     freeze_trunk(remembering, 2)
+    TrunkMemory(remembering.encoder, layer_list(remembering.encoder)[:2], {}, keep=True)
     remembering.train()  # the trunk has no dropout; the layers above have none here
     for layer in layer_list(remembering.encoder)[2:]:
         for module in layer.modules():
@@ -329,6 +337,52 @@ def test_the_head_starts_from_the_probe_s(encoder, tmp_path, tuning):
     probe, start = (read_table(tmp_path / name / "oof/fold-0.parquet") for name in ("probe", "run"))
     assert probe.id == start.id and np.ptp(probe.logits, axis=0).mean() > 0.5
     np.testing.assert_allclose(start.logits, probe.logits, atol=1e-4)
+
+
+def test_frozen_layers_are_computed_once_for_all_folds_and_runs(
+    encoder, demo, tmp_path, cache, monkeypatch, caplog
+):
+    base, tokenizer = find_base_model(encoder, pooling="turns"), load_tokenizer(find_base_model(encoder))
+    renderer, batches = TurnRenderer(base, tokenizer, WINDOW), TurnBatches(tokens_per_batch=300)
+    how = {"bf16": False, "limit_gb": 1}
+    rendered, states = turn_states(demo, renderer, base, 3, **how)
+    plain, cached = classifier(encoder, 1), classifier(encoder, 1)
+    TrunkMemory(cached.encoder, layer_list(cached.encoder)[:3], states)
+    with torch.inference_mode():
+        whole = plain.vectors(**TurnBatches().collate(rendered))
+    np.testing.assert_allclose(states.vectors(rendered), whole, atol=1e-5)
+    for model in (plain, cached):
+        for batch in batches.prediction_batches(demo, rendered):
+            logits = model(**batches.collate([rendered[index] for index in batch])).logits
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor([demo[index].label for index in batch])
+            ).backward()
+    assert_close(gradients(cached), gradients(plain))
+    assert turn_states(demo, renderer, base, 3, bf16=False, limit_gb=1e-6)[1] is None
+    assert "more than --trunk_cache_gb 1e-06" in caplog.text
+
+    flags = FLAGS | {
+        "model_name_or_path": encoder,
+        "tuning": "full",
+        "learning_rate": 3e-3,
+        "num_train_epochs": 2,
+    }
+    flags |= {"head_init": "probe", "trainable_layers": 1, "max_train_samples": 60}
+    assert run_script(run_classification.main, **flags, output_dir=tmp_path / "cached") == 0
+    uncached = flags | {"trunk_cache_gb": 0, "output_dir": tmp_path / "uncached"}
+    assert run_script(run_classification.main, **uncached) == 0
+    tables = [read_table(tmp_path / run / "oof/fold-0.parquet").logits for run in ("cached", "uncached")]
+    assert np.ptp(tables[0], axis=0).mean() > 0.1
+    np.testing.assert_allclose(*tables, atol=1e-4 * np.abs(tables[1]).max())
+
+    def compute_again(*arguments: object) -> None:
+        raise AssertionError("the trunk was computed again")
+
+    monkeypatch.setattr(turns, "write_parts", compute_again)
+    again = flags | {"fold": 1, "output_dir": tmp_path / "cached", "seed": 42}
+    assert run_script(run_classification.main, **again) == 0
+    with pytest.raises(AssertionError, match="computed again"):
+        run_script(run_classification.main, **flags | {"trainable_layers": 2}, output_dir=tmp_path / "other")
 
 
 def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns(encoder, demo, tmp_path, monkeypatch):

@@ -377,8 +377,12 @@ def freeze_trunk(model: nn.Module, cut: int) -> None:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    if isinstance(model, heads.TurnClassifier):
-        model.remember(layers[:cut], layers[cut:])
+    if isinstance(
+        model, heads.TurnClassifier
+    ):  # what serves all layers, such as MPNet's position biases, too
+        trained = {id(weight) for layer in layers[cut:] for weight in layer.parameters()}
+        for weight in model.encoder.parameters():
+            weight.requires_grad_(id(weight) in trained)
 
 
 def add_lora(

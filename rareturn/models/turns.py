@@ -11,12 +11,14 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
@@ -25,9 +27,12 @@ from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import Renderer, fold_whitespace
 from rareturn.data.rows import Row
 from rareturn.models import packing
-from rareturn.models.loading import BaseModel, is_encoder, load_config
+from rareturn.models.heads import embed_turns, gather_vectors, passes
+from rareturn.models.inference import place
+from rareturn.models.loading import BaseModel, is_encoder, layer_list, load_classifier, load_config
 from rareturn.models.packing import PackedBatches, RowGroups
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
+from rareturn.models.trunk import TOKENS_PER_BATCH, TrunkStates, cached_parts, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +124,81 @@ def pad_turns(turns: Sequence[np.ndarray], pad_token_id: int) -> Batch:
     ids = [torch.from_numpy(turn) for turn in turns]
     mask = pad_sequence([torch.ones_like(turn) for turn in ids], batch_first=True)
     return {"input_ids": pad_sequence(ids, True, pad_token_id), "attention_mask": mask}
+
+
+class TurnStates(Mapping):
+    """The frozen layers' output for turns, by the bytes of their tokens, and in `embeddings` that of the whole encoder.
+
+    Read from the files of a complete cache of the turns, in their order; `embeddings` has shape (turns, hidden size).
+    """
+
+    def __init__(self, turns: Sequence[np.ndarray], files: Sequence[Path]):
+        self.places = {ids.tobytes(): place for place, ids in enumerate(turns)}
+        self.ends = np.cumsum([0, *map(len, turns)])
+        self.states, embeddings = TrunkStates(files), []
+        for file in files:
+            with safe_open(file, "pt") as part:
+                embeddings.append(part.get_tensor("embeddings"))
+        self.embeddings = torch.cat(embeddings)
+
+    def __getitem__(self, turn: bytes) -> Tensor:
+        place = self.places[turn]
+        return self.states[np.arange(*self.ends[place : place + 2])]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.places)
+
+    def vectors(self, rendered: Sequence[RenderedTurns]) -> Tensor:
+        """`TurnClassifier.vectors` of rows before any training."""
+        turns, members, starts = share_turns(rendered)
+        places = torch.tensor([self.places[ids.tobytes()] for ids in turns])
+        return gather_vectors(self.embeddings, places[members], starts, len(PARTS))
+
+
+def turn_states(
+    rows: Sequence[Row], renderer: TurnRenderer, base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
+) -> tuple[list[RenderedTurns], TurnStates | None]:
+    """Rows, rendered; and the output of the encoder's first `cut` layers for their turns, or None: `trunk.cached_parts`.
+
+    A turn does not depend on its dialogue: each distinct one is computed once for all folds, epochs, seeds and runs.
+    """
+    rendered = renderer.render(rows)
+    turns, *_ = share_turns(rendered)
+
+    def compute(folder: Path) -> None:
+        pad, labels = renderer.tokenizer.pad_token_id, load_config(base).id2label  # a trained base has its own
+        encoder = place(load_classifier(base, list(labels.values()), pad), base).encoder
+        below: list[Tensor] = []
+        layer_list(encoder)[cut - 1].register_forward_hook(lambda layer, inputs, output: below.append(output))
+
+        def of_pass(batch: Sequence[np.ndarray], begin: int, end: int) -> dict[str, Tensor]:
+            inputs = {name: value.to(encoder.device) for name, value in pad_turns(batch, pad).items()}
+            with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+                embeddings = embed_turns(encoder, **inputs)
+            output = below.pop()
+            states = output[0] if isinstance(output, tuple) else output
+            return {"states": states[inputs["attention_mask"].bool()].cpu(), "embeddings": embeddings.cpu()}
+
+        width = encoder.config.hidden_size * getattr(torch, base.dtype).itemsize
+        write_parts(folder, list(_in_passes(turns)), width, of_pass)
+
+    tokens = sum(map(len, turns)), sum(map(len, rendered))
+    files = cached_parts(turns, tokens, (base, cut, bf16, limit_gb), compute)
+    return rendered, None if files is None else TurnStates(turns, files)
+
+
+def _in_passes(turns: Sequence[np.ndarray]) -> Iterator[tuple[Sequence[np.ndarray], int, int]]:
+    """Turns, longest first, that go through the encoder together; their first token and the first after them."""
+    token = 0
+    for begin, end, width in passes(list(map(len, turns))):
+        size = max(1, TOKENS_PER_BATCH // width)
+        for at in range(begin, end, size):
+            batch = turns[at : min(at + size, end)]
+            yield batch, token, token + sum(map(len, batch))
+            token += sum(map(len, batch))
 
 
 class TurnGroups(RowGroups):
