@@ -35,7 +35,7 @@ from rareturn.models.loading import (
     trunk_layers,
 )
 from rareturn.models.probing import FrozenFeatures
-from rareturn.models.turns import TurnBatches, TurnRenderer, share_turns, turn_states
+from rareturn.models.turns import TurnBatches, TurnRenderer, share_layers, share_turns, turn_states
 from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).parent.parent
@@ -385,12 +385,24 @@ def test_frozen_layers_are_computed_once_for_all_folds_and_runs(
         run_script(run_classification.main, **flags | {"trainable_layers": 2}, output_dir=tmp_path / "other")
 
 
-def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns(encoder, demo, tmp_path, monkeypatch):
+def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns_and_layers(
+    encoder, demo, tmp_path, monkeypatch
+):
     flags = FLAGS | {"model_name_or_path": encoder, "tuning": "full", "num_train_epochs": 1, "num_folds": 2}
     flags |= {"max_train_samples": 32, "test_file": TEST, "do_predict": True, "output_dir": tmp_path / "run"}
+    flags |= {"trainable_layers": 2, "learning_rate": 3e-3}
     for fold in range(2):
         assert run_script(run_classification.main, **flags, fold=fold) == 0
-    blend = {"runs": tmp_path / "run", "method": "prior", "repeats": 1, "test_file": TEST}
+    probe = WINDOW | {
+        "model_name_or_path": encoder,
+        "train_file": TRAIN,
+        "num_folds": 2,
+        "test_file": TEST,
+        "C": 3,
+    }
+    assert run_script(linear_probe.main, **probe, output_dir=tmp_path / "probe") == 0
+    runs = [tmp_path / "run", tmp_path / "probe"]
+    blend = {"runs": runs, "method": "prior", "repeats": 1, "test_file": TEST}
     assert run_script(ensemble.main, **blend, output_dir=tmp_path / "ensemble") == 0
     output = tmp_path / "labels.jsonl"
     asked = {"ensemble": tmp_path / "ensemble", "input": TEST, "turns": "last", "output": output}
@@ -408,10 +420,28 @@ def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns(encoder, dem
 
     monkeypatch.setattr(TurnClassifier, "vectors", watch)
     longest = max(demo, key=lambda row: len(row.turns)).turns
-    said = DialogueClassifier.from_pretrained(str(tmp_path / "ensemble"))(
-        [turn._asdict() for turn in longest]
-    )
-    assert len(said) > 3 and encoded == [len({turn.text for turn in longest})] * 2  # two models
+    dialogue, counts = [turn._asdict() for turn in longest], []
+    for share in (share_layers, lambda encoders: []):
+        monkeypatch.setattr("rareturn.classifier.share_layers", share)
+        model = DialogueClassifier.from_pretrained(str(tmp_path / "ensemble"))
+        assert len({id(encoder) for voter in model.voters for encoder in voter.turn_encoders}) == 3
+        model(dialogue[:2])  # in its first pass an encoder sees what its layers give
+        encoded.clear()
+        counts.append([Counter(), model])
+        for encoder_model in (encoder for voter in model.voters for encoder in voter.turn_encoders):
+            for place, layer in enumerate(layer_list(encoder_model)):
+                linear = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+                count = lambda *_, place=place, counter=counts[-1][0]: counter.update([place])  # noqa: E731
+                linear.register_forward_hook(count)
+        counts[-1].append(model(dialogue))
+        assert encoded == [len({turn.text for turn in longest})] * 2  # two models
+    (shared, model, said), (alone, _, expected) = counts
+    assert len(said) > 3 and 0 < shared[0] == shared[1] < alone[0] == shared[2] == shared[3]
+    for one, other in zip(said, expected, strict=True):
+        np.testing.assert_allclose(
+            list(one.probabilities.values()), list(other.probabilities.values()), atol=1e-5
+        )
+    assert len(model.shared) == 1 and len(model.shared[0]) <= len(longest)
 
 
 def test_mistakes_are_one_line(encoder, tmp_path, capsys):

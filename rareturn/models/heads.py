@@ -6,7 +6,7 @@ Importing this module lets `AutoModelForSequenceClassification` load a saved `Se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+PASS_TOKENS = 50  # what a pass costs beside its tokens, in tokens: MiniLM on one core
 
 
 class SegmentMeanConfig(transformers.PretrainedConfig):
@@ -112,13 +114,18 @@ class TurnClassifier(SegmentMeanClassifier):
         return gather_vectors(torch.cat(embeddings), members, starts, self.NUM_VECTORS)
 
 
-def passes(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First, end and width of the passes of turns in falling order of length: at most a quarter of each is padding."""
-    begin = 0
+def passes(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First, end and width of the passes of turns in falling order of length: the least padding and `PASS_TOKENS`."""
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the turns up to here, and where their last pass begins
     for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or lengths[end] < 0.75 * lengths[begin]:
-            yield begin, end, lengths[begin]
-            begin = end
+        costs = (best[at][0] + lengths[at] * (end - at) + PASS_TOKENS for at in range(end))
+        best.append(min((cost, at) for at, cost in enumerate(costs)))
+    found, end = [], len(lengths)
+    while end:
+        begin = best[end][1]
+        found.append((begin, end, lengths[begin]))
+        end = begin
+    return found[::-1]
 
 
 def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

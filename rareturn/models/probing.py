@@ -108,6 +108,8 @@ class FrozenFeatures:
         # The head that comes with it is not used, but this loader knows quantization and dtype.
         model = place(load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id), self.base)
         keep_layers(model.base_model, self.layer)
+        if self.is_encoder:
+            model.base_model.config.num_hidden_layers = self.layer  # as `layer_list` finds them
         return model
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
