@@ -228,16 +228,22 @@ def render(
         return {name: renderer.render(rows) for name, rows in parts.items()}, base, None
     from rareturn.models.loading import upper_layers
     from rareturn.models.trunk import trunk_states
+    from rareturn.models.turns import turn_states
 
-    rendered, states = trunk_states(parts, data, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
-    return rendered, base if states is None else upper_layers(base, cut), states
+    rows, by_turns = [*data.originals, *data.augmented, *data.validation, *data.test], base.pooling == "turns"
+    compute = turn_states if by_turns else trunk_states
+    of_rows, states = compute(rows, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
+    place = {id(row): index for index, row in enumerate(rows)}
+    rendered = {name: [of_rows[place[id(row)]] for row in part] for name, part in parts.items()}
+    return rendered, base if states is None or by_turns else upper_layers(base, cut), states
 
 
 def load_model(
-    base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
+    base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int, states: Any
 ) -> Any:
     """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.layers import freeze_trunk
+    from rareturn.models.heads import TrunkMemory
+    from rareturn.models.layers import freeze_trunk, layer_list
     from rareturn.models.loading import add_lora, is_fsdp_enabled, load_classifier, load_trained
 
     if options.ema_decay and is_fsdp_enabled():
@@ -247,6 +253,8 @@ def load_model(
     model = load_classifier(base, names, pad)
     if cut:
         freeze_trunk(model, cut)
+    if base.pooling == "turns" and states is not None:
+        TrunkMemory(model.encoder, layer_list(model.encoder)[:cut], states)
     if options.tuning == "full":
         return model
     sizes = options.lora_r, options.lora_alpha, options.lora_dropout
@@ -326,9 +334,10 @@ def main() -> None:
         return push_folds(run_dir, hub, [fold]) if hub.push_to_hub and is_main else None
     seal, saved = CheckpointSeal(info["identity"]["digest"]), folder.adapter_dir(run_dir, fold)
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
-    parts, limit = {"train": train, **missing}, options.trunk_cache_gb if arguments.pack_dialogues else 0.0
+    cached = arguments.pack_dialogues or base.pooling == "turns"
+    parts, limit = {"train": train, **missing}, options.trunk_cache_gb if cached else 0.0
     rendered, base, states = render(parts, data, renderer, base, cut, limit, training.bf16)
-    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut)
+    model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut, states)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     logger.info(f"fold {fold}: {len(train)} rows {counts.tolist()}; {trainable:,} of {total:,} parameters")
 
@@ -338,7 +347,7 @@ def main() -> None:
         accept_packed(model)
     plan = batches.plan(train, rendered["train"], training.seed, options.oversample)
     if options.head_init == "probe" and not (saved.exists() or checkpoint):
-        probing.init_head(model, batches, train, rendered["train"], options, training.bf16)
+        probing.init_head(model, batches, train, rendered["train"], options, training.bf16, states)
     if is_main:
         write_folds(run_dir, data.folds, **arguments.split)
         folder.write_run_info(run_dir, info, *flags)

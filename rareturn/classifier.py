@@ -31,7 +31,7 @@ from rareturn.models.loading import BaseModel, is_encoder
 from rareturn.models.packing import PackedBatches, accept_packed, can_branch
 from rareturn.models.probing import FrozenFeatures, LinearHead
 from rareturn.models.training import RowBatches
-from rareturn.models.turns import TurnBatches, TurnRenderer, make_renderer
+from rareturn.models.turns import TurnBatches, TurnRenderer, make_renderer, share_layers
 from rareturn.runs.bundle import Bundle, BundledRun, model_folders, read_bundle
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,10 @@ class _TrainedVoter:
         if base.pooling == "turns":
             self.batches = TurnBatches(pad_token_id=tokenizer.pad_token_id)
         self.models = [bases.load_fold(base, folder, guide, tokenizer.pad_token_id) for folder in folders]
+        self.turn_encoders = []
+        if base.pooling == "turns":
+            whole = [model if adapter is None else model.get_base_model() for model, adapter in self.models]
+            self.turn_encoders = [model.encoder for model in whole]
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Of each fold, float32 of shape (rows, num_labels)."""
@@ -98,7 +102,8 @@ class _ProbeVoter:
         self.renderer = self.frozen.renderer
         _check_prompt(run, self.renderer)
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
-        self.model = self.frozen.load()
+        self.model, self.bf16 = self.frozen.load(), run.loader.bf16
+        self.turn_encoders = [self.model.base_model] * self.frozen.is_encoder
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Of each fold, float32 of shape (rows, num_labels)."""
@@ -155,6 +160,10 @@ class DialogueClassifier:
 
     def __init__(self, bundle: Bundle, voters: Sequence[Any]):
         self.rule, self.guide, self.voters = bundle.rule(), bundle.guide, voters
+        self.shared = []  # the output of layers that several encoders have in common, for the turns of one call
+        for bf16 in (False, True):
+            alike = [voter.turn_encoders for voter in voters if voter.bf16 == bf16]
+            self.shared += share_layers(list(itertools.chain.from_iterable(alike)))
 
     @classmethod
     def from_pretrained(cls, reference: str, trust_remote_code: Sequence[str] = ()) -> DialogueClassifier:
@@ -187,6 +196,8 @@ class DialogueClassifier:
 
     def predictions(self, rows: Sequence[Row]) -> Iterator[tuple[Row, Prediction]]:
         """Rows with what the ensemble says of their last turn."""
+        for states in self.shared:
+            states.clear()
         said, names = self.rule.predict([voter.logits(rows) for voter in self.voters]), self.guide.names
         for row, label, values, reason in zip(
             rows, said.labels, said.probabilities, said.decided_by, strict=True

@@ -24,6 +24,7 @@ from rareturn.data.label_guide import load_label_guide, parse_label_guide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
+from rareturn.models import packing
 from rareturn.models.inference import predict_logits
 from rareturn.models.loading import (
     add_lora,
@@ -315,6 +316,42 @@ def test_flex_attention_sees_what_the_dense_mask_shows(tmp_path, architecture, m
         with torch.no_grad():
             logits.append(model(**batch).logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
+def test_flex_attention_is_chosen_where_the_user_named_none(tmp_path, architecture, monkeypatch):
+    """A GPU's choice, made here; uncompiled. Padded to whole blocks, with checkpointing and a tree of few tokens after it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    flex = torch.nn.attention.flex_attention
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(
+        flex, "_validate_device", lambda *tensors: None
+    )  # uncompiled, a CPU has the gradients too
+    monkeypatch.setattr(packing, "takes_flex", lambda backbone, batch: batch["subtree_end"].shape[1] > 600)
+    rows = demo_rows(num_dialogues=2)
+    rendered = render(rows, max_turns=10)
+    path = make_tiny_decoder(tmp_path, architecture, **SLIDING[architecture])
+    batches = [[*range(len(rows))], [0, 1, 2]]
+    results = []
+    for named in ("sdpa", None):
+        model = load(path, named)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        results.append(logits_and_gradients(model, rows[:3], rendered, batches[1:], PackedBatches().collate))
+        lengths = []
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(
+            lambda layer, args, found=lengths: found.append(args[0].shape[1])
+        )
+        results.append(logits_and_gradients(model, rows, rendered, batches[:1], PackedBatches().collate))
+        assert all(length % 128 == 0 for length in lengths) == (named is None)
+        assert model.base_model.config._attn_implementation == (named or "flex_attention")
+        results.append(logits_and_gradients(model, rows[:3], rendered, batches[1:], PackedBatches().collate))
+        assert model.base_model.config._attn_implementation == "sdpa"
+    for (logits, gradients), (again, others) in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(logits, again, rtol=1e-4, atol=1e-4)
+        for name, gradient in gradients.items():
+            assert (gradient - others[name]).norm() <= 1e-4 * gradient.norm(), name
 
 
 # ------------------------------------------------------------------------------------- attention that takes no tree

@@ -21,7 +21,8 @@ from rareturn import DialogueClassifier
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
-from rareturn.models.heads import TurnClassifier, TurnConfig
+from rareturn.models import turns
+from rareturn.models.heads import TrunkMemory, TurnClassifier, TurnConfig
 from rareturn.models.inference import predict_logits
 from rareturn.models.layers import freeze_trunk, keep_layers, layer_list
 from rareturn.models.loading import (
@@ -32,7 +33,7 @@ from rareturn.models.loading import (
     trunk_layers,
 )
 from rareturn.models.probing import FrozenFeatures
-from rareturn.models.turns import TurnBatches, TurnRenderer, share_turns
+from rareturn.models.turns import TurnBatches, TurnRenderer, share_layers, share_turns, turn_states
 from rareturn.runs.tables import read_table
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def demo() -> list[Row]:
     return load_rows(TRAIN, GUIDE)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/rareturn/trunk"
 
 
 def classifier(encoder: str, trainable_layers: int | None = None) -> TurnClassifier:
@@ -154,6 +161,7 @@ def test_frozen_layers_see_a_turn_once_and_change_nothing(architecture):
         weight.data.normal_(std=0.2)
     remembering.load_state_dict(plain.state_dict())
     freeze_trunk(remembering, 2)
+    TrunkMemory(remembering.encoder, layer_list(remembering.encoder)[:2], {}, keep=True)
     remembering.train()  # the trunk has no dropout; the layers above have none here
     for layer in layer_list(remembering.encoder)[2:]:
         for module in layer.modules():
@@ -329,12 +337,70 @@ def test_the_head_starts_from_the_probe_s(encoder, tmp_path, tuning):
     np.testing.assert_allclose(start.logits, probe.logits, atol=1e-4)
 
 
-def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns(encoder, demo, tmp_path, monkeypatch):
+def test_frozen_layers_are_computed_once_for_all_folds_and_runs(
+    encoder, demo, tmp_path, cache, monkeypatch, caplog
+):
+    base, tokenizer = find_base_model(encoder, pooling="turns"), load_tokenizer(find_base_model(encoder))
+    renderer, batches = TurnRenderer(base, tokenizer, WINDOW), TurnBatches(tokens_per_batch=300)
+    how = {"bf16": False, "limit_gb": 1}
+    rendered, states = turn_states(demo, renderer, base, 3, **how)
+    plain, cached = classifier(encoder, 1), classifier(encoder, 1)
+    TrunkMemory(cached.encoder, layer_list(cached.encoder)[:3], states)
+    with torch.inference_mode():
+        whole = plain.vectors(**TurnBatches().collate(rendered))
+    np.testing.assert_allclose(states.vectors(rendered), whole, atol=1e-5)
+    for model in (plain, cached):
+        for batch in batches.prediction_batches(demo, rendered):
+            logits = model(**batches.collate([rendered[index] for index in batch])).logits
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor([demo[index].label for index in batch])
+            ).backward()
+    assert_close(gradients(cached), gradients(plain))
+    assert turn_states(demo, renderer, base, 3, bf16=False, limit_gb=1e-6)[1] is None
+    assert "more than --trunk_cache_gb 1e-06" in caplog.text
+
+    flags = FLAGS | {
+        "model_name_or_path": encoder,
+        "tuning": "full",
+        "learning_rate": 3e-3,
+        "num_train_epochs": 2,
+    }
+    flags |= {"head_init": "probe", "trainable_layers": 1, "max_train_samples": 60}
+    assert run_script(run_classification.main, **flags, output_dir=tmp_path / "cached") == 0
+    uncached = flags | {"trunk_cache_gb": 0, "output_dir": tmp_path / "uncached"}
+    assert run_script(run_classification.main, **uncached) == 0
+    tables = [read_table(tmp_path / run / "oof/fold-0.parquet").logits for run in ("cached", "uncached")]
+    assert np.ptp(tables[0], axis=0).mean() > 0.1
+    np.testing.assert_allclose(*tables, atol=1e-4 * np.abs(tables[1]).max())
+
+    def compute_again(*arguments: object) -> None:
+        raise AssertionError("the trunk was computed again")
+
+    monkeypatch.setattr(turns, "write_parts", compute_again)
+    again = flags | {"fold": 1, "output_dir": tmp_path / "cached", "seed": 42}
+    assert run_script(run_classification.main, **again) == 0
+    with pytest.raises(AssertionError, match="computed again"):
+        run_script(run_classification.main, **flags | {"trainable_layers": 2}, output_dir=tmp_path / "other")
+
+
+def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns_and_layers(
+    encoder, demo, tmp_path, monkeypatch
+):
     flags = FLAGS | {"model_name_or_path": encoder, "tuning": "full", "num_train_epochs": 1, "num_folds": 2}
     flags |= {"max_train_samples": 32, "test_file": TEST, "do_predict": True, "output_dir": tmp_path / "run"}
+    flags |= {"trainable_layers": 2, "learning_rate": 3e-3}
     for fold in range(2):
         assert run_script(run_classification.main, **flags, fold=fold) == 0
-    blend = {"runs": tmp_path / "run", "method": "prior", "repeats": 1, "test_file": TEST}
+    probe = WINDOW | {
+        "model_name_or_path": encoder,
+        "train_file": TRAIN,
+        "num_folds": 2,
+        "test_file": TEST,
+        "C": 3,
+    }
+    assert run_script(linear_probe.main, **probe, output_dir=tmp_path / "probe") == 0
+    runs = [tmp_path / "run", tmp_path / "probe"]
+    blend = {"runs": runs, "method": "prior", "repeats": 1, "test_file": TEST}
     assert run_script(ensemble.main, **blend, output_dir=tmp_path / "ensemble") == 0
     output = tmp_path / "labels.jsonl"
     asked = {"ensemble": tmp_path / "ensemble", "input": TEST, "turns": "last", "output": output}
@@ -352,10 +418,28 @@ def test_predictions_of_a_bundle_are_the_ensemble_s_and_share_turns(encoder, dem
 
     monkeypatch.setattr(TurnClassifier, "vectors", watch)
     longest = max(demo, key=lambda row: len(row.turns)).turns
-    said = DialogueClassifier.from_pretrained(str(tmp_path / "ensemble"))(
-        [turn._asdict() for turn in longest]
-    )
-    assert len(said) > 3 and encoded == [len({turn.text for turn in longest})] * 2  # two models
+    dialogue, counts = [turn._asdict() for turn in longest], []
+    for share in (share_layers, lambda encoders: []):
+        monkeypatch.setattr("rareturn.classifier.share_layers", share)
+        model = DialogueClassifier.from_pretrained(str(tmp_path / "ensemble"))
+        assert len({id(encoder) for voter in model.voters for encoder in voter.turn_encoders}) == 3
+        model(dialogue[:2])  # in its first pass an encoder sees what its layers give
+        encoded.clear()
+        counts.append([Counter(), model])
+        for encoder_model in (encoder for voter in model.voters for encoder in voter.turn_encoders):
+            for place, layer in enumerate(layer_list(encoder_model)):
+                linear = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+                count = lambda *_, place=place, counter=counts[-1][0]: counter.update([place])  # noqa: E731
+                linear.register_forward_hook(count)
+        counts[-1].append(model(dialogue))
+        assert encoded == [len({turn.text for turn in longest})] * 2  # two models
+    (shared, model, said), (alone, _, expected) = counts
+    assert len(said) > 3 and 0 < shared[0] == shared[1] < alone[0] == shared[2] == shared[3]
+    for one, other in zip(said, expected, strict=True):
+        np.testing.assert_allclose(
+            list(one.probabilities.values()), list(other.probabilities.values()), atol=1e-5
+        )
+    assert len(model.shared) == 1 and len(model.shared[0]) <= len(longest)
 
 
 def test_mistakes_are_one_line(encoder, tmp_path, capsys):

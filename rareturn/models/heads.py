@@ -6,7 +6,7 @@ Importing this module lets `AutoModelForSequenceClassification` load a saved `Se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+PASS_TOKENS = 50  # what a pass costs beside its tokens, in tokens: MiniLM on one core
 
 
 class SegmentMeanConfig(transformers.PretrainedConfig):
@@ -106,29 +108,24 @@ class TurnClassifier(SegmentMeanClassifier):
         `gather_vectors`.
         """
         embeddings = []
-        for begin, end, width in _passes(attention_mask.sum(1).tolist()):
+        for begin, end, width in passes(attention_mask.sum(1).tolist()):
             ids, mask = input_ids[begin:end, :width], attention_mask[begin:end, :width]
             embeddings.append(embed_turns(self.encoder, ids, mask))
         return gather_vectors(torch.cat(embeddings), members, starts, self.NUM_VECTORS)
 
-    def remember(self, trunk: Sequence[nn.Module], layers: Sequence[nn.Module]) -> None:
-        """Train no more of the encoder than `layers`; a turn goes through the `trunk` below, free of dropout, only once.
 
-        Frozen with the trunk is what serves all layers, such as the position biases of MPNet and DeBERTa.
-        """
-        trained = {id(weight) for layer in layers for weight in layer.parameters()}
-        for weight in self.encoder.parameters():
-            weight.requires_grad_(id(weight) in trained)
-        _TrunkMemory(self.encoder, trunk)
-
-
-def _passes(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """First, end and width of the passes of turns in falling order of length: at most a quarter of each is padding."""
-    begin = 0
+def passes(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First, end and width of the passes of turns in falling order of length: the least padding and `PASS_TOKENS`."""
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the turns up to here, and where their last pass begins
     for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or lengths[end] < 0.75 * lengths[begin]:
-            yield begin, end, lengths[begin]
-            begin = end
+        costs = (best[at][0] + lengths[at] * (end - at) + PASS_TOKENS for at in range(end))
+        best.append(min((cost, at) for at, cost in enumerate(costs)))
+    found, end = [], len(lengths)
+    while end:
+        begin = best[end][1]
+        found.append((begin, end, lengths[begin]))
+        end = begin
+    return found[::-1]
 
 
 def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -148,42 +145,51 @@ def gather_vectors(embeddings: Tensor, members: Tensor, starts: Tensor, parts: i
     return means.reshape(len(starts) // parts, -1)
 
 
-class _TrunkMemory:
-    """The output of an encoder's frozen layers for every turn of training, by its tokens: float (tokens, hidden size).
+class TrunkMemory:
+    """Spares an encoder the frozen layers of turns whose output is known, where those of a whole pass are.
 
-    Where all turns of a pass are known, every frozen layer gives the last one's output and computes nothing.
+    `states` are the frozen layers' outputs, float (tokens, hidden size) a turn, by the bytes of its int64 tokens. Every
+    frozen layer then gives the last one's output and computes nothing. With `keep`, what is computed is added; several
+    encoders whose frozen layers are equal may share `states`.
     """
 
-    def __init__(self, encoder: nn.Module, trunk: Sequence[nn.Module]):
-        self.states: dict[bytes, Tensor] = {}
+    def __init__(
+        self,
+        encoder: nn.Module,
+        trunk: Sequence[nn.Module],
+        states: Mapping[bytes, Tensor],
+        keep: bool = False,
+    ):
+        self.states, self.keep = states, keep
         self.turns: list[bytes] = []  # of this pass
         self.output: Any = None  # of the last frozen layer in this pass, where it is known
-        self.others: tuple[None, ...] | None = (
-            None  # what stands beside the hidden states, where a layer gives a tuple
-        )
+        # How many None stand beside the hidden states where a layer gives a tuple; known after the first pass.
+        self.beside: int | None = None
         encoder.register_forward_pre_hook(self._look_up, with_kwargs=True)
         for layer in trunk:
             layer.forward = functools.partial(self._forward, layer.forward)
-        trunk[-1].register_forward_hook(self._keep)
+        trunk[-1].register_forward_hook(self._learn)
 
     def _look_up(self, encoder: nn.Module, args: tuple, inputs: dict[str, Tensor]) -> None:
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        rows = zip(inputs["input_ids"].cpu().numpy(), lengths, strict=True)
+        mask = inputs["attention_mask"]
+        rows = zip(inputs["input_ids"].cpu().numpy(), mask.sum(1).tolist(), strict=True)
         self.turns, self.output = [ids[:length].tobytes() for ids, length in rows], None
-        if all(turn in self.states for turn in self.turns):
-            hidden = pad_sequence([self.states[turn] for turn in self.turns], batch_first=True)
-            self.output = hidden if self.others is None else (hidden, *self.others)
+        if self.beside is not None and all(turn in self.states for turn in self.turns):
+            hidden = pad_sequence([self.states[turn] for turn in self.turns], batch_first=True).to(
+                mask.device
+            )
+            self.output = (hidden, *[None] * (self.beside - 1)) if self.beside else hidden
 
     def _forward(self, compute: Callable, *args: Any, **inputs: Any) -> Any:
         return compute(*args, **inputs) if self.output is None else self.output
 
-    def _keep(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        if self.output is not None or torch.is_inference_mode_enabled():  # a held-out turn is seen once
+    def _learn(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if self.output is not None:
             return
-        hidden, *others = output if isinstance(output, tuple) else (output,)
-        self.others = (None,) * len(others) if isinstance(output, tuple) else None
-        for turn, states in zip(self.turns, hidden, strict=True):
-            self.states[turn] = states[: len(turn) // 8].clone()
+        self.beside = len(output) if isinstance(output, tuple) else 0
+        if self.keep:
+            for turn, hidden in zip(self.turns, output[0] if self.beside else output, strict=True):
+                self.states[turn] = hidden[: len(turn) // 8].clone()
 
 
 for config, model in ((SegmentMeanConfig, SegmentMeanClassifier), (TurnConfig, TurnClassifier)):

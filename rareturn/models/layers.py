@@ -74,4 +74,7 @@ def freeze_trunk(model: nn.Module, cut: int) -> None:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     if isinstance(model, heads.TurnClassifier):
-        model.remember(layers[:cut], layers[cut:])
+        # What serves all layers, such as MPNet's position biases, is frozen too.
+        trained = {id(weight) for layer in layers[cut:] for weight in layer.parameters()}
+        for weight in model.encoder.parameters():
+            weight.requires_grad_(id(weight) in trained)

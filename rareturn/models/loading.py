@@ -236,6 +236,8 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         old, bias = model.score, model.score.bias is not None
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
         model.score.load_state_dict(old.state_dict())
+    if base.attn_implementation is None:  # `packing.hidden_states` may choose another
+        model.base_model.default_attention = model.base_model.config._attn_implementation
     return _settled(model)
 
 

@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import math
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatc
 
 logger = logging.getLogger(__name__)
 
+FLEX_TOKENS, FLEX_BLOCK = 2048, 128  # tokens of a pass from which flex attention pays; its blocks' size
 STEP_GROWTH = 1.02  # by which the number of steps is raised until every batch of every epoch keeps its tokens
 
 
@@ -134,11 +136,39 @@ def attention_masks(config: Any, batch: Batch, dtype: torch.dtype) -> Any:
     return mask(None if types else window)  # without types (Mistral) all layers have the window
 
 
+def takes_flex(backbone: nn.Module, batch: Batch) -> bool:
+    """Whether a batch is worth flex attention: a tree so large that a dense mask, which SDPA's fast kernels refuse, is slow."""
+    end, compilers = batch.get("subtree_end"), ("gcc", "clang", "cc")
+    large = end is not None and end.is_cuda and end.shape[1] > FLEX_TOKENS
+    return large and backbone._supports_flex_attn and any(map(shutil.which, compilers))
+
+
+def padded(batch: Batch) -> Batch:
+    """The batch with tokens that see only themselves, up to a multiple of flex attention's blocks: few shapes to compile."""
+    tokens = batch["subtree_end"].shape[1]
+    more = -tokens % FLEX_BLOCK
+    longer = {
+        name: nn.functional.pad(batch[name], (0, more))
+        for name in ("input_ids", "position_ids")
+        if name in batch
+    }
+    if "inputs_embeds" in batch:
+        longer["inputs_embeds"] = nn.functional.pad(batch["inputs_embeds"], (0, 0, 0, more))
+    own = torch.arange(tokens + 1, tokens + more + 1, device=batch["subtree_end"].device)[None]
+    return batch | longer | {"subtree_end": torch.cat([batch["subtree_end"], own], dim=1)}
+
+
 def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
     """Last hidden state of each token of a packed batch, (tokens, hidden size), from a decoder without head.
 
-    The batch has `input_ids` or, where the lower layers are computed already, their output as `inputs_embeds`.
+    The batch has `input_ids` or, where the lower layers are computed already, their output as `inputs_embeds`. Where the
+    user named no attention kernel, a large tree takes flex attention, and some more tokens that nothing sees.
     """
+    if getattr(backbone, "default_attention", None) is not None:
+        # It stays after the pass, since activation checkpointing repeats the pass with it.
+        flex = takes_flex(backbone, batch)
+        backbone.config._attn_implementation = "flex_attention" if flex else backbone.default_attention
+        batch = padded(batch) if flex else batch
     known = {name: batch.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
     inputs = {name: value for name, value in known.items() if value is not None}
     config, mask = backbone.config.get_text_config(), None

@@ -38,7 +38,15 @@ from rareturn.models.loading import (
 )
 from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
-from rareturn.models.turns import PARTS, RenderedTurns, TurnBatches, TurnRenderer, pad_turns, share_turns
+from rareturn.models.turns import (
+    PARTS,
+    RenderedTurns,
+    TurnBatches,
+    TurnRenderer,
+    TurnStates,
+    pad_turns,
+    share_turns,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +107,8 @@ class FrozenFeatures:
         # The head that comes with it is not used, but this loader knows quantization and dtype.
         model = place(load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id), self.base)
         keep_layers(model.base_model, self.layer)
+        if self.is_encoder:
+            model.base_model.config.num_hidden_layers = self.layer  # as `layer_list` finds them
         return model
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
@@ -245,21 +255,26 @@ def init_head(
     rendered: Sequence[RenderedTurns],
     options: Any,
     bf16: bool,
+    states: TurnStates | None = None,
 ) -> None:
     """Give a `TurnClassifier`, or a PEFT model around one, the logistic head on its vectors of the rows.
 
-    `options` are the flags of run_classification.py: `class_weights` and `head_C`, which `fit_head` takes.
+    `options` are the flags of run_classification.py: `class_weights` and `head_C`, which `fit_head` takes. `states` are
+    those of the rows' turns, where the model's frozen layers have them.
     Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
     """
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     device, width = classifier.device, classifier.config.encoder.hidden_size
     features = np.zeros((len(rows), len(PARTS) * width), dtype=np.float32)
-    model.eval()  # the Trainer sets it to training
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for batch in batches.prediction_batches(rows, rendered):
-            inputs = batches.collate([rendered[index] for index in batch])
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            features[batch] = classifier.vectors(**inputs).cpu().numpy()
+    if states is not None:
+        features[:] = states.vectors(rendered)
+    else:
+        model.eval()  # the Trainer sets it to training
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            for batch in batches.prediction_batches(rows, rendered):
+                inputs = batches.collate([rendered[index] for index in batch])
+                inputs = {key: value.to(device) for key, value in inputs.items()}
+                features[batch] = classifier.vectors(**inputs).cpu().numpy()
     labels = np.array([row.label for row in rows])
     fitting = {"weights": options.class_weights, "C": options.head_C, "block_size": width}
     head = fit_head(features, labels, num_labels=model.config.num_labels, **fitting)

@@ -1,8 +1,9 @@
 """Frozen layers, computed once: the hidden states below the trained layers, kept on disk for all that comes later.
 
 With `--trainable_layers N` the layers below the top N are a trunk: no weight in them changes and no dropout is in them,
-so what they make of a token is the same in every epoch, fold, seed and run. It depends on the tokens before it alone: a
-data set has one state for each distinct prefix of its rows, and the upper layers take the states as their embeddings.
+so what they make of a token is the same in every epoch, fold, seed and run. A decoder's depends on the tokens before it
+alone: a data set has one state for each distinct prefix of its rows, and the upper layers take the states as their
+embeddings. For encoders, whose turns are read one by one, see `turns.turn_states`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rareturn.data.folds import RunData
 from rareturn.data.rendering import Rendered, Renderer
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
@@ -82,36 +83,49 @@ def number_tokens(rendered: Sequence[Rendered]) -> tuple[list[Rendered], list[in
 
 
 def trunk_states(
-    parts: Mapping[str, list[Row]],
-    data: RunData,
-    renderer: Renderer,
-    base: BaseModel,
-    cut: int,
-    *,
-    bf16: bool,
-    limit_gb: float,
-) -> tuple[dict[str, list[Rendered]], TrunkStates | None]:
-    """Parts of a run's rows, rendered, with `nodes`; and the output of the first `cut` layers for all rows of the run.
-
-    It comes from the cache, or is computed and left there. One process computes while others wait; what a killed one had
-    done is gone on from, what is damaged on the disk is computed anew, and what was not used for longest makes room.
-    None for the output where it needs more than `limit_gb` (10^9 bytes): every pass computes its trunk then.
-    """
-    rows = [*data.originals, *data.augmented, *data.validation, *data.test]
+    rows: Sequence[Row], renderer: Renderer, base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
+) -> tuple[list[Rendered], TrunkStates | None]:
+    """Rows, rendered, with `nodes`; and the output of the first `cut` layers for all of them, or None: `cached_parts`."""
     numbered, order = number_tokens(renderer.render(rows))
-    of_row = dict(zip(map(id, rows), numbered, strict=True))
-    rendered = {name: [of_row[id(row)] for row in part] for name, part in parts.items()}
-    tokens = int(max(row.nodes[-1] for row in numbered)) + 1
-    config = loading.load_config(base).get_text_config()
-    size = tokens * config.hidden_size * getattr(torch, base.dtype).itemsize
-    what = f"trunk of {cut} layers: {tokens:,} tokens of {sum(map(len, numbered)):,}, {size / 1e9:.2f} GB"
+    tokens = int(max(row.nodes[-1] for row in numbered)) + 1, sum(map(len, numbered))
+    files = cached_parts(
+        [numbered[index].input_ids for index in order],
+        tokens,
+        (base, cut, bf16, limit_gb),
+        lambda folder: compute_states(numbered, order, base, cut, folder, bf16),
+    )
+    return numbered, None if files is None else TrunkStates(files)
+
+
+def cached_parts(
+    sequences: Iterable[np.ndarray],
+    tokens: tuple[int, int],
+    how: tuple[BaseModel, int, bool, float],
+    compute: Callable[[Path], None],
+) -> list[Path] | None:
+    """The files with the output of the first layers for token sequences, from the cache, or computed and left there.
+
+    One process computes while others wait; what a killed one had done is gone on from, what is damaged on the disk is
+    computed anew, and what was not used for longest makes room. None where it needs more than the limit: every pass
+    computes its trunk then.
+
+    Args:
+        tokens: whose output it is, and how many they are without sharing.
+        how: the base, its layers below the cut, bf16 autocast or not, and the limit in GB (10^9 bytes).
+        compute: `write_parts` of all files into a folder.
+    """
+    base, cut, bf16, limit_gb = how
+    config = loading.load_config(base)
+    width = getattr(config, "encoder", config).get_text_config().hidden_size
+    size = tokens[0] * width * getattr(torch, base.dtype).itemsize
+    what = f"trunk of {cut} layers: {tokens[0]:,} tokens of {tokens[1]:,}, {size / 1e9:.2f} GB"
     if size > limit_gb * 1e9:
         logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is computed in every pass")
-        return rendered, None
+        return None
     facts = {"base": [base.name, base.revision, base.weights_digest], "cut": cut, "bf16": bf16, **base.loader}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for index in order:
-        digest.update(len(numbered[index]).to_bytes(8, "little") + numbered[index].input_ids.tobytes())
+    for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little") + sequence.tobytes())
     folder = cache_dir("trunk") / digest.hexdigest()[:32]
     with _locked(folder, what):
         files = whole_parts(folder)
@@ -119,10 +133,10 @@ def trunk_states(
             logger.info(f"{what}: computed once, into {folder}")
             make_room(folder, limit_gb * 1e9 - size)
             with torch.random.fork_rng():  # a run with a warm cache draws the same numbers
-                compute_states(numbered, order, base, cut, folder, bf16)
+                compute(folder)
             files = whole_parts(folder)
         os.utime(folder / INDEX)
-        return rendered, TrunkStates(files)
+        return files
 
 
 @contextlib.contextmanager
@@ -171,24 +185,40 @@ def make_room(folder: Path, room: float) -> None:
 def compute_states(
     numbered: Sequence[Rendered], order: Sequence[int], base: BaseModel, cut: int, folder: Path, bf16: bool
 ) -> None:
-    """Write the parts that are not there yet and then the index, which makes the cache complete."""
+    """`write_parts` of the states of a decoder's rows."""
     lower = replace(base, layers=(0, cut))
     trunk = Trunk(place(loading.load_classifier(lower, ["no", "yes"], pad_token_id=0), lower), cut)
-    passes = list(in_passes(numbered, order))
     width = trunk.backbone.config.get_text_config().hidden_size * getattr(torch, base.dtype).itemsize
+
+    def compute(rows: Sequence[int], begin: int, end: int) -> dict[str, Tensor]:
+        return {"states": trunk.states([numbered[row] for row in rows], begin, end, bf16)}
+
+    write_parts(folder, list(in_passes(numbered, order)), width, compute)
+
+
+def write_parts(
+    folder: Path,
+    passes: Sequence[tuple[Any, int, int]],
+    width: int,
+    compute: Callable[..., dict[str, Tensor]],
+) -> None:
+    """Write the parts that are not there yet and then the index, which makes the cache complete.
+
+    A pass is what `compute` is given; its last two members are its first token and the first after it, of `width` bytes.
+    """
     part_of = np.array([begin for _, begin, _ in passes]) // (PART_BYTES // width)
     index = {}
     with tqdm(total=passes[-1][2], desc="trunk", unit="token") as bar:
         for part in np.unique(part_of):
-            path, states = folder / f"{part:05}.safetensors", []
+            path, found = folder / f"{part:05}.safetensors", []
             there = path.exists()
             for number in np.flatnonzero(part_of == part):
-                rows, begin, end = passes[number]
                 if not there:
-                    states.append(trunk.states([numbered[row] for row in rows], begin, end, bf16))
-                bar.update(end - begin)
+                    found.append(compute(*passes[number]))
+                bar.update(passes[number][2] - passes[number][1])
             if not there:
-                write_bytes(path, safetensors.torch.save({"states": torch.cat(states)}))
+                whole = {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
+                write_bytes(path, safetensors.torch.save(whole))
             index[path.name] = file_digest(path)
     write_json(folder / INDEX, index)
 

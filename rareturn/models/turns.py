@@ -11,12 +11,14 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
@@ -25,10 +27,14 @@ from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import LABEL_CUE, Renderer, fold_whitespace
 from rareturn.data.rows import Row
 from rareturn.models import packing
+from rareturn.models.heads import TrunkMemory, embed_turns, gather_vectors
+from rareturn.models.inference import place
 from rareturn.models.label_tokens import label_tokens
-from rareturn.models.loading import BaseModel, is_encoder, load_config
+from rareturn.models.layers import layer_list
+from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config
 from rareturn.models.packing import PackedBatches, RowGroups
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
+from rareturn.models.trunk import TOKENS_PER_BATCH, cached_parts, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +130,115 @@ def pad_turns(turns: Sequence[np.ndarray], pad_token_id: int) -> Batch:
     ids = [torch.from_numpy(turn) for turn in turns]
     mask = pad_sequence([torch.ones_like(turn) for turn in ids], batch_first=True)
     return {"input_ids": pad_sequence(ids, True, pad_token_id), "attention_mask": mask}
+
+
+class TurnStates(dict[bytes, Tensor]):
+    """The frozen layers' output for turns, by the bytes of their tokens, mapped from the files of a complete cache.
+
+    `embeddings`, (turns, hidden size), are those of the whole encoder before any training; the files hold whole turns in
+    the order of `turns`.
+    """
+
+    def __init__(self, turns: Sequence[np.ndarray], files: Sequence[Path]):
+        self.places = {ids.tobytes(): place for place, ids in enumerate(turns)}
+        embeddings: list[Tensor] = []
+        for file in files:
+            with safe_open(file, "pt") as part:
+                embeddings.append(part.get_tensor("embeddings"))
+                own = turns[len(self) : len(self) + len(embeddings[-1])]
+                states = part.get_tensor("states").split([len(ids) for ids in own])
+            self.update(zip((ids.tobytes() for ids in own), states, strict=True))
+        self.embeddings = torch.cat(embeddings)
+
+    def vectors(self, rendered: Sequence[RenderedTurns]) -> Tensor:
+        """`TurnClassifier.vectors` of rows before any training."""
+        turns, members, starts = share_turns(rendered)
+        places = torch.tensor([self.places[ids.tobytes()] for ids in turns])
+        return gather_vectors(self.embeddings, places[members], starts, len(PARTS))
+
+
+def turn_states(
+    rows: Sequence[Row], renderer: TurnRenderer, base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
+) -> tuple[list[RenderedTurns], TurnStates | None]:
+    """Rows, rendered; and the output of the encoder's first `cut` layers for their turns, or None: `trunk.cached_parts`.
+
+    A turn does not depend on its dialogue: each distinct one is computed once for all folds, epochs, seeds and runs.
+    """
+    rendered = renderer.render(rows)
+    turns, *_ = share_turns(rendered)
+
+    def compute(folder: Path) -> None:
+        pad, labels = (
+            renderer.tokenizer.pad_token_id,
+            load_config(base).id2label,
+        )  # a trained base has its own
+        encoder = place(load_classifier(base, list(labels.values()), pad), base).encoder
+        below: list[Tensor] = []
+        layer_list(encoder)[cut - 1].register_forward_hook(lambda layer, inputs, output: below.append(output))
+
+        def of_pass(batch: Sequence[np.ndarray], begin: int, end: int) -> dict[str, Tensor]:
+            inputs = {name: value.to(encoder.device) for name, value in pad_turns(batch, pad).items()}
+            with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
+                embeddings = embed_turns(encoder, **inputs)
+            output = below.pop()
+            states = output[0] if isinstance(output, tuple) else output
+            return {"states": states[inputs["attention_mask"].bool()].cpu(), "embeddings": embeddings.cpu()}
+
+        width = encoder.config.hidden_size * getattr(torch, base.dtype).itemsize
+        write_parts(folder, list(_in_passes(turns)), width, of_pass)
+
+    tokens = sum(map(len, turns)), sum(map(len, rendered))
+    files = cached_parts(turns, tokens, (base, cut, bf16, limit_gb), compute)
+    return rendered, None if files is None else TurnStates(turns, files)
+
+
+def _in_passes(turns: Sequence[np.ndarray]) -> Iterator[tuple[Sequence[np.ndarray], int, int]]:
+    """Turns, longest first, that go through the encoder together; their first token and the first after them."""
+    at = token = 0
+    while at < len(turns):
+        batch = turns[at : at + max(1, TOKENS_PER_BATCH // len(turns[at]))]
+        yield batch, token, token + sum(map(len, batch))
+        at, token = at + len(batch), token + sum(map(len, batch))
+
+
+def share_layers(encoders: Sequence[nn.Module]) -> list[dict[bytes, Tensor]]:
+    """Let encoders whose lowest layers are equal compute these once a turn; what they remember, to be cleared at times.
+
+    An encoder with several adapters is given several times.
+    """
+    groups: list[list[nn.Module]] = []
+    for encoder in encoders:
+        group = next((group for group in groups if _common_layers(group[0], encoder)), None)
+        if group is None:
+            groups.append([encoder])
+        else:
+            group.append(encoder)
+    memories = []
+    for group in (group for group in groups if len(group) > 1):
+        cut, states = min(_common_layers(group[0], encoder) for encoder in group), {}
+        for encoder in dict.fromkeys(group):
+            TrunkMemory(encoder, layer_list(encoder)[:cut], states, keep=True)
+        memories.append(states)
+    return memories
+
+
+def _common_layers(one: nn.Module, other: nn.Module) -> int:
+    """How many of two encoders' first layers are equal and without adapters; none unless what stands below them is."""
+
+    def equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+        same = weights.keys() == others.keys() and not any("lora_" in name for name in weights)
+        return same and all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+    def beside_layers(encoder: nn.Module) -> dict[str, Tensor]:
+        inside = {id(weight) for weight in layer_list(encoder).parameters()}
+        named = encoder.named_parameters()
+        return {name: weight for name, weight in named if id(weight) not in inside and "pooler." not in name}
+
+    if not equal(beside_layers(one), beside_layers(other)):
+        return 0
+    pairs = zip(layer_list(one), layer_list(other), strict=False)
+    same = (equal(dict(layer.named_parameters()), dict(its.named_parameters())) for layer, its in pairs)
+    return sum(1 for _ in itertools.takewhile(bool, same))
 
 
 class TurnGroups(RowGroups):
