@@ -51,7 +51,7 @@ from rareturn.runs.alignment import (
 )
 from rareturn.runs.bundle import Bundle, bundle_content, find_models, refer_to_hub
 from rareturn.runs.decision_file import OVERRIDE, read_decision, saved_decision
-from rareturn.runs.hub import add_to_collection, push_files
+from rareturn.runs.hub import add_to_collection, check_may_push, push_files
 from rareturn.runs.reading import Run, read_run
 from rareturn.runs.references import check_name
 from rareturn.runs.schemas import metric_of
@@ -276,6 +276,8 @@ def main() -> None:
     if hub.push_only:
         publish(output_dir, hub, repo_id)
         return
+    if hub.wanted:
+        check_may_push(repo_id)
     if not arguments.runs:
         raise InputError("--runs: name one or more")
     if twice := [name for name in arguments.runs if arguments.runs.count(name) > 1]:

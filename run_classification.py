@@ -33,7 +33,7 @@ from rareturn.data.rendering import Rendered, Renderer
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
-from rareturn.reports.push import push_folds
+from rareturn.reports.push import check_push, push_folds
 from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
@@ -256,6 +256,8 @@ def main() -> None:
         return push_folds(run_dir, hub) if is_main else None
     if training.do_predict and not arguments.test_file:
         raise InputError("--do_predict needs a --test_file")
+    if is_main:
+        check_push(hub, run_name)
 
     # Logging
     import transformers
