@@ -41,6 +41,7 @@ from rareturn.files import check_content, read_json, write_bytes, write_json
 from rareturn.reports.cards import ensemble_card
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure
 from rareturn.reports.tables import score_test
+from rareturn.reports.tracking import TrackingArguments, log_scores
 from rareturn.runs.alignment import (
     SHARED_KEYS,
     align_runs,
@@ -263,7 +264,7 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
 
 def main() -> None:
     # Arguments
-    arguments, hub = parse_arguments((EnsembleArguments, HubArguments), __doc__)
+    arguments, hub, tracking = parse_arguments((EnsembleArguments, HubArguments, TrackingArguments), __doc__)
     output_dir, repo_id = Path(arguments.output_dir), None
     name = output_dir.resolve().name
     if hub.wanted:
@@ -339,6 +340,7 @@ def main() -> None:
     write_json(output_dir / "ensemble.json", bundle)
     write_json(output_dir / "metrics.json", metrics)
     print(f"\nwrote {output_dir}: open {output_dir / 'report.html'}")
+    log_scores(tracking, hub.hub_name or first.info["name"], name, metrics)
 
     # Push
     if hub.push_to_hub:

@@ -161,7 +161,7 @@ def weighted_trainer() -> type:
     import torch
     from transformers import Trainer
 
-    from rareturn.models.training import StepBatchSampler
+    from rareturn.models.training import StepBatchSampler, ignore_sigterm
 
     class WeightedTrainer(Trainer):
         """`Trainer` with class weights and smoothing in the loss, and batches that follow a plan.
@@ -184,6 +184,7 @@ def weighted_trainer() -> type:
                 batch_sampler=sampler,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
+                worker_init_fn=ignore_sigterm,
                 pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
             )
             loader.set_epoch = sampler.set_epoch  # `Trainer` tells the loader
@@ -265,13 +266,14 @@ def main() -> None:
     from rareturn.models import loading, probing, turns
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing
-    from rareturn.models.training import CheckpointSeal, class_weights, with_labels
+    from rareturn.models.training import CheckpointSeal, StopOnSigterm, class_weights, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     fold_dir = run_dir / f"fold-{fold}"
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(fold_dir / "logs"))
-    training.output_dir, training.run_name = str(fold_dir / "checkpoints"), run_name
+    training.output_dir, training.run_name = str(fold_dir / "checkpoints"), f"{run_name}-fold-{fold}"
+    training.project = training.project or hub.hub_name or run_name
 
     # Seed
     transformers.set_seed(training.seed)
@@ -326,7 +328,7 @@ def main() -> None:
         class_weights=class_weights(counts, options.class_weights),
         label_scope=data.scope,
         plan=plan,
-        callbacks=[seal],
+        callbacks=[seal, StopOnSigterm()],
     )
     train_loss = None if saved.exists() else train_fold(trainer, base, tokenizer, saved, checkpoint)
 
@@ -342,7 +344,10 @@ def main() -> None:
             shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
         seconds = round(time.perf_counter() - started, 1)
         costs = {"trainable_parameters": trainable, "train_loss": train_loss, "seconds": seconds}
-        folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
+        if training.trackio_space_id:
+            costs["trackio_space_id"] = training.trackio_space_id
+        result = folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
+        trainer.log({f"eval_{name}": value for name, value in result.items() if isinstance(value, float)})
 
     # Push
     if hub.push_to_hub and is_main:
