@@ -36,6 +36,7 @@ from rareturn.data.variants import augment_text
 from rareturn.endpoint import Endpoint, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
+from rareturn.runs.references import model_repo
 
 CARD = """---
 {{ card_data }}
@@ -214,10 +215,8 @@ def push(
 ) -> None:
     """Push the variants, and nothing else, as a dataset that `load_rows` and `datasets.load_dataset` read."""
     from rareturn.runs.hub import push_files
-    from rareturn.runs.references import check_name
 
-    namespace = check_name(hub.hub_namespace, "hub_namespace")
-    repo_id = f"{namespace}/{check_name(f'{hub.hub_name}-augmented', 'hub_name: repo')}"
+    repo_id = model_repo(hub.hub_namespace, hub.hub_name, "augmented")
     table = file_bytes(rows, data.columns, ".parquet")
     files = {"augmented.parquet": table, "README.md": card(rows, guide, made.llm).encode()}
     options = {"repo_type": "dataset", "private": hub.hub_private_repo, "kept_in": made.output_file}
@@ -230,6 +229,11 @@ def main() -> None:
     own = (ScriptArguments, Endpoint, DataArguments, HubArguments)
     arguments, endpoint, data, hub = parse_arguments(own, __doc__)
     start_logging()
+
+    if hub.push_to_hub:
+        from rareturn.runs.hub import check_may_push
+
+        check_may_push(model_repo(hub.hub_namespace, hub.hub_name, "augmented"), "dataset")
 
     # Data
     guide = load_label_guide(data.label_guide)

@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from rareturn.decisions.rules import Rule
 from rareturn.errors import InputError
 from rareturn.files import write_json
 from rareturn.reports.tables import Table, fold_text, interval_text, score_titles
+from rareturn.reports.tracking import TrackingArguments, log_scores
 from rareturn.runs.alignment import protected_label
 from rareturn.runs.decision_file import saved_decision
 from rareturn.runs.reading import Run, read_run
@@ -189,7 +191,7 @@ def print_tables(
 
 def main() -> None:
     # Arguments
-    (arguments,) = parse_arguments((CalibrationArguments,), __doc__)
+    arguments, tracking = parse_arguments((CalibrationArguments, TrackingArguments), __doc__)
 
     # Logging
     start_logging()
@@ -228,6 +230,8 @@ def main() -> None:
     }
     write_json(arguments.output, content)
     logger.info("wrote %s", arguments.output)
+    name = run.info["name"]
+    log_scores(tracking, name, f"{name}-{Path(arguments.output).stem}", metrics)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from rareturn.files import check_content, read_json, write_bytes, write_json
 from rareturn.reports.cards import EVAL_RESULTS, ensemble_card, eval_results
 from rareturn.reports.ensemble import make_page, make_pictures, make_tables, measure
 from rareturn.reports.tables import score_test
+from rareturn.reports.tracking import TrackingArguments, log_scores
 from rareturn.runs.alignment import (
     SHARED_KEYS,
     align_runs,
@@ -51,7 +52,7 @@ from rareturn.runs.alignment import (
 )
 from rareturn.runs.bundle import Bundle, bundle_content, find_models, refer_to_hub
 from rareturn.runs.decision_file import OVERRIDE, read_decision, saved_decision
-from rareturn.runs.hub import add_to_collection, push_files
+from rareturn.runs.hub import add_to_collection, check_may_push, push_files
 from rareturn.runs.reading import Run, read_run
 from rareturn.runs.references import check_name
 from rareturn.runs.schemas import metric_of
@@ -265,7 +266,7 @@ def publish(output_dir: Path, hub: HubArguments, repo_id: str) -> None:
 
 def main() -> None:
     # Arguments
-    arguments, hub = parse_arguments((EnsembleArguments, HubArguments), __doc__)
+    arguments, hub, tracking = parse_arguments((EnsembleArguments, HubArguments, TrackingArguments), __doc__)
     output_dir, repo_id = Path(arguments.output_dir), None
     name = output_dir.resolve().name
     if hub.wanted:
@@ -278,6 +279,8 @@ def main() -> None:
     if hub.push_only:
         publish(output_dir, hub, repo_id)
         return
+    if hub.wanted:
+        check_may_push(repo_id)
     if not arguments.runs:
         raise InputError("--runs: name one or more")
     if twice := [name for name in arguments.runs if arguments.runs.count(name) > 1]:
@@ -341,6 +344,7 @@ def main() -> None:
     write_json(output_dir / "ensemble.json", bundle)
     write_json(output_dir / "metrics.json", metrics)
     print(f"\nwrote {output_dir}: open {output_dir / 'report.html'}")
+    log_scores(tracking, hub.hub_name or first.info["name"], name, metrics)
 
     # Push
     if hub.push_to_hub:

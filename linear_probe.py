@@ -30,7 +30,7 @@ from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments,
 from rareturn.data.folds import FoldDataArguments, read_run_data, write_folds
 from rareturn.files import write_json
 from rareturn.reports.cards import run_results
-from rareturn.reports.push import push_folds
+from rareturn.reports.push import check_push, push_folds
 from rareturn.reports.tables import Table
 from rareturn.runs import folder
 from rareturn.runs.references import check_name
@@ -98,6 +98,7 @@ def main() -> None:
     run_name = check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
     if hub.push_only:
         return push_folds(run_dir, hub)
+    check_push(hub, run_name)
 
     # Logging
     import torch

@@ -27,12 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
-from rareturn.data.folds import FoldDataArguments, RunData, limit_rows, read_run_data, write_folds
-from rareturn.data.rendering import Rendered, Renderer
-from rareturn.data.rows import Row
+from rareturn.data.folds import FoldDataArguments, limit_rows, read_run_data, write_folds
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
-from rareturn.reports.push import push_folds
+from rareturn.reports.push import check_push, push_folds
 from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
@@ -160,7 +158,7 @@ def weighted_trainer() -> type:
     from transformers import Trainer
 
     from rareturn.models import losses
-    from rareturn.models.training import StepBatchSampler
+    from rareturn.models.training import StepBatchSampler, ignore_sigterm
 
     class WeightedTrainer(Trainer):
         """`Trainer` with a loss for classes of unequal size (`losses.step_loss`), and batches that follow a plan.
@@ -206,36 +204,13 @@ def weighted_trainer() -> type:
                 batch_sampler=sampler,
                 collate_fn=self.data_collator,
                 num_workers=self.args.dataloader_num_workers,
+                worker_init_fn=ignore_sigterm,
                 pin_memory=torch.cuda.is_available() and self.args.dataloader_pin_memory,
             )
             loader.set_epoch = sampler.set_epoch  # `Trainer` tells the loader
             return loader
 
     return WeightedTrainer
-
-
-def render(
-    parts: dict[str, list[Row]],
-    data: RunData,
-    renderer: Renderer,
-    base: BaseModel,
-    cut: int,
-    limit_gb: float,
-    bf16: bool,
-) -> tuple[dict[str, list[Rendered]], BaseModel, Any]:
-    """Parts of the run's rows as tokens; where the layers below `cut` are computed beforehand, the rest and their states."""
-    if not (cut and limit_gb):
-        return {name: renderer.render(rows) for name, rows in parts.items()}, base, None
-    from rareturn.models.loading import upper_layers
-    from rareturn.models.trunk import trunk_states
-    from rareturn.models.turns import turn_states
-
-    rows, by_turns = [*data.originals, *data.augmented, *data.validation, *data.test], base.pooling == "turns"
-    compute = turn_states if by_turns else trunk_states
-    of_rows, states = compute(rows, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
-    place = {id(row): index for index, row in enumerate(rows)}
-    rendered = {name: [of_rows[place[id(row)]] for row in part] for name, part in parts.items()}
-    return rendered, base if states is None or by_turns else upper_layers(base, cut), states
 
 
 def load_model(
@@ -278,6 +253,18 @@ def train_fold(trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, check
     return loss
 
 
+def complete_fold(
+    trainer: Any, run_dir: Path, info: dict[str, Any], arguments: FoldArguments, **costs: Any
+) -> None:
+    """Delete the checkpoints and write the metrics, which make the fold complete, to disk and to the tracker."""
+    if not arguments.keep_checkpoints:  # first: a complete fold is not looked at again
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    if trainer.args.trackio_space_id:
+        costs["trackio_space_id"] = trainer.args.trackio_space_id
+    result = folder.write_fold_metrics(run_dir, info, arguments.fold, **costs)
+    trainer.log({f"eval_{name}": value for name, value in result.items() if isinstance(value, float)})
+
+
 def main() -> None:
     # Arguments
     own = (FoldArguments, ModelArguments, HubArguments)
@@ -289,6 +276,8 @@ def main() -> None:
         return push_folds(run_dir, hub) if is_main else None
     if training.do_predict and not arguments.test_file:
         raise InputError("--do_predict needs a --test_file")
+    if is_main:
+        check_push(hub, run_name)
 
     # Logging
     import transformers
@@ -296,13 +285,14 @@ def main() -> None:
     from rareturn.models import loading, losses, probing, turns
     from rareturn.models.inference import predict_logits
     from rareturn.models.packing import accept_packed, decide_packing
-    from rareturn.models.training import CheckpointSeal, WeightAverage, with_labels
+    from rareturn.models.training import CheckpointSeal, StopOnSigterm, WeightAverage, with_labels
 
     start_logging(logging.INFO if is_main else logging.ERROR)
     transformers.utils.logging.set_verbosity(training.get_process_log_level())
     fold_dir = run_dir / f"fold-{fold}"
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(fold_dir / "logs"))
-    training.output_dir, training.run_name = str(fold_dir / "checkpoints"), run_name
+    training.output_dir, training.run_name = str(fold_dir / "checkpoints"), f"{run_name}-fold-{fold}"
+    training.project = training.project or hub.hub_name or run_name
 
     # Seed
     transformers.set_seed(training.seed)
@@ -336,7 +326,7 @@ def main() -> None:
     checkpoint = None if saved.exists() else seal.last(fold_dir / "checkpoints")
     cached = arguments.pack_dialogues or base.pooling == "turns"
     parts, limit = {"train": train, **missing}, options.trunk_cache_gb if cached else 0.0
-    rendered, base, states = render(parts, data, renderer, base, cut, limit, training.bf16)
+    rendered, base, states = turns.render(parts, data, renderer, base, cut, limit, training.bf16)
     model = load_model(base, saved, options, data.guide.names, tokenizer.pad_token_id, cut, states)
     trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
     logger.info(f"fold {fold}: {len(train)} rows {counts.tolist()}; {trainable:,} of {total:,} parameters")
@@ -357,7 +347,7 @@ def main() -> None:
         data_collator=functools.partial(with_labels, batches),
         train_dataset=list(zip(rendered["train"], labels, strict=True)),
         plan=plan,
-        callbacks=[WeightAverage(options.ema_decay), seal] if options.ema_decay else [seal],
+        callbacks=[*([WeightAverage(options.ema_decay)] if options.ema_decay else ()), seal, StopOnSigterm()],
         **loss,
     )
     train_loss = None if saved.exists() else train_fold(trainer, base, tokenizer, saved, checkpoint)
@@ -369,12 +359,9 @@ def main() -> None:
         if is_main:
             write_table(folder.table_path(run_dir, name, fold), make_table(rows, fold, logits))
     if is_main and "oof" in missing:
-        # Before the metrics, which make the fold complete: a complete fold is not looked at again.
-        if not arguments.keep_checkpoints:
-            shutil.rmtree(fold_dir / "checkpoints", ignore_errors=True)
         seconds = round(time.perf_counter() - started, 1)
         costs = {"trainable_parameters": trainable, "train_loss": train_loss, "seconds": seconds}
-        folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
+        complete_fold(trainer, run_dir, info, arguments, train_rows=len(train), **costs)
 
     # Push
     if hub.push_to_hub and is_main:

@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -209,8 +210,12 @@ def provenance() -> dict[str, Any]:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; a user's mistake becomes `script: error: …` lines on stderr and exit status 2."""
+    """Run a script's `main`; a user's mistake becomes `script: error: …` lines on stderr and exit status 2.
+
+    SIGTERM is exit status 143, by an exception: temporary files go, and it works where the process is a container's first.
+    """
     script = os.path.basename(sys.argv[0])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except KeyboardInterrupt:

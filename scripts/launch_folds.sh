@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All folds of a run, one process a fold, one fold a GPU at a time. A complete fold is skipped, an incomplete one
-# resumes, a failed one does not stop the others. Ctrl-C stops every fold.
+# resumes, a failed one does not stop the others. Ctrl-C and SIGTERM stop every fold: it saves a checkpoint at the end
+# of its step, for which there are two minutes; a second Ctrl-C does not wait.
 #
 #   scripts/launch_folds.sh recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl
 #   JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --output_dir outputs/demo
@@ -112,10 +113,10 @@ stop_folds() {
     local groups tick
     groups=$(jobs -p) # not pid_in: the signal may come before a fold that has just started is noted there
     trap 'signal_folds KILL; exit 137' INT TERM HUP
-    echo "$name: stopping folds ${fold_in[*]}" >&2
+    echo "$name: stopping folds ${fold_in[*]} at their next checkpoint; again to kill them" >&2
     signal_folds TERM
-    # Ten seconds to end by themselves, workers included.
-    for ((tick = 0; tick < 50; tick++)); do
+    # Two minutes to end by themselves, workers included.
+    for ((tick = 0; tick < 600; tick++)); do
         signal_folds 0 || exit "$1"
         sleep 0.2
     done

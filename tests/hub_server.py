@@ -132,7 +132,9 @@ class HubServer:
     Attributes:
         url: of the server, once entered.
         writer, reader: tokens of the user `tester`, one of which may only read.
-        strangers: organisations that the user may not write to.
+        strangers: organisations, or single repos, that the user may not write to.
+        scopes: of the writing token where it is fine-grained: a namespace and what is permitted there.
+        organisations: those of the user, each with the user's role in it.
         requests: (method, route, `ok` or the fault met, monotonic time) of every request.
     """
 
@@ -143,6 +145,8 @@ class HubServer:
             "hf_readerreaderreaderreaderreaderread",
         )
         self.strangers = {"strangers"}
+        self.scopes: dict[str, list[str]] | None = None
+        self.organisations = {"org": "write", "team": "contributor", "lab": "admin", "club": "read"}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.store: dict[str, bytes] = {}
         self.believed: set[str] = set()
@@ -248,6 +252,7 @@ ROUTES: list[tuple[str, str, str]] = [  # method, path, name of the route and of
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", r"/api/repos/create", "create"),
+    ("GET", rf"/api/{REPO}/auth-check(?P<write>/write)?", "auth_check"),
     ("GET", rf"/api/{REPO}(?:/revision/(?P<revision>[^/]+))?", "info"),
     ("GET", rf"/api/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
     ("POST", rf"/api/{REPO}/paths-info/(?P<revision>[^/]+)", "paths"),
@@ -386,11 +391,11 @@ class Handler(BaseHTTPRequestHandler):
     def known(self) -> bool:
         return self.token in (self.hub.writer, self.hub.reader)
 
-    def need_writer(self, namespace: str) -> None:
+    def need_writer(self, name: str) -> None:
         if not self.known():
             raise Refusal(401, "Invalid username or password.")
-        if self.token != self.hub.writer or namespace in self.hub.strangers:
-            raise Refusal(403, f"You don't have the rights to write to {namespace}")
+        if self.token != self.hub.writer or {name, name.split("/")[0]} & self.hub.strangers:
+            raise Refusal(403, f"You don't have the rights to write to {name}")
 
     def need_repo(self, type: str | None, repo: str) -> Repo:
         found = self.hub.repos.get(((type or "models")[:-1], repo))
@@ -412,8 +417,18 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> dict[str, Any]:
         if not self.known():
             raise Refusal(401, "Invalid username or password.")
-        role = "write" if self.token == self.hub.writer else "read"
-        return {"type": "user", "name": "tester", "orgs": [], "auth": {"accessToken": {"role": role}}}
+        access: dict[str, Any] = {"role": "write" if self.token == self.hub.writer else "read"}
+        if self.hub.scopes is not None and self.token == self.hub.writer:
+            scoped = [{"entity": {"name": name}, "permissions": may} for name, may in self.hub.scopes.items()]
+            access = {"role": "fineGrained", "fineGrained": {"global": [], "scoped": scoped}}
+        orgs = [{"name": name, "roleInOrg": in_org} for name, in_org in self.hub.organisations.items()]
+        return {"type": "user", "name": "tester", "orgs": orgs, "auth": {"accessToken": access}}
+
+    def auth_check(self, type: str, repo: str, write: str | None) -> dict[str, Any]:
+        self.need_repo(type, repo)
+        if write:
+            self.need_writer(repo)
+        return {}
 
     def validate(self) -> dict[str, Any]:
         text = json.loads(self.body)["content"]
@@ -497,7 +512,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, type: str, repo: str, revision: str) -> dict[str, Any]:
         _, commit = self.need_commit(type, repo, revision)
-        self.need_writer(repo.split("/")[0])
+        self.need_writer(repo)
         answers = []
         for wanted in json.loads(self.body)["files"]:
             present = commit.files.get(wanted["path"])
@@ -514,7 +529,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, type: str | None, repo: str) -> dict[str, Any]:
         self.need_repo(type, repo)
-        self.need_writer(repo.split("/")[0])
+        self.need_writer(repo)
         verify = f"{self.hub.url}/{f'{type}/' if type else ''}{repo}.git/info/lfs/verify"
         objects = []
         for wanted in json.loads(self.body)["objects"]:
@@ -539,7 +554,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, type: str, repo: str, revision: str) -> dict[str, Any]:
         found, head = self.need_commit(type, repo, revision)
-        self.need_writer(repo.split("/")[0])
+        self.need_writer(repo)
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, head.oid):

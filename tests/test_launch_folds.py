@@ -226,6 +226,32 @@ def test_a_slurm_job_runs_its_fold(place: Path) -> None:
     assert ended.returncode == 2 and "usage: sbatch --array=0-4" in ended.stderr
 
 
+@pytest.mark.parametrize(("sent", "requeued"), [(signal.SIGUSR1, "7_0\n"), (signal.SIGTERM, "")])
+def test_a_slurm_job_saves_and_queues_itself_again(place: Path, sent: signal.Signals, requeued: str) -> None:
+    """`--signal` sends USR1 to the batch shell alone; on TERM (preempted, cancelled) Slurm knows what follows."""
+    saving = "import pathlib, signal, sys, time\ndef save(*_):\n    time.sleep(0.5)\n    pathlib.Path('saved').touch()\n"
+    saving += "    sys.exit(143)\nsignal.signal(signal.SIGTERM, save)\npathlib.Path('up').touch()\ntime.sleep(600)\n"
+    (place / "training.py").write_text(saving)
+    (place / "scontrol").write_text('#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >>queue\n')
+    (place / "scontrol").chmod(0o755)
+    path = f"{place}:{os.environ['PATH']}"
+    env = environment(place, SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_JOB_ID="7", PATH=path)
+    job = subprocess.Popen(["bash", str(SLURM), "recipe.yaml"], cwd=place, env=env)
+    try:
+        deadline = time.monotonic() + 60
+        while not (place / "up").exists():
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(sent)
+        assert job.wait(60) == 143
+    finally:
+        job.kill()
+    assert (place / "saved").exists()
+    queue = place / "queue"
+    assert (queue.read_text() if queue.exists() else "") == requeued
+    assert "#SBATCH --signal=B:USR1@120\n" in SLURM.read_text()
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
     subprocess.run(["shellcheck", str(LAUNCHER), str(SLURM)], check=True)

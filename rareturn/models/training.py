@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from rareturn.command_line import flag
 from rareturn.data.rendering import Rendered
@@ -33,7 +36,8 @@ class FoldTrainingArguments(TrainingArguments):
     save_strategy: str = flag("epoch", "When to write a checkpoint to resume from.")
     save_total_limit: int | None = flag(2, "Checkpoints kept. 2: the newer may be half-written.")
     logging_steps: float = flag(10, "Steps between two log lines.")
-    report_to: str = flag("none", "Where to log: tensorboard, wandb, …")
+    report_to: str = flag("none", "Where to log: trackio, tensorboard, wandb, …")
+    project: str | None = flag(None, "Group of a tracker's runs. Default: --hub_name, or the run's name.")
 
     def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()
@@ -43,7 +47,13 @@ class FoldTrainingArguments(TrainingArguments):
             raise ValueError("--load_best_model_at_end would pick a model on its out-of-fold rows")
         # The script pushes, and its rows are no columns of a data set.
         self.push_to_hub = self.remove_unused_columns = False
+        # It saves inside a step, and `train` returns from it as if it were done: `StopOnSigterm` is there instead.
+        self.enable_jit_checkpoint = False
+        if self.trackio_static_space_id is None:
+            self.trackio_static_space_id = False  # a public copy of the curves, one more for every fold
         super().__post_init__()
+        if missing := set(self.report_to).difference(get_available_reporting_integrations()):
+            raise ValueError(f"--report_to {missing.pop()}: no such tracker, or its package is not installed")
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process: choose one by CUDA_VISIBLE_DEVICES (a fold each, "
@@ -239,3 +249,38 @@ class CheckpointSeal(TrainerCallback):
                 f"{newest}: made with other arguments or data; delete the folder, or use another --output_dir"
             )
         return str(newest)
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM (preemption, a time limit) a checkpoint when the step is done, then exit status 143; after the seal."""
+
+    def __init__(self) -> None:
+        self.asked = self.stopping = False
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stopping = self.asked
+        if torch.distributed.is_initialized():  # the signal may come a step later to another process
+            asked = torch.tensor(int(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.stopping = bool(asked)
+        control.should_save = control.should_save or self.stopping
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopping:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # who ends first has the others killed: not before the seal is set
+            sys.exit(143)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For a data loader's workers: a signal to the whole process group must not take the step's batches away."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

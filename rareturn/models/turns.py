@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
+from rareturn.data.folds import RunData
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import LABEL_CUE, Renderer, fold_whitespace
 from rareturn.data.rows import Row
@@ -31,10 +32,10 @@ from rareturn.models.heads import TrunkMemory, embed_turns, gather_vectors
 from rareturn.models.inference import place
 from rareturn.models.label_tokens import label_tokens
 from rareturn.models.layers import layer_list
-from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config
+from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, upper_layers
 from rareturn.models.packing import PackedBatches, RowGroups
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
-from rareturn.models.trunk import TOKENS_PER_BATCH, cached_parts, write_parts
+from rareturn.models.trunk import TOKENS_PER_BATCH, cached_parts, trunk_states, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -279,6 +280,26 @@ class TurnBatches(PackedBatches):
         """One batch: the arguments of `TurnClassifier.vectors`."""
         turns, members, starts = share_turns(rendered)
         return pad_turns(turns, self.pad_token_id) | {"members": members, "starts": starts}
+
+
+def render(
+    parts: Mapping[str, Sequence[Row]],
+    data: RunData,
+    renderer: Renderer | TurnRenderer,
+    base: BaseModel,
+    cut: int,
+    limit_gb: float,
+    bf16: bool,
+) -> tuple[dict[str, list[Any]], BaseModel, Any]:
+    """Parts of the run's rows as tokens; where the layers below `cut` are computed beforehand, the rest and their states."""
+    if not (cut and limit_gb):
+        return {name: renderer.render(rows) for name, rows in parts.items()}, base, None
+    rows, by_turns = [*data.originals, *data.augmented, *data.validation, *data.test], base.pooling == "turns"
+    compute = turn_states if by_turns else trunk_states
+    of_rows, states = compute(rows, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
+    place = {id(row): index for index, row in enumerate(rows)}
+    rendered = {name: [of_rows[place[id(row)]] for row in part] for name, part in parts.items()}
+    return rendered, base if states is None or by_turns else upper_layers(base, cut), states
 
 
 def make_batches(

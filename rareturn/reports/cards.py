@@ -162,12 +162,15 @@ def _card(
         for name, metric_type in types.items()
         if found
     ]
+    folds = parts.get("results", {}).get("folds", {}).values()
+    spaces = _unique(scores.get("trackio_space_id") for scores in folds)
+    curves = [f"https://huggingface.co/spaces/{space}" for space in spaces if HUB_ID.fullmatch(space)]
     data = ModelCardData(
         library_name=libraries.pop() if len(libraries) == 1 else "transformers",
         base_model=facts["base_model"] or None,
         pipeline_tag="text-classification",
         datasets=on_hub or None,
-        tags=["rareturn", "dialogue", "long-tail", parts["kind"]],
+        tags=["rareturn", "dialogue", "long-tail", parts["kind"], *(f"trackio:{url}" for url in curves)],
         model_name=title,
         eval_results=results or None,
         **{
@@ -179,7 +182,7 @@ def _card(
     if infos[0]["num_folds"] > 1:
         folds = f"{infos[0]['num_folds']} {folds}"
     parts |= {"title": title, "infos": infos, "datasets": datasets, "on_hub": on_hub, "fold_text": folds}
-    parts["cue"] = LABEL_CUE
+    parts |= {"cue": LABEL_CUE, "curves": curves}
     parts["guide"] = parse_label_guide(guides[0], "run.json: label_guide") if guides[0] else None
     functions = (hub_model, quoted, render_instruction, render_turn, Turn)
     parts |= {function.__name__: function for function in functions}

@@ -9,8 +9,16 @@ from rareturn.command_line import HubArguments
 from rareturn.errors import InputError
 from rareturn.reports.cards import card_facts, eval_results, run_card, run_results
 from rareturn.runs.folder import complete_folds, read_run_info
+from rareturn.runs.hub import check_may_push
 from rareturn.runs.publish import push_fold, push_run
-from rareturn.runs.references import model_repo
+from rareturn.runs.references import model_repo, table_repo
+
+
+def check_push(hub: HubArguments, run: str) -> None:
+    """Where a run is to be pushed, `check_may_push` for both its repos, before anything is computed."""
+    if hub.push_to_hub:
+        check_may_push(model_repo(hub.hub_namespace, hub.hub_name, run))
+        check_may_push(table_repo(hub.hub_namespace, hub.hub_name), "dataset")
 
 
 def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = None) -> None:

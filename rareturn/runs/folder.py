@@ -166,10 +166,10 @@ def write_run_info(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
     check_same_run(run_dir, info, *argument_sets)
 
 
-def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **facts: Any) -> None:
+def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **facts: Any) -> dict[str, Any]:
     """Score a fold's out-of-fold table, write its `metrics.json`, which makes the fold complete, and print a line.
 
-    `facts` is what else is known of the fold; `seconds` at least.
+    Returns what it has written. `facts` is what else is known of the fold; `seconds` at least.
     """
     from rareturn.models.inference import peak_memory
 
@@ -182,6 +182,7 @@ def write_fold_metrics(run_dir: Path, info: Mapping[str, Any], fold: int, **fact
     shown = [f"{name} {result[name]:.4f}" for name in dict.fromkeys((metric, "accuracy"))]
     shown += [f"C {facts['C']:g}"] if "C" in facts else []
     print(f"fold {fold}: {', '.join(shown)}, {facts['seconds']} s")
+    return result | facts
 
 
 def adapter_dir(run_dir: str | os.PathLike, fold: int) -> Path:

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".json", ".parquet", ".md", ".yaml", ".model", ".jinja", ".png", ".html")
 TEXT_FILES = ("merges.txt", "vocab.txt")
 TRANSIENT_STATUS = (408, 409, 412, 425, 429, 500, 502, 503, 504)
-PULL_SECONDS = 60.0  # nobody waits longer for a reference that may be a typo
+ASK_SECONDS = 60.0  # nobody waits longer for a reference that may be a typo
 TIMEOUT = httpx2.Timeout(120.0, connect=20.0)  # huggingface_hub never times out by default
 FAILURES = (httpx2.HTTPError, errors.RevisionResolutionError, OSError, RuntimeError, ValueError, KeyError)
 
@@ -153,13 +153,33 @@ def push_files(
         repo = _Repo(repo_id, repo_type, private)
         return repo.call(repo.push, fixed, changing, message)
     except FAILURES as error:
-        status = {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
-        reason = "the token may not write there" if 403 in status else "gave up"
-        if 401 in status:
-            reason = "no valid token (hf auth login, or HF_TOKEN)"
         again = "" if repo_type == "space" else " with --push_only"
         advice = f"everything stays on disk in {os.fspath(kept_in)}; repeat{again}"
-        raise PushError(f"{repo_id}: push failed: {reason}: {explain(error)}; {advice}") from error
+        raise PushError(f"{repo_id}: push failed: {_reason(error)}: {explain(error)}; {advice}") from error
+
+
+def check_may_push(repo_id: str, repo_type: str = "model") -> None:
+    """Ask the Hub whether `push_files` could write to a repo, before hours of work; an InputError where it could not.
+
+    A repo that is missing is not made for this, so that a typo leaves nothing behind: the token's role and the roles of
+    its user say whether the push may make it. While the Hub does not answer, this is only a warning.
+    """
+    try:
+        repo = _Repo(repo_id, repo_type, seconds=ASK_SECONDS)
+        repo.call(repo.check_may_write)
+    except FAILURES as error:
+        if _seconds_asked(error) is None:
+            raise InputError(f"{repo_id}: cannot push: {_reason(error)}: {explain(error)}") from None
+        logger.warning("%s: whether it can be pushed to is not known: %s", repo_id, explain(error))
+
+
+def _reason(error: Exception) -> str:
+    """Why a push failed, or would fail."""
+    status = {cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)}
+    if 401 in status or isinstance(error, errors.LocalTokenNotFoundError):
+        return "no valid token (hf auth login, or HF_TOKEN)"
+    refused = 403 in status or isinstance(error, PermissionError)
+    return "the token may not write there" if refused else "gave up"
 
 
 @functools.cache
@@ -167,11 +187,17 @@ def _warn_of_public(repo_id: str) -> None:
     logger.warning("%s already exists and is public: everyone can read what is pushed there", repo_id)
 
 
+@functools.cache
+def _user_of(token: str | None) -> dict[str, Any]:
+    """Whose the token is and what it may, asked once: the Hub lets nobody ask that often."""
+    return HfApi().whoami(token=token)
+
+
 class _Repo(_Persistence):
     """The few questions that a push asks of a repo, and the commit."""
 
-    def __init__(self, repo_id: str, repo_type: str, private: bool):
-        super().__init__()
+    def __init__(self, repo_id: str, repo_type: str, private: bool = True, seconds: float = float("inf")):
+        super().__init__(seconds)
         self.api, self.private = HfApi(), private
         self.where = {"repo_id": repo_id, "repo_type": repo_type}
 
@@ -192,6 +218,21 @@ class _Repo(_Persistence):
         if lost := self.call(self.missing, wanted, sha):
             raise _NotYet(f"{lost[0]} did not arrive")
         return sha
+
+    def check_may_write(self) -> None:
+        """Raise what a push would meet; a PermissionError where it could not make the repo."""
+        try:
+            return self.api.auth_check(**self.where, write=True)
+        except errors.RepositoryNotFoundError:
+            user = _user_of(get_token())
+        namespace, token = self.where["repo_id"].split("/")[0], user.get("auth", {}).get("accessToken", {})
+        roles = {user["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
+        if roles.get(namespace, "read") == "read":
+            raise PermissionError(f"{user['name']} may not create repos of {namespace}")
+        scopes = token.get("fineGrained", {}).get("scoped", [])
+        granted = [scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]]
+        if token.get("role") == "read" or (token.get("role") == "fineGrained" and namespace not in granted):
+            raise PermissionError(f"its role does not let it create repos of {namespace}")
 
     def head(self) -> str:
         """The SHA of the newest commit; creates the repo if there is none."""
@@ -290,7 +331,7 @@ def _ask(function: Callable[..., Any], where: Mapping[str, Any], **options: Any)
     """What the Hub says of a reference; where it says no, a line for the user who gave it."""
     repo_id = where["repo_id"]
     try:
-        return _Persistence(PULL_SECONDS).call(function, **where, **options)
+        return _Persistence(ASK_SECONDS).call(function, **where, **options)
     except errors.RevisionNotFoundError:
         raise InputError(f"{repo_id}: no revision {where['revision']!r}") from None
     except errors.RepositoryNotFoundError:
