@@ -267,9 +267,8 @@ def complete_fold(
 
 def main() -> None:
     # Arguments
-    own = (FoldArguments, ModelArguments, HubArguments)
-    parsed = parse_arguments(own, __doc__, training_arguments=fold_training_arguments)
-    arguments, options, hub, training = parsed
+    own = (FoldArguments, ModelArguments, HubArguments), __doc__
+    arguments, options, hub, training = parse_arguments(*own, training_arguments=fold_training_arguments)
     fold, run_dir, is_main = arguments.fold, Path(arguments.output_dir), training.process_index == 0
     run_name = check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
     if hub.push_only:
