@@ -189,12 +189,12 @@ def read_errors(arguments: AppArguments, bundle: Bundle, folder: Path) -> Errors
     rule, first = bundle.rule_for(runs, arguments.bundle), runs[0]
     explained = explain(rule, first.label_names, [[logits] for logits in align_runs(runs)])
     what, labels = ["the rule that was fitted on these rows"], [np.array([one.label for one in explained])]
-    systems = [read_system(arguments.bundle)] if (folder / "oof_predictions.json").is_file() else []
-    systems += [read_system(arguments.compare)] if arguments.compare else []
+    systems = [read_system(arguments.bundle, "argmax")] if (folder / "oof_predictions.json").is_file() else []
+    systems += [read_system(arguments.compare, "argmax")] if arguments.compare else []
     for system in systems:
         check_shared(system.reference, system.info, first.reference, first.info)
         where = row_positions(system.reference, system.table, first.reference, first.oof)
-        what.append(f"{system.reference}: {system.what}")
+        what.append(f"{system.reference}: {system.how}")
         labels.append(system.predictions[0][where])
     known = load_rows(arguments.rows, bundle.guide, columns=arguments.columns)
     table = make_table(known, 0, np.zeros((len(known), 1)))

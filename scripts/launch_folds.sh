@@ -6,7 +6,7 @@
 #   scripts/launch_folds.sh recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl
 #   JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --output_dir outputs/demo
 #
-# Flags behind the recipe go to every fold. Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
+# Flags behind the recipe go to every fold. `fold` in the recipe, or --fold K, is launched alone. Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
 # mistake in the recipe or the flags), 129, 130 or 143 (stopped).
 #
 # Environment:
@@ -50,9 +50,7 @@ def main() -> None:
     for position, flag in enumerate(flags):
         key, given, value = flag.partition("=")
         key = key.replace("-", "_").removeprefix("__") if key.startswith("--") else ""
-        if key == "fold":
-            raise InputError("--fold: every fold is launched; for one alone, run the script itself")
-        if key in ("num_folds", "output_dir", "validation_file"):
+        if key in ("fold", "num_folds", "output_dir", "validation_file"):
             settings[key] = value if given else (flags[position + 1 :] or [""])[0]
     if settings.get("validation_file"):
         settings["num_folds"] = 1  # one model, judged on that file
@@ -60,15 +58,19 @@ def main() -> None:
         raise InputError(f"num_folds must be a number from 2 up, not {settings['num_folds']!r}")
     if not settings.get("output_dir"):
         raise InputError(f"{recipe}: output_dir is neither in the recipe nor among the flags")
-    print(f"{int(settings['num_folds'])} {settings['output_dir']}")
+    first, end = 0, int(settings["num_folds"])
+    if "fold" in settings:
+        if str(settings["fold"]) not in map(str, range(end)):
+            raise InputError(f"fold must be one of 0 to {end - 1}, not {settings['fold']!r}")
+        first, end = int(settings["fold"]), int(settings["fold"]) + 1
+    print(f"{first} {end} {settings['output_dir']}")
 
 
 sys.argv = sys.argv[1:]  # this shell script's name, for the error's line
 run(main)
 PY
 ) || exit $?
-num_folds=${settings%% *}
-output_dir=${settings#* }
+read -r first_fold end_fold output_dir <<<"$settings"
 
 # A slot is a GPU's number, or "cpu": each runs one fold at a time.
 if [ -z "${GPUS+set}" ]; then
@@ -203,14 +205,14 @@ finish_fold() {
     echo "fold $fold (${slots[$slot]}): ${status[fold]} after ${seconds[fold]} s, $metric ${score[fold]}"
 }
 
-next=0
-while [ "$next" -lt "$num_folds" ] || [ ${#pid_in[@]} -gt 0 ]; do
+next=$first_fold
+while [ "$next" -lt "$end_fold" ] || [ ${#pid_in[@]} -gt 0 ]; do
     for slot in "${!slots[@]}"; do
         if [ -n "${pid_in[slot]:-}" ] && ! kill -0 "${pid_in[slot]}" 2>/dev/null; then
             wait "${pid_in[slot]}" 2>/dev/null
             finish_fold "$slot" $?
         fi
-        if [ -z "${pid_in[slot]:-}" ] && [ "$next" -lt "$num_folds" ]; then
+        if [ -z "${pid_in[slot]:-}" ] && [ "$next" -lt "$end_fold" ]; then
             start_fold "$next" "$slot" "$@"
             next=$((next + 1))
         fi
@@ -220,7 +222,7 @@ done
 
 failed=()
 printf '\n%4s  %-7s  %8s  %8s\n' fold status seconds "$metric"
-for ((fold = 0; fold < num_folds; fold++)); do
+for ((fold = first_fold; fold < end_fold; fold++)); do
     printf '%4s  %-7s  %8s  %8s\n' "$fold" "${status[fold]}" "${seconds[fold]}" "${score[fold]}"
     [ "${status[fold]}" != failed ] || failed+=("$fold")
 done

@@ -7,7 +7,8 @@
     python scripts/system.py systems/psydefconv-8b.yaml --dry_run
     python scripts/system.py systems/demo.yaml
 
-Flags behind the system go to every run. A stage that is complete is skipped: its command was run to the end, what it wrote
+Flags behind the system go to every run; --label_guide, --train_file and --test_file, to every script that reads rows, and
+--output stand for those of the file. A stage that is complete is skipped: its command was run to the end, what it wrote
 is there, and what it reads has not changed since. So a system that was stopped is started again with the same command.
 Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 
@@ -234,11 +235,16 @@ def main() -> None:
     )
     parser.add_argument("system", help="a YAML file, such as systems/demo.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run none")
+    for name in ("output", "label_guide", "train_file", "test_file"):
+        parser.add_argument(f"--{name}", help="in place of the file's")
     arguments, more = parser.parse_known_args()
 
-    system = check_content(
-        System, with_variables(read_recipe(arguments.system), arguments.system), arguments.system
-    )
+    content = with_variables(read_recipe(arguments.system), arguments.system)
+    if arguments.output:
+        content["output"] = arguments.output
+    system = check_content(System, content, arguments.system)
+    given = {name: getattr(arguments, name) for name in ("label_guide", "train_file", "test_file")}
+    system.data |= {name: value for name, value in given.items() if value}
     stages = make_stages(system, more)
     if arguments.dry_run:
         print("\n".join(shown(stage.command) for stage in stages))

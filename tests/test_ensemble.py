@@ -39,7 +39,7 @@ from rareturn.runs.tables import LogitTable, write_table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import compare_runs  # noqa: E402
+import leaderboard  # noqa: E402
 
 NAMES = ["none", "acting out", "denial"]
 GUIDE = {
@@ -182,8 +182,8 @@ def call(*words: object) -> int:
 
 
 def compare(*words: object) -> int:
-    """scripts/compare_runs.py, likewise."""
-    return run_script(compare_runs.main, *words)
+    """scripts/leaderboard.py with plain argmax, likewise."""
+    return run_script(leaderboard.main, "--method", "argmax", *words)
 
 
 GIVEN = ["--runs", "a", "b", "--weights", "0.3", "0.7", "--decision", "decision.json", "--repeats", "1"]
@@ -456,12 +456,14 @@ def test_compare_by_hand(place: Path, capsys):
     of_c[1], of_c[2] = 2, 0
     for name, predictions in (("d", of_d), ("c", of_c)):
         write_run(place / name, run_info(name), np.eye(3)[predictions], TEST["a"])
-    assert compare("d", "c", "--output_file", "out/comparison.json") == 0
-    found = read("out/comparison.json")
+    assert compare("c", "d", "--output_dir", "out") == 0
+    found = read("out/leaderboard.json")
+    assert list(found["systems"]) == ["d", "c"]
     each = [metrics_module.scores(labels, predictions, 3, [1, 2]) for predictions in (of_d, of_c)]
     scores = [of_one["macro_f1_positive"] for of_one in each]
-    assert [found["a"]["score"], found["b"]["score"]] == pytest.approx(scores)
-    assert found["difference"] == pytest.approx(scores[1] - scores[0])
+    assert [of_one["cross_fitted"][0] for of_one in found["systems"].values()] == pytest.approx(scores)
+    difference, low, high = found["systems"]["c"]["difference"]
+    assert difference == pytest.approx(scores[1] - scores[0])
     flips = [
         {"a": 0, "b": 2, "rows": 1, "a_right": 0, "b_right": 1, "ids": ["r5"]},
         {"a": 1, "b": 2, "rows": 1, "a_right": 1, "b_right": 0, "ids": ["r1"]},
@@ -469,19 +471,19 @@ def test_compare_by_hand(place: Path, capsys):
     ]
     assert found["flips"] == flips
     # All three rows are in dialogue d0: a sample without it has no difference, one that draws it has a negative one.
-    low, high = found["interval"]
-    assert low < found["difference"] < 0 and high == 0
+    assert low < difference < 0 and high == 0
     out = capsys.readouterr().out
-    assert "Rows that flip: 3 of 48" in out and "0 none -> 2 denial" in out
-    assert compare("d", "d") == 0
-    assert "B minus A: +0.0000, 95 % interval +0.0000 to +0.0000" in capsys.readouterr().out
+    assert "Rows that flip: 3\nd -> c " in out and "0 none -> 2 denial" in out
+    shutil.copytree("d", "twin")
+    assert compare("d", "twin") == 0
+    assert " +0.000 [+0.000, +0.000]\n" in capsys.readouterr().out
 
 
 def test_compare_with_an_ensemble(place: Path, capsys):
     assert call("--runs", "a", "b", *QUICK, "--output_dir", "out") == 0
     assert compare("a", "out") == 0
     out = capsys.readouterr().out
-    assert "A: a (argmax)" in out and "B: out (decision (argmax), cross-fitted)" in out
+    assert "\nout " in out and "\na " in out and "Rows that flip" in out
     other_run(place, label_names=["x", "y", "z"])
     assert compare("out", "c") == 2
     assert 'c: label_names: label 0: "x", but "none" in out' in capsys.readouterr().err
@@ -761,14 +763,3 @@ def test_prediction_archive_is_a_whole_zip():
         (member,) = archive.infolist()
         assert (member.date_time, member.create_system) == ((1980, 1, 1, 0, 0, 0), 3)
         assert json.loads(archive.read(member)) == [{"id": "x", "label": 3}]
-
-
-def test_compare_runs_explains_itself(capsys):
-    """`--help` once ended in a traceback, and so did a call with one system."""
-    script = ROOT / "scripts" / "compare_runs.py"
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "SYSTEM SYSTEM" in shown.stdout and not shown.stderr
-    refused = subprocess.run([sys.executable, script, "outputs/a"], capture_output=True, text=True)
-    assert (
-        refused.returncode == 2 and "required: SYSTEM" in refused.stderr and "Traceback" not in refused.stderr
-    )

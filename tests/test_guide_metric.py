@@ -30,7 +30,7 @@ from rareturn.runs.reading import read_run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import compare_runs  # noqa: E402
+import leaderboard  # noqa: E402
 
 LABELS = [
     {"number": number, "name": name, "definition": "."} for number, name in enumerate(("none", "anger"))
@@ -100,14 +100,14 @@ def test_calibrate_follows_the_run_and_the_flag_wins(metric, tmp_path, capsys, m
     assert read_json("decision.json")["metric"] == "accuracy"
 
 
-@pytest.mark.parametrize("script", ["calibrate", "ensemble", "compare_runs"])
+@pytest.mark.parametrize("script", ["calibrate", "ensemble", "leaderboard"])
 def test_an_unknown_metric_is_one_line(script, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "run")
     scripts = {
         "calibrate": (calibrate.main, "--run", "run", "--output", "x.json"),
         "ensemble": (ensemble.main, "--runs", "run", "--output_dir", "x"),
-        "compare_runs": (compare_runs.main, "run", "run"),
+        "leaderboard": (leaderboard.main, "run"),
     }
     assert run_script(*scripts[script], "--metric", "f1:joy") == 2
     problem = "--metric: 'f1:joy': no label has this number or name"
@@ -169,17 +169,19 @@ def test_an_ensemble_follows_its_first_run(place: Path, capsys):
 def test_comparisons_follow_the_first_system(place: Path, capsys):
     assert run_script(ensemble.main, "--runs", "b", "--output_dir", "out", *QUICK) == 0
     capsys.readouterr()
-    assert run_script(compare_runs.main, "a", "out") == 0
+    assert run_script(leaderboard.main, "a", "out", "--output_dir", "x") == 0
     shown = capsys.readouterr().out
-    assert "A: a (argmax): f1:2 0." in shown
-    assert "B was made for kappa; both are compared by f1:2, for which A was made\n" in shown
-    assert run_script(compare_runs.main, "out", "b", "--output_file", "x.json") == 0
-    assert "was made for" not in capsys.readouterr().out and read_json("x.json")["metric"] == "kappa"
-    assert run_script(compare_runs.main, "a", "out", "--metric", "weighted_f1") == 0
+    assert shown.startswith("F1 of label 2, 48 rows of 8 dialogues\n")
+    assert "Made for several metrics (a for f1:2, out for kappa); this is by f1:2, the first one's." in shown
+    assert read_json("x/leaderboard.json")["metric"] == "f1:2"
+    assert run_script(leaderboard.main, "out", "b") == 0
     shown = capsys.readouterr().out
-    assert "weighted_f1 0." in shown and "was made for" not in shown
+    assert "several metrics" not in shown and shown.startswith("Cohen's kappa, ")
+    assert run_script(leaderboard.main, "a", "out", "--metric", "weighted_f1") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("weighted F1, ") and "several metrics" not in shown
     write_json("out/oof_predictions.json", read_json("out/oof_predictions.json") | {"metric": "f1:9"})
-    assert run_script(compare_runs.main, "a", "out") == 2
+    assert run_script(leaderboard.main, "a", "out") == 2
     assert capsys.readouterr().err.endswith("out/oof_predictions.json: not what ensemble.py writes\n")
 
 

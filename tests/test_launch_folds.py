@@ -121,6 +121,12 @@ def test_one_fold_a_gpu_at_a_time_and_flags_over_the_recipe(place: Path) -> None
     assert not (place / "run").exists()
 
 
+def test_a_fold_that_the_recipe_names_is_launched_alone(place: Path) -> None:
+    (place / "recipe.yaml").write_text("num_folds: 3\noutput_dir: run\nfold: 1\n")
+    assert table(launch(place).stdout) == {1: ("done", "0.2600")}
+    assert table(launch(place, "--fold=2").stdout) == {2: ("done", "0.2700")}
+
+
 def test_folds_beside_each_other_share_the_cores(place: Path) -> None:
     assert launch(place, "--num_folds", "2", JOBS="2").returncode == 0
     assert {fold["threads"] for fold in metrics(place)} == {str(max(1, (os.cpu_count() or 1) // 2))}
@@ -195,7 +201,7 @@ def test_stopping_leaves_no_orphan(place: Path, sent: signal.Signals, status: in
 @pytest.mark.parametrize(
     ("recipe", "flags", "variables", "problem"),
     [
-        ("recipe.yaml", ("--fold", "1"), {}, "--fold: every fold is launched"),
+        ("recipe.yaml", ("--fold", "3"), {}, "fold must be one of 0 to 2, not '3'"),
         ("recipe.yaml", ("--num-folds", "many"), {}, "num_folds must be a number from 2 up, not 'many'"),
         ("empty.yaml", (), {}, "empty.yaml: output_dir is neither in the recipe nor among the flags"),
         ("recipe.yaml", (), {"JOBS": "two"}, "JOBS must be a positive number, not 'two'"),

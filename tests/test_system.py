@@ -26,7 +26,11 @@ def states(text: str) -> dict[str, str]:
     return {line.split()[0]: line.split()[1] for line in lines}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((*ROOT.glob("systems/*.yaml"), *ROOT.glob("recipes/ladder/r[45].yaml"))),
+    ids=lambda path: path.stem,
+)
 def test_every_system_prints_commands_that_can_be_typed(path: Path):
     done = system_py(path, "--dry_run", DATA="somewhere")
     assert done.returncode == 0, done.stderr

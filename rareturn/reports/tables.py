@@ -5,17 +5,22 @@ A figure that was tuned on the rows it scores says so wherever it stands, and ha
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rareturn.data.rows import NO_LABEL
-from rareturn.decisions.metrics import Truth, score_predictions
+from rareturn.data.rows import NO_LABEL, Row
+from rareturn.decisions.metrics import Truth, bootstrap_interval, score_predictions
 from rareturn.decisions.probabilities import softmax
-from rareturn.files import packaged
+from rareturn.files import packaged, write_bytes
 from rareturn.runs.reading import Run
+from rareturn.runs.systems import System
 
 FOLD_TEXTS = {
     "dialogue": "folds of whole dialogues: the figures estimate rows of new dialogues",
@@ -36,6 +41,17 @@ STAGE_TITLES = {
     "cross_fitted": "decision, cross-fitted",
     "in_sample": "decision, in-sample (tuned on these rows)",
     "decision": "decision",
+}
+SYSTEM_TITLES = {  # of what `system_figures` and the scripts that show systems know of each
+    "rows": "rows",
+    "argmax": "argmax",
+    "cross_fitted": "rule, cross-fitted",
+    "difference": "to the best",
+    "test_argmax": "test, argmax",
+    "test_rule": "test, rule",
+    "seconds": "seconds",
+    "trainable_parameters": "trainable parameters",
+    "peak_memory_bytes": "peak memory (MiB)",
 }
 
 
@@ -164,3 +180,80 @@ def per_class_table(
         for label, (name, count) in enumerate(zip(label_names, counts, strict=True))
     ]
     return Table(f"F1 of each label on {where}", ("label", "rows", *stages), rows)
+
+
+def system_figures(
+    system: System, truth: Truth, test: Sequence[Row] = (), test_file: str = ""
+) -> dict[str, Any]:
+    """A system in numbers, by the keys of `SYSTEM_TITLES`: a score is [score, low, high], its 95 % interval last.
+
+    `truth` is that of its own rows; of `test` rows, read from `test_file`, the labels are scored where it has any.
+    """
+
+    def scored(predictions: np.ndarray, against: Truth = truth) -> list[float]:
+        interval = bootstrap_interval(against, predictions) if against.num_groups > 1 else ()
+        return [against.score(predictions), *interval]
+
+    figures: dict[str, Any] = {"rows": len(truth.labels)}
+    of_ensemble = system.info.get("argmax") or {}
+    if system.run is not None:
+        figures["argmax"] = scored(system.table.logits.argmax(axis=1))
+    elif truth.metric in of_ensemble:
+        interval = of_ensemble["interval"].get(truth.metric, [])
+        figures["argmax"] = [of_ensemble[truth.metric], *interval]
+    figures["cross_fitted"] = scored(system.predictions)
+    if test:
+        labels, dialogues = [row.label for row in test], [row.dialogue_id for row in test]
+        of_test = replace(truth, labels=np.array(labels), groups=np.array(dialogues))
+        found = system.label_test(test, test_file, truth)
+        figures |= {f"test_{name}": scored(predicted, of_test) for name, predicted in found.items()}
+    return figures
+
+
+def rule_text(method: str) -> str:
+    """How systems decide, for the note of their table."""
+    return f"`{method}`, cross-fitted (an ensemble's: its own decision); [95 % interval, bootstrap over dialogues]"
+
+
+def systems_table(title: str, figures: Mapping[str, Mapping[str, Any]], note: str) -> Table:
+    """One line a system, with the columns of `SYSTEM_TITLES` that any of them has."""
+
+    def cell(key: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        if key == "difference":
+            return f"{value[0]:+.3f}" + (f" [{value[1]:+.3f}, {value[2]:+.3f}]" if value[1:] else "")
+        if isinstance(value, list):
+            return interval_text(value[0], value[1:])
+        return f"{value / 2**20 if key == 'peak_memory_bytes' else value:,.0f}"
+
+    keys = [key for key in SYSTEM_TITLES if any(key in of for of in figures.values())]
+    rows = [[name, *(cell(key, of.get(key)) for key in keys)] for name, of in figures.items()]
+    return Table(title, ("system", *(SYSTEM_TITLES[key] for key in keys)), rows, note)
+
+
+def write_systems(
+    stem: Path, title: str, tables: Sequence[Table], figures: Mapping[str, Mapping[str, Any]], metric: str
+) -> None:
+    """Write the tables as STEM.md and STEM.html, the first one's numbers as STEM.csv, its scores as STEM.png."""
+    from rareturn.reports.figures import scores_of_systems
+
+    picture = scores_of_systems(figures, SYSTEM_TITLES, score_titles(metric)[metric])
+    uri = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    parts = {"title": title, "tables": tables, "picture": f"{stem.name}.png", "uri": uri}
+    parts["alt"] = "The scores of the table with their 95 % intervals"
+    lines = []
+    for name, of_system in figures.items():
+        lines.append({"system": name})
+        for key, value in of_system.items():
+            ends = ("", "_low", "_high") if isinstance(value, list) else ("",)
+            values = value if isinstance(value, list) else [value]
+            lines[-1] |= {f"{key}{end}": one for end, one in zip(ends, values, strict=False)}
+    numbers = io.StringIO()
+    writer = csv.DictWriter(numbers, list(dict.fromkeys(key for line in lines for key in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    files = {"csv": numbers.getvalue().encode(), "png": picture}
+    files |= {kind: render(f"systems.{kind}.jinja", **parts).encode() for kind in ("md", "html")}
+    for kind, content in files.items():
+        write_bytes(stem.with_name(f"{stem.name}.{kind}"), content)

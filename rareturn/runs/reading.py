@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,10 @@ class Run:
         return Truth(labels, dialogues, self.num_labels, self.positive_labels, metric, seed)
 
 
-def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run:
-    """Read and check a run, from its folder or from the Hub (at one commit).
+def read_run(
+    reference: str | os.PathLike, *, require_test: bool = False, folds: Sequence[int] | None = None
+) -> Run:
+    """Read and check a run, from its folder or from the Hub (at one commit); of one that lacks the others, `folds` alone.
 
     An InputError where there is no such run, a file of it is unreadable, a fold is missing (of the test tables too with
     `require_test`), or its files contradict each other: in their settings, rows, dialogues, labels or logits.
@@ -78,19 +80,19 @@ def read_run(reference: str | os.PathLike, *, require_test: bool = False) -> Run
         here, there = info[key], assignment[key]
         if here != there:
             raise InputError(f"{reference}: {key}: run.json has {here!r}, folds.json {there!r}")
-    tables: dict[str, list[LogitTable]] = {}
+    tables: dict[str, dict[int, LogitTable]] = {}
     for split in ("oof", "test"):
-        paths = [root / pattern.format(split, fold) for fold in range(info["num_folds"])]
-        missing = [str(fold) for fold, path in enumerate(paths) if not path.is_file()]
+        paths = {fold: root / pattern.format(split, fold) for fold in folds or range(info["num_folds"])}
+        missing = [str(fold) for fold, path in paths.items() if not path.is_file()]
         if missing and (split == "oof" or require_test):
             which = f"fold{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
             raise InputError(f"{reference}: the {split} table of {which} is missing")
-        tables[split] = [] if missing else [read_table(path) for path in paths]
-    folds = assignment["folds"]
-    if problems := [*_oof_problems(info, folds, tables["oof"]), *_test_problems(info, tables["test"])]:
+        tables[split] = {} if missing else {fold: read_table(path) for fold, path in paths.items()}
+    fold_of = {row_id: fold for row_id, fold in assignment["folds"].items() if fold in tables["oof"]}
+    if problems := [*_oof_problems(info, fold_of, tables["oof"]), *_test_problems(info, tables["test"])]:
         raise InputError(*(f"{reference}: {problem}" for problem in problems))
-    oof = _join(tables["oof"], folds)
-    return Run(os.fspath(reference), revision, info["name"], info, folds, oof, tables["test"])
+    oof, test = _join([*tables["oof"].values()], fold_of), [*tables["test"].values()]
+    return Run(os.fspath(reference), revision, info["name"], info, fold_of, oof, test)
 
 
 def _other_kind(folder: Path) -> str:
@@ -114,9 +116,11 @@ def _join(tables: list[LogitTable], row_ids: Iterable[str]) -> LogitTable:
     return joined.take([position[row_id] for row_id in row_ids])
 
 
-def _oof_problems(info: dict[str, Any], folds: dict[str, int], tables: list[LogitTable]) -> Iterable[str]:
+def _oof_problems(
+    info: dict[str, Any], folds: dict[str, int], tables: dict[int, LogitTable]
+) -> Iterable[str]:
     fold_of: dict[str, int] = {}  # of each dialogue
-    for fold, table in enumerate(tables):
+    for fold, table in tables.items():
         where, present = f"oof fold {fold}", set(table.id)
         yield from _problems(where, table, fold, len(info["label_names"]), 0)
         for row_id in table.id:
@@ -131,13 +135,13 @@ def _oof_problems(info: dict[str, Any], folds: dict[str, int], tables: list[Logi
                 yield f"dialogue {dialogue_id!r} is in folds {first} and {fold}"
 
 
-def _test_problems(info: dict[str, Any], tables: list[LogitTable]) -> Iterable[str]:
-    for fold, table in enumerate(tables):
-        where = f"test fold {fold}"
+def _test_problems(info: dict[str, Any], tables: dict[int, LogitTable]) -> Iterable[str]:
+    for fold, table in tables.items():
+        where, first = f"test fold {fold}", next(iter(tables.values()))
         yield from _problems(where, table, fold, len(info["label_names"]), NO_LABEL)
-        if table.id != tables[0].id or table.dialogue_id != tables[0].dialogue_id:
+        if table.id != first.id or table.dialogue_id != first.dialogue_id:
             yield f"{where}: other rows, or in another order, than fold 0"
-        elif table.rows != tables[0].rows:
+        elif table.rows != first.rows:
             yield f"{where}: made for other texts than fold 0; launch both folds again"
 
 

@@ -1,7 +1,8 @@
-"""Systems to compare: out-of-fold predictions of a run or an ensemble."""
+"""A run or an ensemble as labels of its rows, so that any two of them can be compared."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,42 +10,98 @@ from typing import Any
 import numpy as np
 
 from rareturn.data.folds import FOLD_GROUPS
-from rareturn.data.label_guide import DEFAULT_METRIC, find_metric
+from rareturn.data.label_guide import DEFAULT_METRIC, find_metric, load_label_guide, parse_label_guide
+from rareturn.data.rows import DataArguments, Row, load_source
+from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, repeated_folds
+from rareturn.decisions.metrics import Truth
+from rareturn.decisions.probabilities import softmax
 from rareturn.errors import InputError
 from rareturn.files import read_json
-from rareturn.runs.reading import read_run
+from rareturn.runs.alignment import align_test
+from rareturn.runs.folder import metrics_path, read_run_info
+from rareturn.runs.reading import Run, read_run
 from rareturn.runs.tables import LogitTable
 
 PREDICTIONS_FILE = "oof_predictions.json"
 
 
-@dataclass
+@dataclass(eq=False)
 class System:
-    """Out-of-fold predictions of a run or an ensemble.
+    """What a run or an ensemble says of its out-of-fold rows.
 
     Attributes:
-        what: how the predictions came about.
-        predictions: int64 [repeats, n]; one repeat where nothing was fitted.
-        table: ids, dialogues and labels; its logits are not used.
+        how: the rule of `predictions`, in words.
+        info: `label_names`, `positive_labels`, `fold_groups` and `metric` at least; `label_guide` where it is known; of an
+            ensemble the scores of `argmax`, too.
+        table: ids, dialogues and labels; of an ensemble without logits.
+        predictions: int64 [repeats, n], by rules that were fitted on other dialogues.
+        rule: what is fitted to a run's logits; None for an ensemble, which has decided.
+        run: None for an ensemble.
     """
 
     reference: str
-    what: str
+    how: str
     info: dict[str, Any]
     table: LogitTable
     predictions: np.ndarray
+    rule: Recipe | None = None
+    run: Run | None = None
+
+    def truth(self, metric: str, seed: int = 42) -> Truth:
+        """What the predictions are scored against."""
+        names, positive = self.info["label_names"], self.info["positive_labels"]
+        return Truth(self.table.label, self.table.dialogue_id, len(names), positive, metric, seed)
+
+    def label_test(self, rows: Sequence[Row], where: str, truth: Truth) -> dict[str, np.ndarray]:
+        """Labels [n] of test rows: by `argmax` (of a run) and by `rule`; empty where there are no predictions.
+
+        An InputError where they were made for other rows than these, which are read from `where`. `truth` is what a run's
+        rule is fitted to.
+        """
+        if self.run is not None:
+            if not self.run.test:
+                return {}
+            (folds,) = align_test([self.run], rows, where)
+            rule = fit_rule(self.rule, [self.table.logits], truth)
+            argmax = np.mean([softmax(fold) for fold in folds], axis=0).argmax(axis=1)
+            return {"argmax": argmax, "rule": rule.predict([folds]).labels}
+        found = [path for path in Path(self.reference).glob("prediction.*") if path.suffix != ".zip"]
+        if not found:
+            return {}
+        guide = parse_label_guide(self.info["label_guide"], f"{self.reference}: ensemble.json: label_guide")
+        labels = {row.id: row.label for row in load_source(str(found[0]), guide).rows}
+        if missing := [row.id for row in rows if row.id not in labels]:
+            raise InputError(f"{found[0]}: row {missing[0]!r} of {where} is missing")
+        return {"rule": np.array([labels[row.id] for row in rows])}
 
 
-def read_system(reference: str) -> System:
-    """What a run (argmax) or an ensemble's output folder (its cross-fitted decision) predicted out of fold.
+def read_gold(path: str, systems: Sequence[System]) -> list[Row]:
+    """The rows of a labelled test file, in the labels of these systems' guide."""
+    known = [system.info["label_guide"] for system in systems if system.info.get("label_guide")]
+    guide = (
+        parse_label_guide(known[0], "label_guide") if known else load_label_guide(DataArguments.label_guide)
+    )
+    return load_source(path, guide).rows
 
-    Raises:
-        InputError: neither, or not readable.
+
+def read_system(
+    reference: str, method: str, metric: str | None = None, seed: int = 42, folds: Sequence[int] | None = None
+) -> System:
+    """A run, decided by a rule of this method that is cross-fitted here, or what ensemble.py has decided.
+
+    `folds` are those of a run that has no others. An InputError where it is neither, or not readable.
     """
+    if (Path(reference) / PREDICTIONS_FILE).is_file():
+        return _read_ensemble(reference)
+    run = read_run(reference, folds=folds)
+    rule, truth = Recipe(method), run.truth(metric, seed)
+    found = cross_fit(rule, [run.oof.logits], truth, repeated_folds(truth))
+    how = method if method == "argmax" else f"{method}, fitted here"
+    return System(reference, how, run.info, run.oof, found.predictions, rule, run)
+
+
+def _read_ensemble(reference: str) -> System:
     path = Path(reference) / PREDICTIONS_FILE
-    if not path.is_file():
-        run = read_run(reference)
-        return System(reference, "argmax", run.info, run.oof, run.oof.logits.argmax(axis=1)[None])
     content = read_json(path)
     try:
         labels, predictions = np.array(content["label"]), np.array(content["predictions"])
@@ -71,4 +128,22 @@ def read_system(reference: str) -> System:
         raise InputError(f"{path}: not what ensemble.py writes")
     zeros = np.zeros(count, dtype=np.int64)
     table = LogitTable(content["id"], content["dialogue_id"], zeros, labels, np.zeros((count, 1), np.float32))
+    for key, file in (("label_guide", "ensemble.json"), ("argmax", "metrics.json")):
+        if (beside := path.with_name(file)).is_file():
+            content[key] = read_json(beside).get(key)
     return System(reference, content["what"], content, table, predictions)
+
+
+def run_costs(run_dirs: Sequence[Path], folds: Sequence[int] | None = None) -> dict[str, Any]:
+    """What runs took: `seconds` of all folds, and the most of `trainable_parameters` and `peak_memory_bytes` of any."""
+    seconds, found = 0.0, []
+    for run_dir in run_dirs:
+        whole = run_dir / "metrics.json"  # a probe's; its folds share their features
+        seconds += read_json(whole).get("feature_seconds", 0) if whole.exists() else 0
+        numbers = folds or range(read_run_info(run_dir)["num_folds"])
+        found += [read_json(metrics_path(run_dir, fold)) for fold in numbers]
+    costs = {"seconds": seconds + sum(of_fold["seconds"] for of_fold in found)}
+    for key in ("trainable_parameters", "peak_memory_bytes"):
+        if known := [of_fold[key] for of_fold in found if key in of_fold]:
+            costs[key] = max(known)
+    return costs
