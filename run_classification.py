@@ -86,9 +86,9 @@ class ModelArguments:
     )
     head_init: Literal["random", "probe"] = flag(
         "random",
-        "probe (turns): start from the logistic head that linear_probe.py fits, not from a random one.",
+        "probe: start from a logistic head on what the head sees before training (--pooling turns, packed decoders).",
     )
-    head_C: float = flag(10.0, "Its inverse L2 penalty. 10: what linear_probe.py chose on PsyDefConv.")
+    head_C: float = flag(10.0, "probe: its inverse L2 penalty. 10: what linear_probe.py chose on PsyDefConv.")
     attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
@@ -132,8 +132,6 @@ class ModelArguments:
             raise ValueError("--quantization nf4 needs --tuning lora: 4-bit weights cannot be trained")
         if self.trainable_layers is not None and self.trainable_layers < 1:
             raise ValueError(f"--trainable_layers {self.trainable_layers}: one layer or more")
-        if self.head_init == "probe" and self.pooling != "turns":
-            raise ValueError("--head_init probe needs --pooling turns, whose vectors are the probe's")
         if not 0 < self.head_C < math.inf:
             raise ValueError(f"--head_C must be a positive number, not {self.head_C}")
         for name in ("drw_start", "ema_decay", "oversample"):

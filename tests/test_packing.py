@@ -14,12 +14,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from tiny_models import make_tiny_decoder, make_tiny_encoder, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_classification
 from rareturn.classifier import _Bases
 from rareturn.command_line import parse_arguments
+from rareturn.data.folds import limit_rows
 from rareturn.data.label_guide import load_label_guide, parse_label_guide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, load_rows
@@ -35,7 +37,7 @@ from rareturn.models.loading import (
     save_trained,
 )
 from rareturn.models.packing import PackedBatches, RowGroups, accept_packed, can_branch, lay_out, tree_mask
-from rareturn.models.training import RowBatches
+from rareturn.models.training import RowBatches, class_weights
 from rareturn.runs.folder import table_path
 from rareturn.runs.tables import read_table
 
@@ -533,6 +535,40 @@ def test_an_encoder_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--pack_dialogues: .* reads both ways"):
         run_classification.main()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("trainable_layers", [None, 1])
+def test_a_decoder_starts_from_a_logistic_head(decoders, tmp_path, monkeypatch, trainable_layers):
+    """With a learning rate of 0 the fold's logits are those of scikit-learn on the last token's states."""
+    flags = [*fold_flags(decoders["llama"], tmp_path / "run", accumulation=1), "--learning_rate", "0"]
+    flags += ["--head_init", "probe", "--label_guide", "data/demo/label_guide.yaml"]
+    flags += ["--trainable_layers", str(trainable_layers)] if trainable_layers else []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["run_classification.py", *flags])
+    run_classification.main()
+    table = read_table(table_path(tmp_path / "run", "oof", 0))
+    info = json.loads((tmp_path / "run/run.json").read_text())
+    base = find_base_model(decoders["llama"])
+    guide = load_label_guide("data/demo/label_guide.yaml")
+    rows = load_rows("data/demo/train.json", guide)
+    rendered = Renderer(load_tokenizer(base), guide, is_encoder=False, **info["window"]).render(rows)
+    backbone = load_classifier(base, guide.names, PAD).model.eval()
+    with torch.inference_mode():
+        states = [backbone(torch.tensor(row.input_ids)[None]).last_hidden_state[0, -1] for row in rendered]
+    features, labels = torch.stack(states).numpy(), np.array([row.label for row in rows])
+    folds = json.loads((tmp_path / "run/folds.json").read_text())["folds"]
+    place = {row.id: index for index, row in enumerate(rows)}
+    train = [place[row.id] for row in limit_rows([row for row in rows if folds[row.id] != 0], 60)]
+    scale = np.sqrt(np.square(features[train]).mean(0) * features.shape[1])
+    counts = np.bincount(labels[train], minlength=len(guide.labels))
+    weights = class_weights(counts, "inverse_sqrt")
+    by_class = {label: weights[label] for label in np.unique(labels[train])}
+    expected = LogisticRegression(C=10, class_weight=by_class, fit_intercept=False, max_iter=2000)
+    expected.fit(features[train] / scale, labels[train])
+    held_out = [place[name] for name in table.id]
+    logits = expected.decision_function(features[held_out] / scale)
+    np.testing.assert_allclose(table.logits[:, expected.classes_], logits, atol=2e-3)
+    assert logits.std() > 0.1
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.models.heads import FloatHead, embed_turns, gather_vectors
-from rareturn.models.inference import place
+from rareturn.models.inference import place, predict_logits
 from rareturn.models.layers import default_layer, keep_layers
 from rareturn.models.loading import (
     BaseModel,
@@ -40,7 +40,6 @@ from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
 from rareturn.models.turns import (
     PARTS,
-    RenderedTurns,
     TurnBatches,
     TurnRenderer,
     TurnStates,
@@ -170,12 +169,20 @@ class LinearHead:
 
 
 def fit_head(
-    features: np.ndarray, labels: np.ndarray, *, num_labels: int, block_size: int, weights: str, C: float
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_labels: int,
+    block_size: int,
+    weights: str,
+    C: float,
+    has_bias: bool = True,
 ) -> LinearHead:
     """Logistic head on standardised features, float32 (rows, features); for `weights` see `training.class_weights`.
 
     Every feature is centred, and every block of `block_size` is divided by one number so that its total variance is
     1 / blocks: blocks weigh the same, rows have mean squared length 1, and a value of C means the same for every model.
+    A head without bias is fitted to features that are not centred, and has zeros for `mean` and `intercept`.
     """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -183,14 +190,19 @@ def fit_head(
     classes = np.unique(labels)
     if len(classes) < 2:
         raise InputError(f"all {len(labels)} training rows have label {classes[0]}: nothing to tell apart")
-    mean = features.mean(axis=0, dtype=np.float64)
-    variance = features.var(axis=0, dtype=np.float64)
+    mean = features.mean(axis=0, dtype=np.float64) * has_bias
+    variance = (
+        features.var(axis=0, dtype=np.float64)
+        if has_bias
+        else np.square(features, dtype=np.float64).mean(axis=0)
+    )
     starts = np.arange(0, len(variance), block_size)
     scale = np.repeat(np.sqrt(np.add.reduceat(variance, starts) * len(starts)), block_size)
     scale[scale == 0] = 1.0
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
     by_label = class_weights(np.bincount(labels, minlength=num_labels), weights)
-    model = LogisticRegression(C=C, class_weight={label: by_label[label] for label in classes}, max_iter=2000)
+    by_class = {label: by_label[label] for label in classes}
+    model = LogisticRegression(C=C, class_weight=by_class, max_iter=2000, fit_intercept=has_bias)
     # The products are too narrow for several threads to help, and one gives the same bits on any number of cores.
     with threadpool_limits(1):
         model.fit((features - mean) / scale, labels)
@@ -250,37 +262,42 @@ def choose_C(
 
 def init_head(
     model: nn.Module,
-    batches: TurnBatches,
+    batches: Any,
     rows: Sequence[Row],
-    rendered: Sequence[RenderedTurns],
+    rendered: Sequence[Any],
     options: Any,
     bf16: bool,
-    states: TurnStates | None = None,
+    states: Any = None,
 ) -> None:
-    """Give a `TurnClassifier`, or a PEFT model around one, the logistic head on its vectors of the rows.
+    """Give a model, or a PEFT model around one, the logistic head on what its head sees of the rows.
 
-    `options` are the flags of run_classification.py: `class_weights` and `head_C`, which `fit_head` takes. `states` are
-    those of the rows' turns, where the model's frozen layers have them.
-    Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
+    For a `TurnClassifier` or a decoder of packed rows; an InputError for others. `options` are the flags of
+    run_classification.py: `class_weights` and `head_C`, which `fit_head` takes; `states` are those of the frozen layers.
+    Linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). A decoder needs it more than an encoder: a
+    few of its coordinates are orders of magnitude larger than the rest, so a random head starts far off.
     """
-    classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device, width = classifier.device, classifier.config.encoder.hidden_size
-    features = np.zeros((len(rows), len(PARTS) * width), dtype=np.float32)
-    if states is not None:
-        features[:] = states.vectors(rendered)
+    heads = [module for module in model.modules() if isinstance(module, FloatHead)]  # PEFT keeps two
+    if not (heads and isinstance(batches, PackedBatches)):
+        raise InputError("--head_init probe needs --pooling turns, or a decoder of packed dialogues")
+    by_turns, width = isinstance(batches, TurnBatches), heads[0].in_features
+    if isinstance(states, TurnStates):
+        features = states.vectors(rendered).numpy()
     else:
-        model.eval()  # the Trainer sets it to training
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for batch in batches.prediction_batches(rows, rendered):
-                inputs = batches.collate([rendered[index] for index in batch])
-                inputs = {key: value.to(device) for key, value in inputs.items()}
-                features[batch] = classifier.vectors(**inputs).cpu().numpy()
-    labels = np.array([row.label for row in rows])
-    fitting = {"weights": options.class_weights, "C": options.head_C, "block_size": width}
+        features, seen = np.zeros((len(rows), width), dtype=np.float32), []
+        hooks = [
+            head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0])) for head in heads
+        ]
+        predict_logits(model, batches, rows, rendered, bf16=bf16, description="head", alone=True)
+        for hook in hooks:
+            hook.remove()
+        for batch, vectors in zip(batches.prediction_batches(rows, rendered), seen, strict=True):
+            features[batch] = vectors.float().cpu().numpy()
+    labels, has_bias = np.array([row.label for row in rows]), heads[0].bias is not None
+    fitting = {"weights": options.class_weights, "C": options.head_C, "has_bias": has_bias}
+    fitting["block_size"] = width // len(PARTS) if by_turns else 1
     head = fit_head(features, labels, num_labels=model.config.num_labels, **fitting)
     weight = head.coef.astype(np.float64) / head.scale
-    bias = head.intercept - weight @ head.mean
-    for module in model.modules():
-        if isinstance(module, FloatHead):  # PEFT keeps two: the one to train and the one it stands for
-            module.weight.data = torch.from_numpy(weight).to(module.weight)
-            module.bias.data = torch.from_numpy(bias).to(module.bias)
+    for module in heads:  # the one to train and the one that it stands for
+        module.weight.data = torch.from_numpy(weight).to(module.weight)
+        if has_bias:
+            module.bias.data = torch.from_numpy(head.intercept - weight @ head.mean).to(module.bias)
