@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import pytest
 
 from rareturn.command_line import run
 
@@ -28,3 +33,22 @@ def run_script(main: Callable[[], None], *words: object, **flags: object) -> int
     finally:
         sys.argv = argv
     return 0
+
+
+@contextlib.contextmanager
+def sigterm_in_step(step: int) -> Iterator[None]:
+    """`run_classification.py` in this process gets a SIGTERM within an optimizer step, counted from 1."""
+    import run_classification
+
+    trainer, before = run_classification.weighted_trainer(), signal.getsignal(signal.SIGTERM)
+    whole = trainer.training_step
+
+    def training_step(self, *arguments, **kwargs):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *arguments, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "training_step", training_step)
+        yield
+    signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,7 @@
-"""A fold that is killed again and again: it ends with the tables of an undisturbed one, here and on the Hub."""
+"""A fold that is killed again and again: it ends with the tables of an undisturbed one, here and on the Hub.
+
+Half of the kills are SIGTERM, as of a preempted node: in training, that is a checkpoint of the step and status 143.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +21,12 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from running import words_of
+from running import run_script, sigterm_in_step, words_of
 from tiny_models import make_tiny_encoder
 
 from rareturn import command_line
+from rareturn.files import read_json, write_bytes
+from rareturn.models.training import CheckpointSeal
 from rareturn.runs.folder import adapter_dir, fold_is_complete, table_path
 from rareturn.runs.tables import read_table
 
@@ -140,8 +147,12 @@ def kill_a_fold(
             process.join(rng.uniform(0.0, 0.6) * seconds[doing(disturbed, fold)])
             if process.exitcode is not None:
                 break
-            process.kill()
+            process.terminate() if rng.random() < 0.5 else process.kill()
             process.join()
+            if process.exitcode == 0:  # it had just ended by itself
+                break
+            # The middle one: before the script's first line. The last goes through the script's hands.
+            assert process.exitcode in (-signal.SIGKILL, -signal.SIGTERM, 143)
             died[STAGES[doing(disturbed, fold)]] += 1
             # Whatever is there under its own name is whole.
             for table in disturbed.glob("*/fold-*.parquet"):
@@ -188,6 +199,97 @@ def test_a_fold_killed_at_random_moments(hub: HubServer, tmp_path: Path, monkeyp
 def test_soak_forty_kills(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     died = kill_a_fold(hub, tmp_path, monkeypatch, kills=40, seed=11)
     print(f"\n40 kills: {died}; rows lost: 0")
+
+
+FOLD = {
+    "tuning": "full",
+    "train_file": ROOT / "data/demo/train.json",
+    "num_folds": 3,
+    "num_train_epochs": 1,
+    "max_seq_length": 48,
+    "max_train_samples": 96,
+    "learning_rate": 1e-3,
+}
+
+
+def sealed_steps(run_dir: Path) -> list[int]:
+    """The steps of the checkpoints that a next launch takes for whole."""
+    sealed = run_dir.glob(f"fold-0/checkpoints/checkpoint-*/{CheckpointSeal.NAME}")
+    return sorted(int(path.parent.name.removeprefix("checkpoint-")) for path in sealed)
+
+
+def test_a_preempted_fold_saves_its_step_and_ends_in_equal_bytes(tmp_path: Path, monkeypatch, capsys):
+    """In the middle of the only epoch, which is when the first checkpoint would be written; and one tracker more."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    import run_classification
+
+    flags = FOLD | {"model_name_or_path": make_tiny_encoder(tmp_path / "encoder")}
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    assert run_script(run_classification.main, **flags, output_dir=calm) == 0
+    watched = flags | {"output_dir": stopped, "report_to": "tensorboard", "logging_steps": 1}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(stopped / "fold-0/logs"))  # and is gone after the test
+    with sigterm_in_step(5):
+        assert run_script(run_classification.main, **watched) == 143
+    assert sealed_steps(stopped) == [5] and not adapter_dir(stopped, 0).exists()
+    assert "Traceback" not in capsys.readouterr().err
+    # Trackers and how they log are no part of a run's identity: this launch continues that one.
+    watched |= {"logging_steps": 2, "logging_first_step": True, "project": "other", "disable_tqdm": True}
+    assert run_script(run_classification.main, **watched) == 0
+    for file in ("oof/fold-0.parquet", "fold-0/adapter/model.safetensors"):
+        assert sha256((calm / file).read_bytes()) == sha256((stopped / file).read_bytes()), file
+    curves = EventAccumulator(str(stopped / "fold-0/logs")).Reload()
+    assert [point.step for point in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 8, 10, 12]
+    (score,) = curves.Scalars("eval/macro_f1_positive")
+    found = read_json(stopped / "fold-0/metrics.json")["macro_f1_positive"]
+    assert score.step == 12 and score.value == pytest.approx(found)
+
+
+def test_sigterm_outside_of_training_leaves_nothing_half_written(tmp_path: Path, monkeypatch):
+    (tmp_path / "a.json").write_bytes(b"old")
+
+    def main() -> None:
+        write_bytes(tmp_path / "a.json", b"new")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_script(main) == 143
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"old")]
+    signal.signal(signal.SIGTERM, before)
+
+
+def run_rank(rank: int, port: int, words: list[str], log: str) -> None:
+    """One of two processes that train a fold, as torchrun starts them."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_fold(words, log)
+
+
+def test_of_two_processes_one_is_told_and_both_stop_after_the_same_step(tmp_path: Path):
+    context = multiprocessing.get_context("forkserver")
+    log, run_dir = tmp_path / "log", tmp_path / "run"
+    flags = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 50}
+    flags |= {"model_name_or_path": make_tiny_encoder(tmp_path / "encoder"), "output_dir": run_dir}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = port, words_of(**FOLD | flags), str(log)
+    pair = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    try:
+        while not sealed_steps(run_dir):
+            assert all(process.is_alive() for process in pair), log.read_text()[-3000:]
+            time.sleep(0.01)
+        pair[1].terminate()
+        for process in pair:
+            process.join(120)
+        assert [process.exitcode for process in pair] == [143, 143], log.read_text()[-3000:]
+    finally:
+        for process in pair:
+            process.kill()
+    newest = max(run_dir.glob("fold-0/checkpoints/checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert (newest / CheckpointSeal.NAME).exists() and int(newest.name[11:]) < 50 * 6
 
 
 def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path):

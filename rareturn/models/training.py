@@ -231,6 +231,11 @@ class CheckpointSeal(TrainerCallback):
     def __init__(self, identity: str):
         self.identity = identity
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(
+            args, state.max_steps
+        )  # how often this launch logs and saves, not how the checkpoint's did
+
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
