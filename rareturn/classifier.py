@@ -92,7 +92,7 @@ class _TrainedVoter:
 
 
 class _ProbeVoter:
-    """The folds of one run of linear_probe.py: heads on one frozen model."""
+    """The folds of one run of linear_probe.py: heads on one frozen model, or each on its own trained one."""
 
     def __init__(self, run: BundledRun, folders: Sequence[Path], guide: LabelGuide, base: BaseModel):
         if run.features is None:
@@ -102,13 +102,28 @@ class _ProbeVoter:
         self.renderer = self.frozen.renderer
         _check_prompt(run, self.renderer)
         self.heads = [LinearHead.load(folder / "head.safetensors") for folder in folders]
-        self.model, self.bf16 = self.frozen.load(), run.loader.bf16
-        self.turn_encoders = [self.model.base_model] * self.frozen.is_encoder
+        self.bf16, self.turn_encoders = run.loader.bf16, []
+        self.is_adapted = any((folders[0] / name).exists() for name in ("adapter_config.json", "config.json"))
+        if not self.is_adapted:
+            model = self.frozen.load()
+            self.models: list[tuple[Any, str | None]] = [(model, None)] * len(folders)
+            self.turn_encoders = [model.base_model] * self.frozen.is_encoder
+            return
+        bases, pad = _Bases(()), self.frozen.tokenizer.pad_token_id  # its own: their upper layers are cut off
+        self.models = [bases.load_fold(base, folder, guide, pad) for folder in folders]
+        for model in {id(model): model for model, _ in self.models}.values():
+            self.frozen.cut(model)
 
     def logits(self, rows: Sequence[Row]) -> list[np.ndarray]:
         """Of each fold, float32 of shape (rows, num_labels)."""
-        features = self.frozen.extract(rows, self.model)
-        return [head.logits(features) for head in self.heads]
+        features, results = None, []
+        for head, (model, adapter) in zip(self.heads, self.models, strict=True):
+            if adapter is not None:
+                model.set_adapter(adapter)
+            if features is None or self.is_adapted:
+                features = self.frozen.extract(rows, model if adapter is None else model.get_base_model())
+            results.append(head.logits(features))
+        return results
 
 
 class _Bases:
@@ -179,7 +194,7 @@ class DialogueClassifier:
         bundle, folder = read_bundle(str(reference))
         bases, voters = _Bases(trust_remote_code), []
         for run in bundle.runs:
-            what = run, model_folders(run, folder), bundle.guide, bases.find(run)
+            what = run, model_folders(run.model, folder), bundle.guide, bases.find(run)
             is_probe = (what[1][0] / "head.safetensors").exists()
             voters.append(_ProbeVoter(*what) if is_probe else _TrainedVoter(*what, bases))
         return cls(bundle, voters)

@@ -254,7 +254,7 @@ def test_the_submission_and_all_that_stands_beside_it(place: Path):
     ]
     read_back, folder = read_bundle("out")
     assert (read_back.guide.to_dict(), read_back.name) == (GUIDE, "out")
-    assert model_folders(read_back.runs[1], folder)[1].resolve() == place / "b/fold-1/adapter"
+    assert model_folders(read_back.runs[1].model, folder)[1].resolve() == place / "b/fold-1/adapter"
 
     # In-sample never stands without its cross-fitted figure beside it.
     lines = done.stdout.splitlines()
@@ -544,7 +544,7 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
         assert hub_here.writer.encode() not in published[name]
     assert ModelCard(published["README.md"].decode()).data.model_name == "org/psy"
     assert hub_here.repos["model", "org/psy"].private
-    folders = model_folders(read_bundle("org/psy")[0].runs[0], Path("nowhere"))
+    folders = model_folders(read_bundle("org/psy")[0].runs[0].model, Path("nowhere"))
     assert [(folder / "adapter_model.safetensors").read_bytes() for folder in folders] == [
         b"weights 0",
         b"weights 1",
@@ -571,12 +571,12 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     commits = len(hub_here.commits("org/psy"))
     del hub_here.repos["model", "org/psy-b"]
     here, folder = read_bundle("local")
-    assert model_folders(here.runs[1], folder)[0].resolve() == place / "b/fold-0/adapter"
+    assert model_folders(here.runs[1].model, folder)[0].resolve() == place / "b/fold-0/adapter"
     (place / "b/fold-0/adapter/adapter_model.safetensors").write_bytes(b"trained anew")
     with pytest.raises(
         InputError, match="org/psy-b"
     ):  # other weights than the bundle's: only the Hub has those
-        model_folders(here.runs[1], folder)
+        model_folders(here.runs[1].model, folder)
     assert len(hub_here.commits("org/psy")) == commits
 
 

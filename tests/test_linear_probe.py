@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from running import run_script, words_of
 from sklearn.linear_model import LogisticRegression
 from tiny_models import make_tiny_decoder, make_tiny_encoder
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+import ensemble
 import linear_probe
+import predict
+import run_classification
 from rareturn.data.label_guide import load_label_guide
-from rareturn.data.rendering import Renderer
+from rareturn.data.rendering import LABEL_CUE, Renderer
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.decisions.metrics import scores
 from rareturn.decisions.probabilities import softmax
@@ -297,23 +311,29 @@ def naive_turn(text: str, model: torch.nn.Module, tokenizer: object, layer: int)
         return model(**inputs, output_hidden_states=True).hidden_states[layer][0].mean(0).numpy()
 
 
+def naive_row(row: Row, turn_vector: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The four vectors of a row."""
+    *before, target = [(turn_vector(turn.text), turn.speaker) for turn in row.turns]
+    history = [vector for vector, speaker in before if speaker == target[1]]
+    others = [vector for vector, speaker in before if speaker != target[1]]
+    zero = np.zeros(64)
+    vectors = [
+        target[0],
+        np.mean([vector for vector, _ in before], axis=0) if before else zero,
+        np.mean(history, axis=0) if history else zero,
+        others[-1] if others else zero,
+    ]
+    return np.concatenate(vectors)
+
+
 def test_encoder_features_are_what_a_plain_loop_gives(encoder, demo):
     rows = demo[:12]
     model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
     features = frozen_features(encoder, layer=2).extract(rows)
     assert features.shape == (12, 4 * 64) and features.dtype == np.float32
     for row, found in zip(rows, features, strict=True):
-        *before, target = [(naive_turn(turn.text, model, tokenizer, 2), turn.speaker) for turn in row.turns]
-        history = [vector for vector, speaker in before if speaker == target[1]]
-        others = [vector for vector, speaker in before if speaker != target[1]]
-        zero = np.zeros(64)
-        expected = [
-            target[0],
-            np.mean([vector for vector, _ in before], axis=0) if before else zero,
-            np.mean(history, axis=0) if history else zero,
-            others[-1] if others else zero,
-        ]
-        np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-4)
+        expected = naive_row(row, lambda text: naive_turn(text, model, tokenizer, 2))
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_row_sees_its_window_only(encoder):
@@ -476,3 +496,154 @@ def test_a_head_file_that_is_none(tmp_path):
     for name in ("head.safetensors", "absent.safetensors"):
         with pytest.raises(InputError, match=f"{name}: cannot read the head"):
             LinearHead.load(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------------ adapted features
+
+KINDS = {
+    "decoder": {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]},
+    "label tokens": {"lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "head": "label_tokens"},
+    "encoder": {"lora_r": 4, "lora_target_modules": ["query", "value"]},
+    "turns": {"tuning": "full", "pooling": "turns"},
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Flags of the rows of eight dialogues, with labels in turn so that no fold lacks one, and of a few test rows."""
+    place = tmp_path_factory.mktemp("few")
+    train, test = (json.loads(path.read_text(encoding="utf-8")) for path in (TRAIN, TEST))
+    dialogues = list(dict.fromkeys(row["dialogue_id"] for row in train))[:8]
+    train = [row for row in train if row["dialogue_id"] in dialogues]
+    train = [row | {"label": number % 9} for number, row in enumerate(train)]
+    rows = {"train_file": train, "test_file": test[:6]}
+    for name, content in rows.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
+    return {name: place / f"{name}.json" for name in rows}
+
+
+@pytest.fixture(scope="module")
+def trained(encoder: str, decoder: str, few: dict, tmp_path_factory: pytest.TempPathFactory):
+    """kind -> the folder of a trained run of two folds."""
+    place = tmp_path_factory.mktemp("trained")
+
+    @functools.cache
+    def of_kind(kind: str) -> Path:
+        model = encoder if kind in ("encoder", "turns") else decoder
+        how = {
+            "num_train_epochs": 1,
+            "learning_rate": 2e-2,
+            "per_device_train_batch_size": 8,
+        }
+        window = {"max_turns": 4, "window_stride": 4, "max_seq_length": 700 if model == decoder else 40}
+        flags = {
+            "model_name_or_path": model,
+            "train_file": few["train_file"],
+            "num_folds": 2,
+            "bf16": False,
+            **how,
+            **window,
+        }
+        for fold in range(2):
+            os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+            words = flags | KINDS[kind] | {"output_dir": place / kind.split()[0], "fold": fold}
+            assert run_script(run_classification.main, **words) == 0
+        return place / kind.split()[0]
+
+    return of_kind
+
+
+def adapted(run_dir: Path, output_dir: Path, **flags: object) -> int:
+    settings = {"adapter": run_dir, "output_dir": output_dir, "num_folds": 2, "C": 1}
+    return run_script(linear_probe.main, **settings | flags)
+
+
+def naive_features(kind: str, base: str, folder: Path, rows: list[Row]) -> np.ndarray:
+    """What the fold's model alone makes of each row at its last layer, a row or turn at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if kind in ("encoder", "turns"):
+        if kind == "turns":
+            model = AutoModelForSequenceClassification.from_pretrained(folder).encoder.eval()
+        else:
+            base_model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=9)
+            model = PeftModel.from_pretrained(base_model, folder).eval().get_base_model().bert
+        tokenizer.truncation_side = "left"
+        tokenize = functools.partial(tokenizer, truncation=True, max_length=40)
+        of_turn = functools.cache(lambda text: naive_turn(text, model, tokenize, -1))
+        rows = [Row(row.id, row.dialogue_id, row.turns[-4:], row.label) for row in rows]
+        return np.stack([naive_row(row, of_turn) for row in rows]).astype(np.float32)
+    by_tokens = kind == "label tokens"
+    auto = AutoModelForCausalLM if by_tokens else AutoModelForSequenceClassification
+    base_model = auto.from_pretrained(base, **({} if by_tokens else {"num_labels": 9}))
+    model = PeftModel.from_pretrained(base_model, folder).eval()
+    window = {"max_turns": 4, "window_stride": 4, "max_seq_length": 700}
+    renderer = Renderer(tokenizer, GUIDE, is_encoder=False, cue=LABEL_CUE if by_tokens else "", **window)
+    found = []
+    for row in renderer.render(rows):
+        ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+        found.append(hidden[-1][0, -1].numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_features_come_from_the_folds_own_model(kind, trained, encoder, decoder, few, tmp_path):
+    is_encoder, run_dir = kind in ("encoder", "turns"), trained(kind)
+    assert adapted(run_dir, tmp_path / "probe", **few) == 0
+    made = read_run(tmp_path / "probe", require_test=True)
+    assert made.info["features"]["layer"] == (2 if kind == "turns" else 3)
+    of_id = {row.id: row for row in load_rows(str(few["train_file"]), GUIDE)}
+    rows, folds = [of_id[row_id] for row_id in made.oof.id], made.oof.fold
+    test, labels = load_rows(str(few["test_file"]), GUIDE, require_labels=False), made.oof.label
+    for fold in range(2):
+        base = encoder if is_encoder else decoder
+        features = naive_features(kind, base, run_dir / f"fold-{fold}/adapter", rows + test)
+        train = np.flatnonzero(folds != fold)
+        fitting = {"num_labels": 9, "block_size": 64 if is_encoder else 1, "weights": "balanced", "C": 1.0}
+        logits = fit_head(features[train], labels[train], **fitting).logits(features)
+        held_out = logits[np.flatnonzero(folds == fold)]
+        assert np.ptp(held_out, axis=0).mean() > 1
+        np.testing.assert_allclose(made.oof.take(np.flatnonzero(folds == fold)).logits, held_out, atol=0.02)
+        np.testing.assert_allclose(made.test[fold].logits, logits[len(rows) :], atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "turns"])
+def test_an_adapted_run_is_blended_and_predicts(kind, trained, few, tmp_path):
+    shutil.copytree(trained(kind), tmp_path / "trained")
+    assert adapted(tmp_path / "trained", tmp_path / "probe", **few) == 0
+    shutil.rmtree(tmp_path / "trained")  # the probe holds what it needs
+    flags = {"runs": tmp_path / "probe", "method": "prior", "repeats": 1, "test_file": few["test_file"]}
+    assert run_script(ensemble.main, **flags, output_dir=tmp_path / "blend") == 0
+    output, temperature = tmp_path / "labels.jsonl", read_json(tmp_path / "blend/ensemble.json")["decision"]
+    flags = {"ensemble": tmp_path / "blend", "input": few["test_file"], "turns": "last", "output": output}
+    assert run_script(predict.main, **flags) == 0
+    lines, made = [json.loads(line) for line in output.open()], read_run(tmp_path / "probe")
+    expected = np.mean([softmax(table.logits / temperature["temperature"]) for table in made.test], axis=0)
+    said = np.array([list(line["probabilities"].values()) for line in lines])
+    np.testing.assert_allclose(said, expected, atol=1e-4)
+
+
+def test_a_run_that_does_not_fit_is_refused_in_one_line(trained, few, tmp_path, capsys):
+    run_dir, probe = trained("encoder"), tmp_path / "probe"
+    assert adapted(run_dir, probe, **few) == 0
+    records = json.loads(few["train_file"].read_text(encoding="utf-8"))
+    records[0]["dialogue"][-1]["text"] = records[0]["current_text"] = "Something else altogether."
+    (tmp_path / "changed.json").write_text(json.dumps(records))
+    other = tmp_path / "other"
+    refused = {
+        "folds: not those": {"fold_seed": 7},
+        "rows: not those": {"train_file": tmp_path / "changed.json"},
+        "--dtype: float32 in the run of --adapter; leave the flag out": {"dtype": "bfloat16"},
+        "--max_turns: 4 in the run": {"max_turns": 5},
+        "not a run of run_classification.py": {"adapter": probe},
+        "--model_name_or_path is missing": {"adapter": None},
+        "probe/run.json: the models of --adapter": {"adapter": other, "output_dir": probe},
+    }
+    shutil.copytree(run_dir, other)
+    shutil.copy(other / "fold-0/adapter/adapter_model.safetensors", other / "fold-1/adapter")
+    for problem, flags in refused.items():
+        capsys.readouterr()
+        assert adapted(**{"run_dir": run_dir, "output_dir": tmp_path / "new"} | few | flags) == 2
+        errors = capsys.readouterr().err
+        assert problem in errors and len(errors.splitlines()) == 1 and not (tmp_path / "new").exists()

@@ -1,7 +1,7 @@
-"""Linear probes: features of rows from a frozen model, and a logistic head on them.
+"""Linear probes: features of rows from a frozen or a trained model, and a logistic head on them.
 
 Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
-hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`.
+hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`, or at a trained model's last layer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rareturn.data.label_guide import LabelGuide
-from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
@@ -35,6 +35,7 @@ from rareturn.models.loading import (
     load_classifier,
     load_config,
     load_tokenizer,
+    load_trained,
 )
 from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
 from rareturn.models.training import class_weights
@@ -43,6 +44,7 @@ from rareturn.models.turns import (
     TurnBatches,
     TurnRenderer,
     TurnStates,
+    make_renderer,
     pad_turns,
     share_turns,
 )
@@ -64,7 +66,8 @@ class FrozenFeatures:
     does it. A decoder gives the hidden state of the last token of the row's prompt.
 
     Attributes:
-        layer: whose output is taken, counted from 1; later ones are not run. None: two thirds up, rounded.
+        layer: whose output is taken, counted from 1; later ones are not run. None: two thirds up, rounded, and the last
+            where the base is `adapted`, since training has shaped it for the labels.
         window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
         batch_size: turns in an encoder's forward pass.
     """
@@ -76,19 +79,22 @@ class FrozenFeatures:
     batch_size: int
     bf16: bool
     show_progress: bool = True
+    adapted: bool = False  # models that were trained from the base stand in its place
 
     def __post_init__(self) -> None:
         config = load_config(self.base)
         num_layers = config.get_text_config().num_hidden_layers
+        if self.base.pooling == "turns":  # a `TurnClassifier` has no others
+            num_layers = default_layer(config)
         if self.layer is None:
-            self.layer = default_layer(config)
+            self.layer = num_layers if self.adapted else default_layer(config)
         if not 1 <= self.layer <= num_layers:
             raise InputError(f"--layer {self.layer}: {self.base.name} has layers 1 to {num_layers}")
         self.is_encoder, self.tokenizer = is_encoder(config), load_tokenizer(self.base)
         if self.is_encoder:
             self.renderer, self.parts = TurnRenderer(self.base, self.tokenizer, self.window), PARTS
         else:
-            self.renderer = Renderer(self.tokenizer, self.guide, is_encoder=False, **self.window)
+            self.renderer = make_renderer(self.base, self.tokenizer, self.guide, self.window)
             self.parts = ("last_token",)
 
     def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
@@ -101,14 +107,22 @@ class FrozenFeatures:
             raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
         return features
 
-    def load(self) -> nn.Module:
-        """The model, without the layers above the one whose output is taken."""
-        # The head that comes with it is not used, but this loader knows quantization and dtype.
-        model = place(load_classifier(self.base, self.guide.names, self.tokenizer.pad_token_id), self.base)
-        keep_layers(model.base_model, self.layer)
+    def load(self, trained: Path | None = None) -> nn.Module:
+        """The base, or the model in a folder that was trained from it, up to the layer whose output is taken."""
+        # The head that comes with it is not used, but these loaders know quantization and dtype.
+        what = self.guide.names, self.tokenizer.pad_token_id
+        model = (
+            load_classifier(self.base, *what) if trained is None else load_trained(self.base, trained, *what)
+        )
+        return self.cut(place(model, self.base))
+
+    def cut(self, model: nn.Module) -> nn.Module:
+        """The classifier, without its later layers, in a PEFT model or on its own."""
+        classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
+        keep_layers(classifier.base_model, self.layer)
         if self.is_encoder:
-            model.base_model.config.num_hidden_layers = self.layer  # as `layer_list` finds them
-        return model
+            classifier.base_model.config.num_hidden_layers = self.layer  # as `layer_list` finds them
+        return classifier
 
     def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
         """An encoder's features: every distinct turn is embedded once, then averaged per row."""

@@ -157,13 +157,12 @@ def is_local_base(name: str) -> bool:
     return HUB_BASE.fullmatch(name) is None or os.path.isdir(name)
 
 
-def model_folders(run: BundledRun, folder: Path) -> list[Path]:
+def model_folders(model: Models, folder: Path) -> list[Path]:
     """The folder of each fold's model: the run folder if its weights are the bundle's, else pulled from the Hub.
 
     `folder` is where the bundle lies. An InputError for a model that is nowhere to be had, or whose weights are not
     those that the bundle was made with.
     """
-    model = run.model
     if model.folder is not None:
         try:
             return _checked(model.folds, [folder / model.folder / fold.subfolder for fold in model.folds])
@@ -197,23 +196,31 @@ def bundle_content(name: str, rule: Rule, runs: Sequence[Run], models: Sequence[
 
 def find_models(run: Run, output_dir: Path) -> dict[str, Any] | None:
     """Where a run's models are, as `Models` reads it back; None with a warning if they cannot be found."""
-    where = parse_reference(run.reference)
+    try:
+        return _locate(run, output_dir)
+    except InputError as error:
+        logger.warning(f"{error}; ensemble.json lists the run without a model: predict.py cannot use it")
+        return None
+
+
+def trained_folders(run: Run) -> list[Path]:
+    """The folder of each fold's model, pulled where the run is on the Hub; an InputError where they cannot be found."""
+    here = Path()
+    return model_folders(Models(**_locate(run, here)), here)
+
+
+def _locate(run: Run, output_dir: Path) -> dict[str, Any]:
+    where, folds = parse_reference(run.reference), []
     if where.folder is None:
-        try:
-            return _hub_models(f"{where.repo_id.removesuffix('-oof')}-{where.run}", run.info, run.reference)
-        except InputError as error:
-            problem = str(error)
-    else:
-        folds, problem = [], f"{run.reference}: holds no models of its folds"
-        for fold in range(run.info["num_folds"]):
-            name = f"fold-{fold}"
-            name += "/adapter" if (where.folder / name / "adapter").is_dir() else ""
-            weights = sorted((where.folder / name).glob("*.safetensors"))
-            folds.append({"subfolder": name, "sha256": {path.name: file_digest(path) for path in weights}})
-        if all(fold["sha256"] for fold in folds):
-            return {"folder": Path(os.path.relpath(where.folder, output_dir)).as_posix(), "folds": folds}
-    logger.warning(f"{problem}; ensemble.json lists the run without a model: predict.py cannot use it")
-    return None
+        return _hub_models(f"{where.repo_id.removesuffix('-oof')}-{where.run}", run.info, run.reference)
+    for fold in range(run.info["num_folds"]):
+        name = f"fold-{fold}"
+        name += "/adapter" if (where.folder / name / "adapter").is_dir() else ""
+        weights = sorted((where.folder / name).glob("*.safetensors"))
+        folds.append({"subfolder": name, "sha256": {path.name: file_digest(path) for path in weights}})
+    if not all(fold["sha256"] for fold in folds):
+        raise InputError(f"{run.reference}: holds no models of its folds")
+    return {"folder": Path(os.path.relpath(where.folder, output_dir)).as_posix(), "folds": folds}
 
 
 def _hub_models(repo_id: str, info: Mapping[str, Any], reference: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ FREE_FLAGS = """
 """
 # What these name is compared by its content, so that a file may move.
 BY_CONTENT = """
-    train_file augmented_file validation_file test_file label_guide label_scope model_name_or_path model_revision
+    train_file augmented_file validation_file test_file label_guide label_scope model_name_or_path model_revision adapter
 """
 PARTS = {
     "label_guide": "--label_guide",
@@ -43,6 +43,7 @@ PARTS = {
     "base_model": "--model_name_or_path",
     "base_revision": "--model_revision",
     "weights": "the weights of --model_name_or_path",
+    "adapter": "the models of --adapter",
     "prompt": "the prompt",
     "processes": "the number of processes",
 }
@@ -83,7 +84,8 @@ def describe_run(
     Args:
         argument_sets: the script's flags, a `FoldDataArguments` first.
         facts: `seed`; `loader` (`base.loader` and what else decides how the model computes); `prompt_fingerprint` (see
-            `Renderer.fingerprint`; None for a model that sees no prompt); and further keys of `run.json`.
+            `Renderer.fingerprint`; None for a model that sees no prompt); `adapter`, where a run's models give the features;
+            and further keys of `run.json`.
     """
     arguments: FoldDataArguments = argument_sets[0]
     recipe = run_recipe(*argument_sets)
@@ -107,6 +109,7 @@ def describe_run(
         "prompt": facts["prompt_fingerprint"],
         "processes": processes,
     }
+    parts |= {"adapter": facts["adapter"]} if "adapter" in facts else {}
     return {
         "name": name,
         **data.describe(),
@@ -151,8 +154,8 @@ def check_same_run(run_dir: str | os.PathLike, info: dict[str, Any], *argument_s
         if before.get(key, ...) != now.get(key, ...)
     }
     if not differing:
-        part = next(part for part in (*PARTS, "digest") if there.get(part) != here[part])
-        differing = {PARTS.get(part, "identity"): (there.get(part), here[part])}
+        part = next(part for part in (*PARTS, "digest") if there.get(part) != here.get(part))
+        differing = {PARTS.get(part, "identity"): (there.get(part), here.get(part))}
     text = {name: [json.dumps(value, ensure_ascii=False) for value in differing[name]] for name in differing}
     lines = [f"{name}: {a:.60} there, {b:.60} asked for" for name, (a, b) in text.items()]
     raise InputError(*(f"{path}: {line}; {other}" for line in lines))
