@@ -83,7 +83,7 @@ def read_dialogues(
     records = list(records)
     if is_table and named["dialogue_id"] not in records[0]:
         keys = {key: key if key in records[0] else named[key] for key in ("text", "speaker")}
-        turns = [{key: dict(turn).get(column) for key, column in keys.items()} for turn in records]
+        turns = [isinstance(turn, dict) and {key: turn.get(keys[key]) for key in keys} for turn in records]
         return [rows for rows in [target_rows(turns, guide, "all", where)] if rows]
     if not is_table:  # a single dialogue needs no id
         records = [
@@ -233,7 +233,7 @@ def make_interface(arguments: AppArguments, bundle: Bundle, classifier: Any, err
                 raise InputError(f"no turn of {' or '.join(guide.targets) or 'anyone'} to classify")
         except InputError as error:
             return render(template, problems=error.lines()), gr.Dropdown(visible=False), path
-        rows = dialogues[number]
+        rows = dialogues[number := min(number, len(dialogues) - 1)]
         said = explain(classifier.rule, names, [voter.logits(rows) for voter in classifier.voters])
         cards = {
             row.turns.count - 1: {"said": one, "label": one.label}

@@ -165,6 +165,7 @@ def test_a_table_of_several_dialogues(tmp_path: Path):
         ("boss: Hello", "dialogue: turn 1 has unknown speaker 'boss' (not seeker or supporter)"),
         ('[{"text": "Hi"', "not valid JSON: "),
         ("[1, 2]", "dialogue: dialogue 1: not an object with fields"),
+        (json.dumps([TURNS[0], 2]), "dialogue: turn 2 must have a text and a speaker"),
         ("speaker,text\nseeker,\n", "dialogue: turn 1 is empty"),
     ],
 )
