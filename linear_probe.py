@@ -12,7 +12,7 @@ The fictional corpus, seconds:
         --label_guide data/demo/label_guide.yaml --train_file data/demo/train.json \\
         --test_file data/demo/test.json --output_dir outputs/demo-probe
 On the models that run_classification.py trained, fold by fold:
-    python linear_probe.py --adapter outputs/demo-smollm2 --label_guide data/demo/label_guide.yaml \
+    python linear_probe.py --adapter outputs/demo-smollm2 --label_guide data/demo/label_guide.yaml \\
         --train_file data/demo/train.json --output_dir outputs/demo-adapted
 
 Complete folds are skipped. `fold-<k>/head.safetensors` holds all that `LinearHead` needs, without pickle.
