@@ -61,6 +61,21 @@ def probe(place: Path, output_dir: Path, apart: str = "", **flags: object) -> in
 FILES = {"train": "train", "validation": "dev", "test": "test"}
 
 
+def test_a_data_set_of_several_splits_gives_each_flag_its_own(place: Path):
+    """`ORG/NAME` without a path, or a saved `DatasetDict`: train, validation and test are taken by name."""
+    import datasets
+
+    names = {"train": "train", "validation": "dev", "test": "test"}
+    files = {split: str(place / f"{name}.json") for split, name in names.items()}
+    splits = {split: datasets.Dataset.from_list(read_json(file)) for split, file in files.items()}
+    datasets.DatasetDict(splits).save_to_disk(place / "splits")
+    flags = {f"{flag}_file": place / "splits" for flag in FILES}
+    assert probe(place, place / "of-splits", **flags) == 0
+    one, other = (read_run(place / name, require_test=True) for name in ("a", "of-splits"))
+    assert one.oof.id == other.oof.id and np.array_equal(one.oof.logits, other.oof.logits)
+    assert one.test[0].id == other.test[0].id
+
+
 def test_one_model_is_trained_on_all_rows_and_judged_on_the_file(place: Path):
     rows = {name: read_json(place / f"{name}.json") for name in FILES.values()}
     folds, info = read_json(place / "a/folds.json"), read_json(place / "a/run.json")

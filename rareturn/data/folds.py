@@ -155,7 +155,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     if variants := [row.id for row in originals if row.augmented_from]:
         raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
-    validation = load_source(arguments.validation_file, guide, columns=columns)
+    validation = load_source(arguments.validation_file, guide, columns=columns, split="validation")
     test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
     for path, other in ((arguments.validation_file, validation), (arguments.test_file, test)):
         if {train.named, other.named} == {True, False}:

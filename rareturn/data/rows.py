@@ -79,6 +79,7 @@ def load_source(
     *,
     columns: Mapping[str, str] | None = None,
     require_labels: bool = True,
+    split: str | None = None,
     sources_of_augmented: Sequence[Row] | None = None,
 ) -> Source:
     """Read and check rows (none where there is no source); an InputError has a line for each problem in a row.
@@ -87,12 +88,13 @@ def load_source(
         source: see `read_records`; rows that hold their own turns, or a table of utterances.
         columns: columns that flags name, by field.
         require_labels: False for a test file: a label that is there is checked all the same.
+        split: of a source that has several. Default: train, or test for a test file.
         sources_of_augmented: the original rows, where the source holds augmented ones: each must name one of these,
             in the same dialogue and with the same label. None: augmented rows refer to rows of the same source.
     """
     if not source:
         return Source([])
-    given, split = columns or {}, "train" if require_labels else "test"
+    given, split = columns or {}, split or ("train" if require_labels else "test")
     records, is_table = open_source(source, split, label_guide, given)
     if is_table:
         table = read_table(records, source, label_guide, given, require_labels)
