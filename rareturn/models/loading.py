@@ -382,9 +382,8 @@ def freeze_trunk(model: nn.Module, cut: int) -> None:
     if isinstance(
         model, heads.TurnClassifier
     ):  # what serves all layers, such as MPNet's position biases, too
-        trained = {id(weight) for layer in layers[cut:] for weight in layer.parameters()}
-        for weight in model.encoder.parameters():
-            weight.requires_grad_(id(weight) in trained)
+        model.encoder.requires_grad_(False)
+        layers[cut:].requires_grad_(True)
 
 
 def add_lora(
