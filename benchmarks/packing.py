@@ -1,14 +1,16 @@
 """How much faster packed rows train and predict than rows one by one: same model, same rows, one process.
 
-A GPU, Qwen3-8B's true shape with random NF4 weights (speed does not depend on the weights' values):
-    python benchmarks/packing.py --train_file train.json --augmented_file augmented.jsonl --model qwen3-8b
-A CPU, a small Qwen3, ten minutes of one core:
+A CPU, a small Qwen3 with random weights, ten minutes of one core:
     OMP_NUM_THREADS=1 python benchmarks/packing.py --train_file train.json --augmented_file augmented.jsonl
+A real decoder: SmolLM2, or Gemma 3, whose windows slide:
+    OMP_NUM_THREADS=1 python benchmarks/packing.py --train_file train.json --num_dialogues 2 \\
+        --model "$(python scripts/packaged_model.py gemma3-270m)"
+A GPU, Qwen3-8B's true shape with random NF4 weights (speed does not depend on their values): benchmarks/gpu.sh
 
 The baseline is the paper's own loop, written down from its description: a row a sequence in random order, padded to the
-batch's longest, 2 rows x 8 accumulation steps, gradient checkpointing. Beside it rows in buckets of like length at their
-best batch size, packed rows, and packed rows that train the top third of the layers on the output of the others, which is
-computed once. A step has 16 rows on average everywhere. The settings take turns, an epoch each, for several rounds; a
+batch's longest, 2 rows x 8 accumulation steps, gradient checkpointing. Beside it the best unpacked settings (rows in buckets
+of like length, padded, or end to end without padding), packed rows, and packed rows that train the top third of the layers
+on the output of the others, which is computed once. A step has 16 rows on average everywhere. The settings take turns, an epoch each, for several rounds; a
 CPU's time is the processor's, not the wall's, so that a shared machine favours none. A whole run is added up from its
 parts: five folds of ten epochs on four fifths of the rows, every row predicted once and, where it is cut, the trunk once.
 """
@@ -17,6 +19,8 @@ parts: five folds of ten epochs on four fifths of the rows, every row predicted 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import itertools
 import logging
 import multiprocessing
 import statistics
@@ -43,8 +47,9 @@ from rareturn.data.rendering import Rendered, Renderer, render_instruction, rend
 from rareturn.data.rows import Row, load_rows
 from rareturn.errors import InputError
 from rareturn.files import write_json
+from rareturn.models import packing
 from rareturn.models.layers import PassThrough, layer_list
-from rareturn.models.loading import add_lora
+from rareturn.models.loading import add_lora, find_base_model, load_classifier, load_tokenizer
 from rareturn.models.packing import PackedBatches, accept_packed
 from rareturn.models.training import RowBatches, Step
 from rareturn.models.trunk import Trunk, in_passes, number_tokens
@@ -75,7 +80,8 @@ class ScriptArguments:
     train_file: str = flag(REQUIRED, "Labelled rows.")
     augmented_file: str | None = flag(None, "Variants made by augment.py.")
     label_guide: str = flag("label_guides/dmrs.yaml", "The labels' YAML file.")
-    model: str = flag("tiny", "Shape of the model; its weights are random.", choices=list(SHAPES))
+    model: str = flag("tiny", f"A folder with a decoder, or a shape for random weights: {', '.join(SHAPES)}.")
+    windows: list[str] = flag(list(WINDOWS), "Windows of packed rows to measure.", choices=list(WINDOWS))
     num_dialogues: int = flag(6, "Dialogues to take, drawn by the seed; 6 take minutes on one core.")
     batch_sizes: list[int] = flag([2, 4, 8], "Rows of an unpacked forward pass to try: divisors of 16.")
     tokens_per_batch: int = flag(2048, "Tokens of a packed pass: the baseline's two rows of 1,024.")
@@ -86,20 +92,26 @@ class ScriptArguments:
     def __post_init__(self) -> None:
         if any(ROWS_PER_STEP % size for size in self.batch_sizes):
             raise ValueError(f"--batch_sizes: each must divide the {ROWS_PER_STEP} rows of a step")
+        if self.model not in SHAPES and not Path(self.model).is_dir():
+            raise ValueError(f"--model {self.model}: no such folder, nor one of {', '.join(SHAPES)}")
         if self.model == "qwen3-8b" and not ON_GPU:
             raise ValueError("--model qwen3-8b needs a CUDA GPU; leave it out for the small model")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train: which window, packed or not, bucketed by length or in random order."""
+    """One way to train: which window, packed or not, bucketed by length or in random order, which attention kernel."""
 
     name: str
     window: str = "stride 10"
     packed: bool = False
     bucketed: bool = False
+    end_to_end: bool = (
+        False  # rows of a pass one after the other in place of padded, kept apart by their positions
+    )
     batch_size: int = 2
     checkpointing: bool = False
+    attention: str = "sdpa"
     cut: bool = False  # only the top third of the layers, on states of the others that were computed once
 
 
@@ -135,32 +147,39 @@ def to_nf4(module: nn.Module) -> None:
             to_nf4(child)
 
 
-def make_model(shape: str, num_labels: int, seed: int, nf4: bool) -> nn.Module:
-    """A Qwen3 classifier with random weights and LoRA as in the anchor recipe, ready for packed batches."""
+def make_model(name: str, num_labels: int, seed: int, nf4: bool) -> nn.Module:
+    """A classifier from a folder, or a Qwen3 with random weights, with LoRA as in the anchor recipe, ready to be packed."""
     torch.manual_seed(seed)
-    hidden, intermediate, layers, heads, key_heads, head_size, vocabulary, lora_r = SHAPES[shape]
-    config = AutoConfig.for_model(
-        "qwen3",
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=head_size,
-        vocab_size=vocabulary,
-        num_labels=num_labels,
-        pad_token_id=0,
-        use_cache=False,
-    )
-    options = {"dtype": torch.bfloat16 if nf4 else torch.float32, "attn_implementation": "sdpa"}
-    with torch.device("cuda" if ON_GPU else "cpu"):
-        model = AutoModelForSequenceClassification.from_config(config, **options)
-    model.score.float()
-    if nf4:
-        to_nf4(model.model.layers)
+    lora_r = 16
+    if name not in SHAPES:
+        base = find_base_model(
+            name, dtype="bfloat16" if nf4 else "float32", quantization="nf4" if nf4 else "none"
+        )
+        model = load_classifier(base, list(map(str, range(num_labels))), load_tokenizer(base).pad_token_id)
+    else:
+        hidden, intermediate, layers, heads, key_heads, head_size, vocabulary, lora_r = SHAPES[name]
+        config = AutoConfig.for_model(
+            "qwen3",
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            head_dim=head_size,
+            vocab_size=vocabulary,
+            num_labels=num_labels,
+            pad_token_id=0,
+            use_cache=False,
+        )
+        options = {"dtype": torch.bfloat16 if nf4 else torch.float32, "attn_implementation": "sdpa"}
+        with torch.device("cuda" if ON_GPU else "cpu"):
+            model = AutoModelForSequenceClassification.from_config(config, **options)
+        model.score.float()
+        if nf4:
+            to_nf4(model.model.layers)
     model = add_lora(model, lora_r, 2 * lora_r, 0.1, LORA)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+    for weight_name, parameter in model.named_parameters():
+        if "lora_B" in weight_name:
             nn.init.normal_(parameter, std=0.02)  # zero at first, which would leave lora_A without a gradient
     accept_packed(model)
     model.enable_input_require_grads()
@@ -182,7 +201,7 @@ class Bench:
     """Rows in every window, and one model for all settings, which is made when it is first used."""
 
     def __init__(self, arguments: ScriptArguments, guide: LabelGuide, rows: Sequence[Row], tokenizer: Any):
-        self.arguments, self.guide, self.rows = arguments, guide, rows
+        self.arguments, self.guide, self.rows, self.pad = arguments, guide, rows, tokenizer.pad_token_id
         self.rendered = {
             name: Renderer(tokenizer, guide, is_encoder=False, **window).render(rows)
             for name, window in WINDOWS.items()
@@ -218,11 +237,19 @@ class Bench:
             states = self.trunk[1] if setting.cut else None
             budget = self.arguments.tokens_per_batch, self.arguments.repeats
             return PackedBatches(ROWS_PER_STEP, 1, *budget, states=states)
-        return RowBatches(0, ROWS_PER_STEP, ROWS_PER_STEP // setting.batch_size, setting.batch_size, None)
+        return RowBatches(
+            self.pad, ROWS_PER_STEP, ROWS_PER_STEP // setting.batch_size, setting.batch_size, None
+        )
 
     def inputs(self, setting: Setting, batch: Sequence[int]) -> dict[str, torch.Tensor]:
         rendered = self.trunk[0] if setting.cut else self.rendered[setting.window]
-        return self.batches(setting).collate([rendered[index] for index in batch])
+        rows = [rendered[index] for index in batch]
+        if not setting.end_to_end:
+            return self.batches(setting).collate(rows)
+        ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        ends = torch.tensor(list(itertools.accumulate(map(len, rows)))) - 1
+        return {"input_ids": ids[None], "position_ids": positions[None], "row_positions": ends}
 
     def count_tokens(self, setting: Setting, batch: Sequence[int]) -> int:
         inputs = self.inputs(setting, batch)
@@ -255,6 +282,11 @@ class Bench:
         first = round(len(self.layers) * 2 / 3) if setting.cut and self.trunk else 0
         self.keep_layers(range(first, len(self.layers)))
         self.model.train(training)
+        backbone, flex = self.model.get_base_model().base_model, setting.attention == "flex_attention"
+        backbone.default_attention = (
+            "sdpa" if flex else None
+        )  # flex as it is chosen for large trees, here for all
+        backbone.config._attn_implementation = "sdpa" if flex else setting.attention
         if setting.checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -316,6 +348,13 @@ def peak_memory(bench: Bench, setting: Setting) -> int:
     return (torch.cuda.max_memory_allocated() if ON_GPU else _resident("VmHWM")) - at_rest
 
 
+def weights_memory(bench: Bench, setting: Setting) -> int:
+    """Bytes of the weights that training takes: above a cut neither the layers below it nor the embeddings."""
+    bench.prepare(setting)
+    unused = bench.model.get_input_embeddings().parameters() if setting.cut else ()
+    return sum(weight.nbytes for weight in bench.model.parameters()) - sum(weight.nbytes for weight in unused)
+
+
 def _resident(name: str) -> int:
     """This process' memory, in bytes (Linux). `ru_maxrss` would count the process that started this one."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -325,22 +364,26 @@ def _resident(name: str) -> int:
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def best_unpacked(bench: Bench) -> Setting:
-    """The fastest bucketed setting of one epoch each; what does not fit the GPU is passed over.
+def best_unpacked(bench: Bench, end_to_end: bool) -> Setting:
+    """The fastest bucketed setting of one epoch each, padded or end to end; what does not fit the GPU is passed over.
 
     Raises:
         InputError: none fits.
     """
     tried: dict[Setting, float] = {}
-    for batch_size in bench.arguments.batch_sizes:
-        for checkpointing in (True, False) if ON_GPU else (False,):  # it only ever saves memory
-            setting = Setting(
-                f"rows, bucketed, {batch_size} a batch", "stride 10", False, True, batch_size, checkpointing
-            )
-            try:
-                tried[setting] = bench.measure(setting)["epoch"]
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
+    kernels = ["sdpa"] + ["flash_attention_2"] * (
+        ON_GPU and importlib.util.find_spec("flash_attn") is not None
+    )
+    # Checkpointing only ever saves memory.
+    ways = itertools.product(bench.arguments.batch_sizes, (True, False) if ON_GPU else (False,), kernels)
+    for size, checkpointing, kernel in ways:
+        name = f"rows, bucketed, {size} a batch, {'end to end' if end_to_end else 'padded'}"
+        name += ", flash" if kernel != "sdpa" else ""
+        setting = Setting(name, "stride 10", False, True, end_to_end, size, checkpointing, kernel)
+        try:
+            tried[setting] = bench.measure(setting)["epoch"]
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
     if not tried:
         raise InputError("--batch_sizes: none fits this GPU")
     return min(tried, key=tried.get)
@@ -364,6 +407,8 @@ def summarize(bench: Bench, measured: dict[Setting, list[dict[str, float]]], bes
             record[key] = statistics.median(theirs[part] / own[part] for theirs, own in pairs)
         batches = [batch for step in bench.steps(setting, 0) for batch in step]
         record["tokens"] = sum(bench.count_tokens(setting, batch) for batch in batches)
+        record["tokens_ratio"] = results[0]["tokens"] / record["tokens"] if results else 1.0
+        record["weights"] = weights_memory(bench, setting)
         trunk = bench.trunk[2] if setting.cut else 0.0
         record["run"] = FOLDS * EPOCHS * 4 / 5 * record["epoch"] + record["forward"] + trunk
         if setting.packed and not setting.cut:
@@ -379,25 +424,27 @@ def summarize(bench: Bench, measured: dict[Setting, list[dict[str, float]]], bes
     return results
 
 
-def make_table(results: list[dict]) -> str:
-    """Markdown; rows a second only from a GPU."""
+def make_table(results: list[dict], best: str) -> str:
+    """Markdown; tokens a second (of the setting's own) and rows a second from a GPU only."""
     lines = [
-        "| setting | checkpointing | tokens | steps | forward | epoch | to best unpacked | whole run | to best unpacked "
-        "| peak memory | logit, gradient difference |" + (" rows/s |" if ON_GPU else ""),
-        "|---|---" + "|---:" * (9 + ON_GPU) + "|",
+        "| setting | checkpointing | tokens | fewer | steps | forward | epoch | to best unpacked | whole run | to best unpacked "
+        "| peak memory | with weights | logit, gradient difference |"
+        + (" tokens/s | rows/s |" if ON_GPU else ""),
+        "|---|---" + "|---:" * (11 + 2 * ON_GPU) + "|",
     ]
-    best = next(item for item in results if item["bucketed"])
+    best_run = next(item["run"] for item in results if item["name"] == best)
     for item in results:
         differences = ""
         if "logit_difference" in item:
             differences = f"{item['logit_difference']:.0e}, {item['gradient_difference']:.0e}"
+        peak, weights = item["peak_memory"] / 2**20, item["weights"] / 2**20
+        speed = f" {item['tokens'] / item['epoch']:,.0f} | {item['rows'] / item['epoch']:.2f} |"
         lines.append(
             f"| {item['name']} | {'yes' if item['checkpointing'] else 'no'} | {item['tokens']:,} "
-            f"| {item['steps']:.0f} | {item['forward_ratio']:.1f}x | {item['epoch_ratio']:.1f}x "
-            f"| {item['epoch_ratio_to_best']:.1f}x "
-            f"| {results[0]['run'] / item['run']:.1f}x | {best['run'] / item['run']:.1f}x "
-            f"| {item['peak_memory'] / 2**20:,.0f} MiB | {differences} |"
-            + (f" {item['rows'] / item['epoch']:.2f} |" if ON_GPU else "")
+            f"| {item['tokens_ratio']:.1f}x | {item['steps']:.0f} "
+            f"| {item['forward_ratio']:.1f}x | {item['epoch_ratio']:.1f}x | {item['epoch_ratio_to_best']:.1f}x "
+            f"| {results[0]['run'] / item['run']:.1f}x | {best_run / item['run']:.1f}x "
+            f"| {peak:,.0f} MiB | {peak + weights:,.0f} MiB | {differences} |" + (speed if ON_GPU else "")
         )
     return "\n".join(lines)
 
@@ -411,30 +458,38 @@ def main() -> None:
     augmented = []
     if arguments.augmented_file:
         augmented = load_rows(arguments.augmented_file, guide, sources_of_augmented=originals)
-    tokenizer = train_tokenizer(originals, guide)
+    is_shape = arguments.model in SHAPES
+    tokenizer = (
+        train_tokenizer(originals, guide) if is_shape else load_tokenizer(find_base_model(arguments.model))
+    )
     names = sorted({row.dialogue_id for row in originals})
     chosen = set(np.random.default_rng(arguments.seed).permutation(names)[: arguments.num_dialogues])
     rows = [row for row in originals + augmented if row.dialogue_id in chosen]
     bench = Bench(arguments, guide, rows, tokenizer)
 
-    best = best_unpacked(bench)
-    packed = [Setting(f"packed, {window}", window, packed=True) for window in WINDOWS]
+    unpacked = [best_unpacked(bench, end_to_end) for end_to_end in (False, True)]
+    packed = [Setting(f"packed, {window}", window, packed=True) for window in arguments.windows]
+    packing.FLEX_TOKENS = 0
     settings = [
         Setting("rows, the paper's loop", checkpointing=True),
-        best,
+        *unpacked,
         replace(packed[0], checkpointing=True),
         *packed,
-        replace(packed[0], name="packed, the top third on states of the trunk", cut=True),
+        *[replace(packed[0], name="packed, flex attention", attention="flex_attention")] * ON_GPU,
+        replace(packed[0], name="packed, the top third on states of the trunk", window="stride 10", cut=True),
     ]
     measured: dict[Setting, list[dict[str, float]]] = {setting: [] for setting in settings}
     for number in range(arguments.repeats):
         for setting in settings:
             measured[setting].append(bench.measure(setting, number))
+    times = {setting: statistics.median(item["epoch"] for item in measured[setting]) for setting in unpacked}
+    best = min(times, key=times.get)
     results = summarize(bench, measured, best)
 
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{arguments.model}, {device}: {len(rows)} rows of {len(chosen)} dialogues\n")
-    print(make_table(results))
+    print(make_table(results, best.name))
+    print(f"\nBest unpacked: {best.name}")
     facts = {"arguments": asdict(arguments), "device": device, "results": results}
     write_json(Path(arguments.output), facts | provenance())
 

@@ -320,6 +320,29 @@ def test_flex_attention_sees_what_the_dense_mask_shows(tmp_path, architecture, m
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_qlora_on_a_gpu_with_a_dense_mask_and_with_flex_attention(decoders, monkeypatch):
+    monkeypatch.setattr(packing, "FLEX_TOKENS", 0)
+    rows = demo_rows(num_dialogues=2)
+    rendered, results = render(rows, max_turns=10), []
+    for named in ("sdpa", None):
+        torch.manual_seed(0)
+        how = {"quantization": "nf4", "dtype": "bfloat16", "attn_implementation": named}
+        base = find_base_model(decoders["qwen3"], **how)
+        model = add_lora(load_classifier(base, GUIDE.names, PAD), 4, 8, 0.0, ["q_proj", "down_proj"])
+        accept_packed(model)
+        batch = {key: value.cuda() for key, value in PackedBatches().collate(rendered).items()}
+        logits = model.cuda()(**batch).logits
+        labels = torch.tensor([row.label for row in rows]).cuda()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        results.append((logits, model.get_base_model().score.modules_to_save["default"].weight.grad))
+        chosen = model.get_base_model().base_model.config._attn_implementation
+        assert chosen == (named or "flex_attention")
+    for dense, flex in zip(*results, strict=True):
+        assert (dense - flex).norm() <= 5e-2 * dense.norm()
+
+
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text"])
 def test_flex_attention_is_chosen_where_the_user_named_none(tmp_path, architecture, monkeypatch):
     """A GPU's choice, made here; uncompiled. Padded to whole blocks, with checkpointing and a tree of few tokens after it."""

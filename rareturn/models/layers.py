@@ -75,6 +75,5 @@ def freeze_trunk(model: nn.Module, cut: int) -> None:
             module.attention_dropout = 0.0
     if isinstance(model, heads.TurnClassifier):
         # What serves all layers, such as MPNet's position biases, is frozen too.
-        trained = {id(weight) for layer in layers[cut:] for weight in layer.parameters()}
-        for weight in model.encoder.parameters():
-            weight.requires_grad_(id(weight) in trained)
+        model.encoder.requires_grad_(False)
+        layers[cut:].requires_grad_(True)

@@ -147,13 +147,8 @@ def padded(batch: Batch) -> Batch:
     """The batch with tokens that see only themselves, up to a multiple of flex attention's blocks: few shapes to compile."""
     tokens = batch["subtree_end"].shape[1]
     more = -tokens % FLEX_BLOCK
-    longer = {
-        name: nn.functional.pad(batch[name], (0, more))
-        for name in ("input_ids", "position_ids")
-        if name in batch
-    }
-    if "inputs_embeds" in batch:
-        longer["inputs_embeds"] = nn.functional.pad(batch["inputs_embeds"], (0, 0, 0, more))
+    ends = {"input_ids": (0, more), "position_ids": (0, more), "inputs_embeds": (0, 0, 0, more)}
+    longer = {name: nn.functional.pad(batch[name], end) for name, end in ends.items() if name in batch}
     own = torch.arange(tokens + 1, tokens + more + 1, device=batch["subtree_end"].device)[None]
     return batch | longer | {"subtree_end": torch.cat([batch["subtree_end"], own], dim=1)}
 

@@ -169,11 +169,8 @@ def turn_states(
     turns, *_ = share_turns(rendered)
 
     def compute(folder: Path) -> None:
-        pad, labels = (
-            renderer.tokenizer.pad_token_id,
-            load_config(base).id2label,
-        )  # a trained base has its own
-        encoder = place(load_classifier(base, list(labels.values()), pad), base).encoder
+        pad, names = renderer.tokenizer.pad_token_id, list(load_config(base).id2label.values())
+        encoder = place(load_classifier(base, names, pad), base).encoder
         below: list[Tensor] = []
         layer_list(encoder)[cut - 1].register_forward_hook(lambda layer, inputs, output: below.append(output))
 
@@ -224,22 +221,21 @@ def share_layers(encoders: Sequence[nn.Module]) -> list[dict[bytes, Tensor]]:
 
 
 def _common_layers(one: nn.Module, other: nn.Module) -> int:
-    """How many of two encoders' first layers are equal and without adapters; none unless what stands below them is."""
+    """How many of two encoders' first layers are equal and without adapters; none unless what serves all layers is."""
 
-    def equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    def parts(encoder: nn.Module) -> list[dict[str, Tensor]]:
+        layers = layer_list(encoder)
+        inside, named = {id(weight) for weight in layers.parameters()}, encoder.named_parameters()
+        beside = {name: item for name, item in named if id(item) not in inside and "pooler." not in name}
+        return [beside, *(dict(layer.named_parameters()) for layer in layers)]
+
+    def equal(pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> bool:
+        weights, others = pair
         same = weights.keys() == others.keys() and not any("lora_" in name for name in weights)
         return same and all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
-    def beside_layers(encoder: nn.Module) -> dict[str, Tensor]:
-        inside = {id(weight) for weight in layer_list(encoder).parameters()}
-        named = encoder.named_parameters()
-        return {name: weight for name, weight in named if id(weight) not in inside and "pooler." not in name}
-
-    if not equal(beside_layers(one), beside_layers(other)):
-        return 0
-    pairs = zip(layer_list(one), layer_list(other), strict=False)
-    same = (equal(dict(layer.named_parameters()), dict(its.named_parameters())) for layer, its in pairs)
-    return sum(1 for _ in itertools.takewhile(bool, same))
+    alike = itertools.takewhile(equal, zip(parts(one), parts(other), strict=False))
+    return max(0, len(list(alike)) - 1)
 
 
 class TurnGroups(RowGroups):
