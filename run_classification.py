@@ -215,7 +215,8 @@ def load_model(
     base: BaseModel, saved: Path, options: ModelArguments, names: list[str], pad: int, cut: int
 ) -> Any:
     """The model to train from layer `cut` on, or the trained one where a fold was cut off after its training."""
-    from rareturn.models.loading import add_lora, freeze_trunk, load_classifier, load_trained
+    from rareturn.models.layers import freeze_trunk
+    from rareturn.models.loading import add_lora, load_classifier, load_trained
 
     if saved.exists():
         return load_trained(base, saved, names, pad)

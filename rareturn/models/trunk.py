@@ -32,6 +32,7 @@ from rareturn.errors import InputError
 from rareturn.files import cache_dir, file_digest, read_json, write_bytes, write_json
 from rareturn.models import loading
 from rareturn.models.inference import place
+from rareturn.models.layers import layer_list
 from rareturn.models.loading import BaseModel
 from rareturn.models.packing import PackedBatches, can_branch, hidden_states, in_trie_order, lay_out
 from rareturn.models.training import Batch
@@ -199,7 +200,7 @@ class Trunk:
         self.backbone, self.batches = model.base_model, PackedBatches(branches=can_branch(model))
         self.output: list[Tensor] = []
         self.is_checked = False
-        top = loading.layer_list(self.backbone)[cut]
+        top = layer_list(self.backbone)[cut]
         top.register_forward_hook(lambda layer, inputs, states: self.output.append(states[0]))
 
     def states(self, rows: Sequence[Rendered], begin: int, end: int, bf16: bool) -> Tensor:
