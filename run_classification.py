@@ -77,6 +77,11 @@ class ModelArguments:
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
     model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
     trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
+    head: Literal["classifier", "label_tokens"] = flag(
+        "classifier",
+        "classifier: a new linear head. label_tokens: no new head, the language model's own logits of the labels' "
+        "numbers behind the row; serves models without a sequence-classification class.",
+    )
     pooling: Literal["native", "mean", "turns"] = flag(
         "native",
         "native: the architecture's own head; for encoders, mean: averages of target and context; turns: the linear "

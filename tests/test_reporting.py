@@ -380,12 +380,11 @@ def run_snippet(code: str, hub: HubServer, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora encoder", "lora mean", "full", "full mean"])
+@pytest.mark.parametrize("kind", ["lora", "lora encoder", "lora mean", "lora tokens", "full", "full mean"])
 def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_path, hub, hub_here, kind):
     import torch
 
     from rareturn.data.label_guide import parse_label_guide
-    from rareturn.data.rendering import Renderer
     from rareturn.data.rows import Row, Turn
     from rareturn.models.inference import predict_logits, segment_name
     from rareturn.models.loading import (
@@ -397,12 +396,14 @@ def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_pa
         save_trained,
     )
     from rareturn.models.training import RowBatches
+    from rareturn.models.turns import make_renderer
 
-    decoder, pooling = kind in ("lora", "full"), "mean" if "mean" in kind else "native"
+    decoder, pooling = kind.split()[-1] in ("lora", "tokens", "full"), "mean" if "mean" in kind else "native"
+    head = "label_tokens" if "tokens" in kind else "classifier"
     make = make_tiny_decoder if decoder else make_tiny_encoder
     folder = Path(make(tmp_path / "base"))
     hub.put("org/base", {path.name: path.read_bytes() for path in folder.iterdir()})
-    base = BaseModel("org/base", hub.commits("org/base")[-1].oid, str(folder), pooling=pooling)
+    base = BaseModel("org/base", hub.commits("org/base")[-1].oid, str(folder), pooling=pooling, head=head)
     tokenizer = load_tokenizer(base)
     torch.manual_seed(0)
     model = load_classifier(base, NAMES, tokenizer.pad_token_id)
@@ -428,7 +429,8 @@ def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_pa
         Turn("Whatever. It's not like anyone noticed.", "patient"),
     )
     rows = [Row("a", "b", turns)]
-    rendered = Renderer(tokenizer, parse_label_guide(GUIDE, "guide"), is_encoder=not decoder).render(rows)
+    window = {"max_turns": 30, "max_seq_length": 1024, "window_stride": 10}
+    rendered = make_renderer(base, tokenizer, parse_label_guide(GUIDE, "guide"), window).render(rows)
     batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None if decoder else segment_name(base, tokenizer))
     ours = load_trained(base, adapter_dir(run_dir, 0), NAMES, tokenizer.pad_token_id).eval()
     logits = predict_logits(ours, batches, rows, rendered)

@@ -17,6 +17,9 @@ from rareturn.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# Behind a target, for its label's number to follow: a number that begins a line, as in the label guide, merges with nothing.
+LABEL_CUE = "Label:\n"
+
 
 def render_turn(turn: Turn) -> str:
     """A turn as a decoder's prompt has it, closed by its newline."""
@@ -35,8 +38,8 @@ def render_instruction(guide: LabelGuide) -> str:
 class Rendered:
     """A row in tokens.
 
-    The concatenation of `pieces`, int32, is the row's sequence. A decoder's are the instruction and then one a turn: two
-    rows of a dialogue with one `start` (the first turn seen) share their arrays up to the shorter one's target.
+    The concatenation of `pieces`, int32, is the row's sequence. A decoder's are the instruction, one a turn and the cue,
+    if any: two rows of a dialogue with one `start` (the first turn seen) share their arrays up to the shorter's target.
     `segment_ids`, an encoder's, are 0 up to the separator after the target and 1 on the context.
     """
 
@@ -81,6 +84,7 @@ class Renderer:
     max_turns: int = 30
     max_seq_length: int = 1024
     window_stride: int = 10
+    cue: str = ""  # a decoder's: what stands behind the target, for an answer to follow
 
     def __post_init__(self) -> None:
         if not 1 <= self.window_stride <= self.max_turns:
@@ -100,7 +104,9 @@ class Renderer:
             has_bos = bos != [None] and self.tokenizer(self.instruction)["input_ids"][:1] == bos
             ids = self.tokenizer(self.instruction, add_special_tokens=False)["input_ids"]
             self.prefix = np.array(bos * has_bos + ids, dtype=np.int32)
-            fixed = len(self.prefix)
+            cue = self.tokenizer(self.cue, add_special_tokens=False)["input_ids"]
+            self.ending = [np.array(cue, dtype=np.int32)] if cue else []
+            fixed = len(self.prefix) + len(cue)
         self.room = self.max_seq_length - fixed
         if self.room < 8:
             room = f"max_seq_length {self.max_seq_length} leaves {self.room} tokens for the dialogue"
@@ -111,6 +117,7 @@ class Renderer:
         """SHA-256 of all that decides how a row is rendered, the tokenizer aside."""
         facts = [self.is_encoder, self.instruction, self.max_turns, self.max_seq_length, self.window_stride]
         facts.append(render_turn(Turn("text", "speaker")))
+        facts += [self.cue] if self.cue else []
         return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
@@ -146,7 +153,7 @@ class Renderer:
         cut = len(pieces[-1]) > self.room
         if cut:
             pieces[-1] = pieces[-1][-self.room :]
-        return Rendered((self.prefix, *pieces), start, cut)
+        return Rendered((self.prefix, *pieces, *self.ending), start, cut)
 
     def _render_pair(self, row: Row, tokens: dict[Turn, np.ndarray]) -> Rendered:
         target = tokens[row.turns[-1]._replace(speaker="")]

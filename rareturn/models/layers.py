@@ -30,7 +30,10 @@ def layer_list(backbone: nn.Module) -> nn.ModuleList:
 
 
 def without_layers(model_class: type, first: int, end: int) -> type:
-    """A model's class without the layers outside `first` to `end` - 1, and without embeddings where `first` is not 0."""
+    """A model's class without the layers outside `first` to `end` - 1.
+
+    Where `first` is not 0 it has no embeddings either, unless they are the output matrix of a language model too.
+    """
 
     class Cut(model_class):
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -38,7 +41,8 @@ def without_layers(model_class: type, first: int, end: int) -> type:
             layers = layer_list(self.base_model)
             for index in {*range(len(layers))} - {*range(first, end)}:
                 layers[index] = PassThrough()
-            if first > 0:
+            tied = self.get_output_embeddings() is not None and config.tie_word_embeddings
+            if first > 0 and not tied:
                 self.base_model.set_input_embeddings(PassThrough())
 
     Cut.__name__ = model_class.__name__

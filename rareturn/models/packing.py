@@ -157,7 +157,7 @@ def row_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
 
 
 def accept_packed(model: nn.Module) -> None:
-    """Let a decoder's `*ForSequenceClassification`, or a PEFT model around one, take batches of `PackedBatches`.
+    """Let a decoder's classifier, or a PEFT model around one, take batches of `PackedBatches`.
 
     Such a batch runs through the backbone once, and `score` sees the rows' last tokens only; the logits have shape
     (rows, num_labels). Other batches take the model's own path. The model's class, weights and saved files stay.

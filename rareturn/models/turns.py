@@ -22,9 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
 from rareturn.data.label_guide import LabelGuide
-from rareturn.data.rendering import Renderer, fold_whitespace
+from rareturn.data.rendering import LABEL_CUE, Renderer, fold_whitespace
 from rareturn.data.rows import Row
 from rareturn.models import packing
+from rareturn.models.label_tokens import label_tokens
 from rareturn.models.loading import BaseModel, is_encoder, load_config
 from rareturn.models.packing import PackedBatches, RowGroups
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
@@ -87,7 +88,11 @@ def make_renderer(
     """How a classifier on this base sees rows: turn by turn, or whole."""
     if base.pooling == "turns":
         return TurnRenderer(base, tokenizer, window)
-    return Renderer(tokenizer, guide, is_encoder=is_encoder(load_config(base)), **window)
+    encoder, cue = is_encoder(load_config(base)), ""
+    if base.head == "label_tokens":
+        label_tokens(tokenizer, len(guide.labels))  # refused here, before a large model is loaded
+        cue = LABEL_CUE
+    return Renderer(tokenizer, guide, is_encoder=encoder, cue=cue, **window)
 
 
 def position_limit(backbone: nn.Module) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rareturn.data.label_guide import parse_label_guide
 from rareturn.data.readers import HUB_FILE, READERS
-from rareturn.data.rendering import render_instruction, render_turn
+from rareturn.data.rendering import LABEL_CUE, render_instruction, render_turn
 from rareturn.data.rows import Turn
 from rareturn.files import read_json
 from rareturn.reports import tables
@@ -133,6 +133,7 @@ def _card(
     if infos[0]["num_folds"] > 1:
         folds = f"{infos[0]['num_folds']} {folds}"
     parts |= {"title": title, "infos": infos, "datasets": datasets, "on_hub": on_hub, "fold_text": folds}
+    parts["cue"] = LABEL_CUE
     parts["guide"] = parse_label_guide(guides[0], "run.json: label_guide") if guides[0] else None
     functions = (hub_model, quoted, render_instruction, render_turn, Turn)
     parts |= {function.__name__: function for function in functions}

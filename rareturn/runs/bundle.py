@@ -58,6 +58,7 @@ class Models(Checked):
 class Loader(Checked):
     """How the base is loaded; values reach libraries, so each is one of a few."""
 
+    head: Literal["classifier", "label_tokens"] = "classifier"
     pooling: Literal["native", "mean", "turns"] = "native"
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
