@@ -22,16 +22,15 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
 from rareturn.data.folds import FoldDataArguments, read_run_data, write_folds
 from rareturn.files import write_json
-from rareturn.reports.cards import run_results
+from rareturn.reports.cards import print_closing_table
 from rareturn.reports.push import push_folds
-from rareturn.reports.tables import Table
 from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
@@ -71,24 +70,6 @@ class ProbeArguments(FoldDataArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}")
         self.C = sorted(set(self.C))
-
-
-def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """Print a line for each fold and one for all rows; the scores over all rows, and the `test` rows with labels."""
-    results = run_results(run_dir, info)
-    folds = [(f"fold {fold}", metrics) for fold, metrics in sorted(results["folds"].items())]
-    total = sum(metrics["held_out_rows"] for _, metrics in folds)
-    header, rows = ("", "rows", "C", *dict.fromkeys((results["metric"], "accuracy"))), []
-    shown = [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]
-    test = results.get("test")
-    if test:
-        shown.append(("test file", test["argmax"] | {"held_out_rows": test["rows"]}))
-    for name, metrics in shown:
-        C = f"{metrics['C']:g}" if "C" in metrics else ""
-        scores = [f"{metrics[score]:.4f}" for score in header[3:]]
-        rows.append([name, str(metrics["held_out_rows"]), C, *scores])
-    print(Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
-    return results["argmax"] | ({"test": test} if test else {})
 
 
 def main() -> None:
@@ -136,7 +117,7 @@ def main() -> None:
     untested = stale if data.test else []
     if not untrained + untested:
         logger.info(f"{run_dir} is complete: nothing to train")
-        print_closing_table(run_dir, info)
+        print_closing_table(run_dir, info, "C")
         return push_folds(run_dir, hub) if hub.push_to_hub else None
     model = frozen.load()
     # Apart, so that the features of one part do not depend on what else is asked for.
@@ -180,7 +161,7 @@ def main() -> None:
             inner = {f"{value:g}": loss for value, loss in losses.items()}
             costs = {"C": C, "inner_log_loss": inner, "seconds": round(time.perf_counter() - fold_started, 1)}
             folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
-    overall = print_closing_table(run_dir, info)
+    overall = print_closing_table(run_dir, info, "C")
     if untrained:
         seconds, memory = round(time.perf_counter() - started, 1), peak_memory()
         costs = {"feature_seconds": feature_seconds, "seconds": seconds, "peak_memory_bytes": memory}

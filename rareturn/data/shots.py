@@ -23,7 +23,8 @@ def balanced_shots(rows: Sequence[Row], pool: Sequence[Row], count: int, seed: i
 
     def without(dialogue: str | None) -> list[Row]:
         queues = [
-            [row for row in shuffled if row.label == label and row.dialogue_id != dialogue] for label in labels
+            [row for row in shuffled if row.label == label and row.dialogue_id != dialogue]
+            for label in labels
         ]
         rounds = (queue[turn] for turn in range(count) for queue in queues if turn < len(queue))
         return [row for _, row in zip(range(count), rounds, strict=False)]
