@@ -30,18 +30,18 @@ def label_sequences(tokenizer: Any, num_labels: int, prefix: str, end: str = "")
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    stem, sequences, end = ids(prefix), [], f"{prefix[-20:]!r}"
+    stem, sequences, place = ids(prefix), [], f"{prefix[-20:]!r}"
     for label in range(num_labels):
         both = ids(f"{prefix}{label}{end}")
         if both[: len(stem)] != stem or len(both) == len(stem):
-            raise InputError(f"label tokens: {label} behind {end} changes the tokens before it")
+            raise InputError(f"label tokens: {label} behind {place} changes the tokens before it")
         sequences.append(both[len(stem) :])
     # Among sorted sequences, one that begins another also begins its successor.
     order = sorted(range(num_labels), key=sequences.__getitem__)
     for one, other in itertools.pairwise(order):
         if sequences[other][: len(sequences[one])] == sequences[one]:
             problem = f"the tokens of {one} begin those of {other}, so they cannot be told apart"
-            raise InputError(f"label tokens: behind {end}, {problem}")
+            raise InputError(f"label tokens: behind {place}, {problem}")
     return sequences
 
 

@@ -113,7 +113,7 @@ class PromptedModel:
         """
         model = self.load()
         try:
-            way = PackedBatches(branches=can_branch(model))
+            branches = can_branch(model)
         except InputError:
             raise InputError(f"{self.base.name}: this architecture's prompts cannot share a pass") from None
         begun = sorted({tokens[:end] for tokens in sequences for end in range(len(tokens))})
@@ -123,6 +123,9 @@ class PromptedModel:
             for ids in self._ids(texts)
             for first in begun
         ]
+        # Attention grows with the square of a batch, and on a CPU it is slow; but the longest prompt has to have company.
+        more = 1024 if model.device.type == "cpu" else 4096
+        way = PackedBatches(tokens_per_batch=max(map(len, items)) + more, branches=branches)
         batches = way.prediction_batches([row for row in rows for _ in begun], items)
         found = np.zeros((len(items), len(alphabet)))
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
