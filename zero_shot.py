@@ -102,13 +102,8 @@ class ZeroShotArguments(FoldDataArguments):
             raise ValueError("--augmented_file: nothing is trained; leave it out")
         if self.model_name_or_path and self.samples > 1:
             raise ValueError("--samples: a local model gives log-probabilities; leave it out")
-        for name, least in (
-            ("max_turns", 1),
-            ("window_stride", 1),
-            ("max_seq_length", 8),
-            ("samples", 1),
-            ("shots", 0),
-        ):
+        least_of = {"max_turns": 1, "window_stride": 1, "max_seq_length": 8, "samples": 1, "shots": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be {least} or more, not {getattr(self, name)}")
         if self.temperature is None:
@@ -152,7 +147,7 @@ def make_prompts(arguments: ZeroShotArguments, data: RunData, fold: int, rows: S
         # A target that is too long loses its beginning, as in training.
         turns = [*context, Turn(text.encode()[-room:].decode(errors="ignore"), speaker)]
         dialogue = "".join(map(render_turn, turns)).strip()
-        return {"dialogue": dialogue, "speaker": speaker.upper(), "label": row.label}
+        return {"dialogue": dialogue, "speaker": speaker.upper()}
 
     pool = data.training_part(fold) if arguments.shots else []
     chosen: Any = [[] for _ in rows]
@@ -164,69 +159,31 @@ def make_prompts(arguments: ZeroShotArguments, data: RunData, fold: int, rows: S
     parts = {"guide": data.guide, "labels": labels, "cot": arguments.cot}
     prompts = []
     for row, shots in zip(rows, chosen, strict=True):
-        examples = [shown(shot, min(SHOT_TURNS, arguments.max_turns)) for shot in shots]
-        of_row = shown(row, arguments.max_turns)
-        del of_row["label"]
+        turns = min(SHOT_TURNS, arguments.max_turns)
+        examples = [shown(shot, turns) | {"label": shot.label} for shot in shots]
         try:
-            prompts.append(template.render(parts, shots=examples, **of_row))
+            prompts.append(template.render(parts, shots=examples, **shown(row, arguments.max_turns)))
         except TemplateError as error:
             raise InputError(f"{arguments.prompt}: {first_line(error)}") from None
     return prompts
 
 
-class LocalModel:
-    """Answers by a model of this machine; what it said of a prompt is remembered, as folds may share prompts."""
+def local_model(arguments: ZeroShotArguments, labels: Sequence[Label], endpoint: Endpoint) -> Any:
+    """A model of this machine, not loaded yet."""
+    import torch
+    import transformers
 
-    def __init__(self, arguments: ZeroShotArguments, labels: Sequence[Label], endpoint: Endpoint):
-        import torch
-        import transformers
+    from rareturn.models import loading
+    from rareturn.models.prompted import PromptedModel
 
-        from rareturn.models import loading
-        from rareturn.models.prompted import PromptedModel
-
-        transformers.utils.logging.set_verbosity_error()
-        self.arguments, self.max_new_tokens = arguments, endpoint.max_new_tokens
-        bf16 = arguments.bf16
-        if bf16 is None:
-            bf16 = arguments.dtype == "float32" and torch.cuda.is_available()
-        flags = {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
-        self.base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **flags)
-        numbers = [label.number for label in labels]
-        self.asked = PromptedModel(self.base, numbers, bf16, arguments.per_device_eval_batch_size)
-        if arguments.cot and not self.asked.has_chat:
-            raise InputError(
-                f"--cot: {self.base.name} has no chat template, so it cannot be asked to explain"
-            )
-        self.loader, self.facts = self.base.loader | {"bf16": bf16}, self.asked.facts
-        self.loader |= {"max_new_tokens": self.max_new_tokens} if arguments.cot else {}
-        self.known: dict[str, tuple[np.ndarray, str]] = {}
-
-    def plan(self, parts: Sequence[Part]) -> None:
-        """Refuse what cannot be asked, before the model is loaded."""
-        prompts = [prompt for part in parts for prompt in part.prompts]
-        self.sequences = self.asked.check(prompts, self.max_new_tokens if self.arguments.cot else 0)
-
-    def answer(self, part: Part, counts: Counter[str]) -> tuple[np.ndarray, list[str]]:
-        """Log-probabilities, (rows, labels), and what the model wrote before it answered."""
-        new = {
-            prompt: row
-            for row, prompt in zip(part.rows, part.prompts, strict=True)
-            if prompt not in self.known
-        }
-        if new:
-            prompts, written, title = list(new), [""] * len(new), f"fold {part.fold}, {part.split}"
-            texts = list(map(self.asked.text, prompts))
-            if self.arguments.cot:
-                how = self.max_new_tokens, self.arguments.temperature, self.arguments.seed
-                written = self.asked.rationales(prompts, *how, f"{title}: rationales")
-                texts = list(map(self.asked.text, prompts, written))
-            found = self.asked.logits(list(new.values()), texts, self.sequences, title)
-            self.known |= zip(prompts, zip(found, written, strict=True), strict=True)
-        logits, rationales = zip(*(self.known[prompt] for prompt in part.prompts), strict=True)
-        return np.array(logits), list(rationales)
-
-    def bill(self) -> str:
-        return ""
+    transformers.utils.logging.set_verbosity_error()
+    flags = {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
+    base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **flags)
+    how: dict[str, Any] = {name: getattr(arguments, name) for name in ("cot", "temperature", "seed", "bf16")}
+    if arguments.bf16 is None:
+        how["bf16"] = arguments.dtype == "float32" and torch.cuda.is_available()
+    how |= {"max_new_tokens": endpoint.max_new_tokens, "batch_size": arguments.per_device_eval_batch_size}
+    return PromptedModel(base, [label.number for label in labels], **how)
 
 
 class RemoteModel:
@@ -241,28 +198,24 @@ class RemoteModel:
         schema = {"type": "object", "properties": properties, "required": list(properties)}
         # A number above 9 may be several tokens, of which the first says little.
         logprobs = max(numbers) < 10
-        how = {
-            "samples": arguments.samples,
-            "logprobs": logprobs,
-            "one_will_do": logprobs and not arguments.cot,
-        }
-        self.how = Asking(arguments.temperature, schema=schema | {"additionalProperties": False}, **how)
+        how = {"logprobs": logprobs, "one_will_do": logprobs and not arguments.cot}
+        how |= {"samples": arguments.samples, "schema": schema | {"additionalProperties": False}}
+        self.how = Asking(arguments.temperature, **how)
         self.base = SimpleNamespace(name=arguments.model, revision=None, weights_digest=None)
         self.loader = {"host": endpoint.host, "max_new_tokens": endpoint.max_new_tokens}
 
-    def plan(self, parts: Sequence[Part]) -> None:
+    def plan(self, prompts: Sequence[str]) -> None:
         """Say what is going to be asked, and refuse where that is too much."""
-        prompts = dict.fromkeys(prompt for part in parts for prompt in part.prompts)
-        self.endpoint.plan((prompt, self.how) for prompt in prompts)
+        self.endpoint.plan((prompt, self.how) for prompt in dict.fromkeys(prompts))
 
-    def answer(self, part: Part, counts: Counter[str]) -> tuple[np.ndarray, list[str]]:
-        """Log-probabilities, (rows, labels), and what the model wrote."""
-        found = self.endpoint.ask(part.prompts, self.how, f"fold {part.fold}, {part.split}")
-        logits = log_probabilities(np.array([label_probabilities(one, self.labels, counts) for one in found]))
-        return logits, ["\n\n".join(choice["text"] for choice in choices) for choices in found]
-
-    def bill(self) -> str:
-        return f"; {self.endpoint.bill()}"
+    def answer(
+        self, rows: Sequence[Row], prompts: Sequence[str], title: str
+    ) -> tuple[np.ndarray, list[str], dict[str, int]]:
+        """Log-probabilities, (rows, labels), what the model wrote, and how many answers were none."""
+        found, counts = self.endpoint.ask(prompts, self.how, title), Counter()
+        probabilities = [label_probabilities(choices, self.labels, counts) for choices in found]
+        written = ["\n\n".join(choice["text"] for choice in choices) for choices in found]
+        return log_probabilities(np.array(probabilities)), written, counts
 
 
 def find_label(text: str, labels: Sequence[Label]) -> int | None:
@@ -336,8 +289,7 @@ def main() -> None:
     labels = [data.guide.labels[label] for label in data.scope]
 
     # Model
-    kind = RemoteModel if arguments.model else LocalModel
-    model = kind(arguments, labels, endpoint)
+    model = (RemoteModel if arguments.model else local_model)(arguments, labels, endpoint)
     template = Path(prompt_template(arguments.prompt).filename).read_text(encoding="utf-8")
     asked = [template, render_turn(Turn("text", "speaker")), SHOT_TURNS, *model.facts]
     facts: dict[str, Any] = {"seed": arguments.seed, "loader": model.loader | {"tuning": "prompted"}}
@@ -349,13 +301,13 @@ def main() -> None:
         logger.info(f"{run_dir} is complete: nothing to ask")
         print_closing_table(run_dir, info)
         return push_folds(run_dir, hub) if hub.push_to_hub else None
-    model.plan(parts)
+    model.plan([prompt for part in parts for prompt in part.prompts])
 
     # Ask, evaluate, save
     totals: Counter[str] = Counter()
     for part in parts:
-        began, counts = time.perf_counter(), Counter()
-        found, written = model.answer(part, counts)
+        began = time.perf_counter()
+        found, written, counts = model.answer(part.rows, part.prompts, f"fold {part.fold}, {part.split}")
         logits = np.full((len(part.rows), len(data.guide.labels)), OUT_OF_SCOPE_LOGIT)
         logits[:, data.scope] = log_softmax(found)
         # The first thing written, so that a mistake in the input leaves no folder behind.
@@ -375,7 +327,7 @@ def main() -> None:
     seconds = round(time.perf_counter() - started, 1)
     write_json(run_dir / "metrics.json", overall | {"seconds": seconds, "answers": totals})
     unusable = ", ".join(f"{count} {name}" for name, count in sorted(totals.items()) if count)
-    print(f"{seconds} s in all{model.bill()}; no label in: {unusable or 'no answer'}")
+    print(f"{seconds} s in all; no label in: {unusable or 'no answer'}")
 
     # Push
     if hub.push_to_hub:

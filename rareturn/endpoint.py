@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -97,7 +96,6 @@ class Endpoint:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         self.without: set[str] = set()  # of OPTIONAL: what the server refused
-        self.spent: Counter[str] = Counter()  # requests, and tokens of prompts and of answers
 
     def _request(self, prompt: str, how: Asking) -> dict[str, Any]:
         request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "seed": self.seed}
@@ -133,21 +131,12 @@ class Endpoint:
         if back is None or not new:
             back = sum((how.max_tokens or self.max_new_tokens) * how.samples for _, how in new)
         text = f"at most {requests} requests ({len(asked) - len(new)} answers are in the cache)"
-        text += f", about {there:,} tokens there and {back:,} back{self._price(there, back)}"
+        text += f", about {there:,} tokens there and {back:,} back"
+        if self.price_in is not None or self.price_out is not None:
+            text += f", {(there * (self.price_in or 0) + back * (self.price_out or 0)) / 1e6:.2f} USD"
         print(f"{self.model} at {self.host}: {text}")
         if requests > self.max_requests:
             raise InputError(f"--max_requests: {self.max_requests}, but up to {requests} are needed")
-
-    def _price(self, there: int, back: int) -> str:
-        if self.price_in is None and self.price_out is None:
-            return ""
-        return f", {(there * (self.price_in or 0) + back * (self.price_out or 0)) / 1e6:.2f} USD"
-
-    def bill(self) -> str:
-        """What this process was answered, by the server's count."""
-        there, back = self.spent["prompt_tokens"], self.spent["completion_tokens"]
-        tokens = f"{there:,} tokens there and {back:,} back{self._price(there, back)}"
-        return f"{self.spent['requests']} requests answered, {tokens}"
 
     def ask(self, prompts: Sequence[str], how: Asking, title: str) -> list[list[Choice]]:
         """The answers to each prompt; an InputError where the server gives none.
@@ -166,28 +155,24 @@ class Endpoint:
             jobs = [pool.submit(self._answer, client, prompt, how) for prompt in new]
             try:
                 for job in tqdm(as_completed(jobs), title, len(jobs), unit="prompt", disable=not jobs):
-                    self.spent.update(job.result())
+                    job.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
         return [self.cached(prompt, how) for prompt in prompts]
 
-    def _answer(self, client: Any, prompt: str, how: Asking) -> Counter[str]:
-        """Ask, keep the answers, and return what they took."""
-        request, choices, spent = self._request(prompt, how), [], Counter()
+    def _answer(self, client: Any, prompt: str, how: Asking) -> None:
+        request, choices = self._request(prompt, how), []
         while len(choices) < how.samples:
             # Of a server that may give log-probabilities only one is asked first, if one will do.
             some = 1 if how.one_will_do and "logprobs" not in self.without else how.samples - len(choices)
             more = {"seed": self.seed + len(choices)} | ({"n": some} if some > 1 else {})
-            found, used = self._choices(client, request | more)
-            choices += found
-            spent.update(requests=1, **used)
+            choices += self._choices(client, request | more)
             if how.one_will_do and "tokens" in choices[0]:
                 break
         write_json(self._path(prompt, how), {"choices": choices[: how.samples]})
-        return spent
 
-    def _choices(self, client: Any, request: dict[str, Any]) -> tuple[list[Choice], dict[str, int]]:
-        """One answer or more, and their tokens; what the server refuses is left out, from then on."""
+    def _choices(self, client: Any, request: dict[str, Any]) -> list[Choice]:
+        """One answer or more; what the server refuses is left out, from then on."""
         from openai import APIError
 
         while True:
@@ -199,7 +184,7 @@ class Endpoint:
                 break
             except (APIError, ValueError) as error:
                 if getattr(error, "code", None) == "content_filter":
-                    return [NO_ANSWER], {}
+                    return [NO_ANSWER]
                 if not (refused := _refused(error, sent)):
                     raise self._mistake(error, client.api_key) from None
                 if not refused <= self.without:
@@ -208,11 +193,10 @@ class Endpoint:
         if (choices := getattr(done, "choices", None)) is None:
             no = "the answer is no chat completion; most servers' --base_url ends with /v1"
             raise InputError(f"{self.host}: {no}")
-        used = {name: getattr(done.usage, name, 0) or 0 for name in ("prompt_tokens", "completion_tokens")}
         found = list(map(_choice, choices)) or [NO_ANSWER]  # no choice at all is how some servers filter
         if "logprobs" in sent and any(choice["text"] and "tokens" not in choice for choice in found):
             self.without |= {"logprobs", "top_logprobs"}  # not refused, but not given either
-        return found, used
+        return found
 
     def _mistake(self, error: Exception, key: str) -> InputError:
         status = getattr(error, "status_code", None)

@@ -188,7 +188,7 @@ def test_a_rationale_is_written_first_and_never_pushed(
 
     data = read_run_data(arguments_of(corpus), run)
     rows = {row.id: row for row in data.originals}
-    asked = PromptedModel(find_base_model(chat_model), range(4), False, 1)
+    asked = PromptedModel(find_base_model(chat_model), range(4), False)
     table = read_run(run).oof
     for line in said[:3]:
         (prompt,) = zero_shot.make_prompts(arguments_of(corpus, cot=True), data, 0, [rows[line["id"]]])
@@ -314,8 +314,7 @@ def test_log_probabilities_of_the_label_s_token(corpus, tmp_path: Path, capsys):
         assert len(server.requests) == ALL  # one will do, and the folds share the test rows' prompts
         printed = capsys.readouterr().out
         assert f"at most {5 * ALL} requests (0 answers are in the cache)" in printed and " USD\n" in printed
-        bill = f"{ALL} requests answered, {100 * ALL:,} tokens there and {5 * ALL} back, 0.01 USD"
-        assert f"{bill}; no label in: no answer" in printed
+        assert "s in all; no label in: no answer\n" in printed
         flags |= {"output_dir": tmp_path / "again", "max_requests": 0}
         assert run_script(zero_shot.main, **flags) == 0 and len(server.requests) == ALL
     request = server.requests[0]

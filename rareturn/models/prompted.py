@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,16 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import set_seed
 
 from rareturn.data.rendering import LABEL_CUE, Rendered
 from rareturn.data.rows import Row
-from rareturn.errors import InputError, first_line
+from rareturn.errors import InputError
 from rareturn.models.inference import place
 from rareturn.models.label_tokens import label_sequences
 from rareturn.models.loading import BaseModel, is_encoder, load_config, load_language_model, load_tokenizer
 from rareturn.models.packing import PackedBatches, can_branch, model_inputs
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,22 +31,35 @@ class PromptedModel:
 
     Attributes:
         labels: the numbers that may be given.
-        batch_size: rationales that are written at a time.
+        cot: whether a rationale of at most `max_new_tokens` comes first, `batch_size` of them at a time: the likeliest
+            one at temperature 0, else sampled with the seed.
+        known: what was found behind a prompt, which folds may share.
     """
 
     base: BaseModel
     labels: Sequence[int]
     bf16: bool
-    batch_size: int
+    cot: bool = False
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 42
+    batch_size: int = 1
     model: nn.Module | None = field(default=None, init=False)
+    known: dict[str, tuple[np.ndarray, str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.config = load_config(self.base)
         if is_encoder(self.config):
             raise InputError(f"{self.base.name}: an encoder writes nothing; give a causal language model")
-        self.base = replace(self.base, head="label_tokens")
         self.tokenizer = load_tokenizer(self.base)
         self.has_chat = bool(self.tokenizer.chat_template)
+        if self.cot and not self.has_chat:
+            raise InputError(
+                f"--cot: {self.base.name} has no chat template, so it cannot be asked to explain"
+            )
+        self.loader = self.base.loader | {"bf16": self.bf16}
+        self.loader |= {"max_new_tokens": self.max_new_tokens} if self.cot else {}
+        self.base = replace(self.base, head="label_tokens")  # only to be loaded as what it is
         self.end = "\n"  # what follows an answer
         if self.has_chat:
             said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
@@ -60,13 +71,8 @@ class PromptedModel:
         return [self.tokenizer.chat_template, LABEL_CUE, self.end]
 
     def _chat(self, messages: list[dict[str, str]], **how: bool) -> str:
-        try:
-            # Models that may think first are told not to: --cot asks all models in the same way.
-            how |= {"tokenize": False, "enable_thinking": False}
-            return self.tokenizer.apply_chat_template(messages, **how)
-        except Exception as error:  # a template is a program, and raises what it likes
-            problem = f"its chat template takes no question and answer: {first_line(error)}"
-            raise InputError(f"{self.base.name}: {problem}") from None
+        # Models that may think first are told not to: --cot asks all models in the same way.
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **how)
 
     def text(self, prompt: str, rationale: str | None = None) -> str:
         """All that stands before a label's number."""
@@ -81,9 +87,9 @@ class PromptedModel:
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [bos * has_bos + ids for ids in found]
 
-    def check(self, prompts: Sequence[str], new_tokens: int) -> list[tuple[int, ...]]:
-        """Each label's tokens; an InputError where two collide, or a prompt and `new_tokens` are too long a text."""
-        stem = self.text("?", "!" if new_tokens else None)
+    def plan(self, prompts: Sequence[str]) -> None:
+        """Find the labels' tokens; an InputError where two collide, or a prompt is too long, before the model is loaded."""
+        stem, new_tokens = self.text("?", "!" if self.cot else None), self.max_new_tokens if self.cot else 0
         end = self.end if max(self.labels) > 9 else ""
         try:
             sequences = label_sequences(self.tokenizer, max(self.labels) + 1, stem, end)
@@ -95,23 +101,29 @@ class PromptedModel:
         if limit and tokens > limit:
             fewer = "fewer --shots, or a smaller --max_seq_length"
             raise InputError(f"{self.base.name}: reads {limit} tokens, but a prompt has {tokens}; {fewer}")
-        return [sequences[label] for label in self.labels]
+        self.sequences = [sequences[label] for label in self.labels]
 
-    def load(self) -> nn.Module:
-        """The model, loaded when it is first needed."""
+    def answer(
+        self, rows: Sequence[Row], prompts: Sequence[str], title: str
+    ) -> tuple[np.ndarray, list[str], dict[str, int]]:
+        """Log-probabilities, (rows, labels), the rationales, and (none here) how many answers were none."""
         if self.model is None:
             self.model = place(load_language_model(self.base), self.base)
-        return self.model
+        new = {prompt: row for row, prompt in zip(rows, prompts, strict=True) if prompt not in self.known}
+        if new:
+            written = self._rationales(list(new), f"{title}: rationales") if self.cot else [None] * len(new)
+            found = self._logits(list(new.values()), list(map(self.text, new, written)), title)
+            self.known |= zip(new, zip(found, written, strict=True), strict=True)
+        logits, rationales = zip(*map(self.known.__getitem__, prompts), strict=True)
+        return np.array(logits), list(rationales), {}
 
-    def logits(
-        self, rows: Sequence[Row], texts: Sequence[str], sequences: Sequence[tuple[int, ...]], title: str
-    ) -> np.ndarray:
+    def _logits(self, rows: Sequence[Row], texts: Sequence[str], title: str) -> np.ndarray:
         """Log-probabilities of each label's tokens behind each text, float64 (rows, labels), all in one pass.
 
         `rows`, one a text, say which texts are of one dialogue and begin alike. The output layer sees no more than the
         positions before a label's tokens.
         """
-        model = self.load()
+        model, sequences = self.model, self.sequences
         try:
             branches = can_branch(model)
         except InputError:
@@ -135,8 +147,6 @@ class PromptedModel:
                 read = {"logits_to_keep": inputs["row_positions"]}
                 logits = model(**model_inputs(model.base_model, inputs), **read).logits[0].float()
                 found[batch] = logits.log_softmax(-1)[:, alphabet].cpu().numpy()
-        if not np.isfinite(found).all():
-            raise InputError(f"{self.base.name}: gives log-probabilities that are not finite")
         found = found.reshape(len(texts), len(begun), len(alphabet))
         columns = [
             sum(
@@ -146,20 +156,17 @@ class PromptedModel:
         ]
         return np.stack(columns, axis=1)
 
-    def rationales(
-        self, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int, title: str
-    ) -> list[str]:
-        """What the model writes before it answers: greedily at temperature 0, else sampled with the seed."""
-        from transformers import set_seed
-
-        model, ids = self.load(), self._ids([self.text(prompt) for prompt in prompts])
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
-        how |= {"temperature": temperature, "do_sample": True} if temperature else {"do_sample": False}
+    def _rationales(self, prompts: Sequence[str], title: str) -> list[str]:
+        """What the model writes before it answers."""
+        model, ids = self.model, self._ids(list(map(self.text, prompts)))
+        how: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        how |= {"temperature": self.temperature} if self.temperature else {}
+        how["pad_token_id"] = self.tokenizer.pad_token_id
         ends = (self.tokenizer.eos_token_id, self._ids([self.end])[0][0])
         how["eos_token_id"] = [token for token in ends if token is not None]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         found = [""] * len(ids)
-        set_seed(seed)
+        set_seed(self.seed)
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             for begin in tqdm(range(0, len(order), self.batch_size), desc=title, unit="batch"):
                 batch = order[begin : begin + self.batch_size]
