@@ -33,7 +33,7 @@ from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_gu
 from rareturn.data.rendering import render_turn
 from rareturn.data.rows import DataArguments, Row, load_rows, row_columns
 from rareturn.data.variants import augment_text
-from rareturn.endpoint import Endpoint, prompt_template
+from rareturn.endpoint import Asking, Endpoint, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.runs.references import model_repo
@@ -54,6 +54,7 @@ The rows hold dialogue text, so the licence of the source data applies to them.
 
 CONTEXT_TURNS = 30  # before the target: those that a decoder sees by default
 YES = re.compile(r"(?is)(.*</think>)?\W*yes\b")
+WRITING, JUDGING = Asking(), Asking(temperature=0.0)
 
 
 @dataclass
@@ -154,12 +155,14 @@ def written_texts(sources: Sequence[Row], k: int, guide: LabelGuide, endpoint: E
 
     dropped: Counter[str] = Counter()
     writing = [prompt("paraphrase", source, guide, k=k) for source in sources]
-    likely = texts_of(list(map(endpoint.cached, writing)))  # of an unknown answer: the source, k times
-    endpoint.plan([*writing, *judging(likely)], list(itertools.chain(*likely)))
+    kept_answers = [endpoint.cached(text, WRITING) for text in writing]
+    likely = texts_of([kept and kept[0]["text"] for kept in kept_answers])  # unknown: the source, k times
+    asked = [*((text, WRITING) for text in writing), *((text, JUDGING) for text in judging(likely))]
+    endpoint.plan(asked, len("".join(itertools.chain(*likely)).encode()) // 4)
     dropped.clear()
-    found = texts_of(endpoint.ask(writing, "variants"))
-    verdicts = iter(endpoint.ask(judging(found), "judgements"))
-    kept = [[text for text in texts if YES.match(next(verdicts))] for texts in found]
+    found = texts_of([answers[0]["text"] for answers in endpoint.ask(writing, WRITING, "variants")])
+    verdicts = iter(endpoint.ask(judging(found), JUDGING, "judgements"))
+    kept = [[text for text in texts if YES.match(next(verdicts)[0]["text"])] for texts in found]
     dropped["refused by the judge"] = sum(map(len, found)) - sum(map(len, kept))
     print("dropped:", ", ".join(f"{count} {why}" for why, count in dropped.items() if count) or "nothing")
     return kept

@@ -36,9 +36,8 @@ from rareturn.data.folds import FoldDataArguments, RunData, read_run_data, write
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import check_content, file_digest, write_json
-from rareturn.reports.cards import run_results
+from rareturn.reports.cards import print_closing_table
 from rareturn.reports.push import check_push, push_folds
-from rareturn.reports.tables import Table
 from rareturn.runs import folder
 from rareturn.runs.bundle import Loader, Window, trained_folders
 from rareturn.runs.reading import Run, read_run
@@ -179,24 +178,6 @@ def fit_fold(
     return probing.fit_head(features, labels, C=C, **fitting), losses
 
 
-def print_closing_table(run_dir: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """Print a line for each fold and one for all rows; the scores over all rows, and the `test` rows with labels."""
-    results = run_results(run_dir, info)
-    folds = [(f"fold {fold}", metrics) for fold, metrics in sorted(results["folds"].items())]
-    total = sum(metrics["held_out_rows"] for _, metrics in folds)
-    header, rows = ("", "rows", "C", *dict.fromkeys((results["metric"], "accuracy"))), []
-    shown = [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]
-    test = results.get("test")
-    if test:
-        shown.append(("test file", test["argmax"] | {"held_out_rows": test["rows"]}))
-    for name, metrics in shown:
-        C = f"{metrics['C']:g}" if "C" in metrics else ""
-        scores = [f"{metrics[score]:.4f}" for score in header[3:]]
-        rows.append([name, str(metrics["held_out_rows"]), C, *scores])
-    print(Table(f"{info['name']}: out-of-fold rows, argmax", header, rows).text())
-    return results["argmax"] | ({"test": test} if test else {})
-
-
 def main() -> None:
     # Arguments
     arguments, hub = parse_arguments((ProbeArguments, HubArguments), __doc__)
@@ -241,7 +222,7 @@ def main() -> None:
     untested = stale if data.test else []
     if not untrained + untested:
         logger.info(f"{run_dir} is complete: nothing to train")
-        print_closing_table(run_dir, info)
+        print_closing_table(run_dir, info, "C")
         return push_folds(run_dir, hub) if hub.push_to_hub else None
     if not trained:
         parts = rows * bool(untrained), data.test * bool(untested)
@@ -281,13 +262,10 @@ def main() -> None:
             table = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
             write_table(folder.table_path(run_dir, "oof", fold), table)
             inner = {f"{value:g}": loss for value, loss in losses.items()}
-            costs = {
-                "C": head.C,
-                "inner_log_loss": inner,
-                "seconds": round(time.perf_counter() - fold_started, 1),
-            }
-            folder.write_fold_metrics(run_dir, info, fold, train_rows=len(train), **costs)
-    overall = print_closing_table(run_dir, info)
+            costs = {"C": head.C, "inner_log_loss": inner, "train_rows": len(train)}
+            costs["seconds"] = round(time.perf_counter() - fold_started, 1)
+            folder.write_fold_metrics(run_dir, info, fold, **costs)
+    overall = print_closing_table(run_dir, info, "C")
     if untrained:
         seconds, memory = round(time.perf_counter() - started, 1), peak_memory()
         costs = {"seconds": seconds, "peak_memory_bytes": memory}

@@ -17,8 +17,9 @@ The file has these keys, of which `output` and `runs` must be there; ${NAME} in 
     jobs        folds at a time on a CPU
     data        flags of every script that reads rows: label_guide, train_file, test_file, …
     augment     flags of augment.py
-    runs        name: flags of the run, `config` for its recipe; `script: linear_probe.py` makes it a probe, `variants: true`
-                trains on augment's rows, `model_name_or_path: packaged:NAME` is a model of scripts/packaged_model.py
+    runs        name: flags of the run, `config` for its recipe; `script: linear_probe.py` makes it a probe and `script:
+                zero_shot.py` a prompted model; `variants: true` trains on augment's rows, `model_name_or_path:
+                packaged:NAME` is a model of scripts/packaged_model.py
     calibrate   flags of calibrate.py, `run` by its name here
     ensemble    flags of ensemble.py, over all runs in the order of the file
     predict     flags of predict.py
@@ -57,7 +58,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class RunOfSystem(BaseModel, extra="allow"):
     """A run: its script, whether it trains on variants, and flags."""
 
-    script: Literal["run_classification.py", "linear_probe.py"] = "run_classification.py"
+    script: Literal["run_classification.py", "linear_probe.py", "zero_shot.py"] = "run_classification.py"
     variants: bool = False
 
 
@@ -133,7 +134,7 @@ def make_stages(system: System, more: list[str]) -> list[Stage]:
             if system.augment is None:
                 raise InputError(f"runs.{name}: variants: true, but there is no augment")
             flags["augmented_file"] = str(augmented)
-        if of_run.script == "linear_probe.py":
+        if of_run.script != "run_classification.py":
             start = [python, str(ROOT / of_run.script)]
         else:
             if "config" not in flags:

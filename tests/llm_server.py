@@ -13,12 +13,37 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What comes back: a completion whose message is `text` (None: a refusal without text), or the `body` of an error."""
+    """What comes back: a completion whose message is `text` (None: a refusal without text), or the `body` of an error.
 
-    text: str | None = ""
+    Several texts are as many choices. `tokens` are the answer's, each with the log-probabilities of its alternatives.
+    With `cut` the connection breaks in the middle of the body.
+    """
+
+    text: str | list[str] | None = ""
     status: int = 200
     body: Any = None
     headers: dict[str, str] = field(default_factory=dict)
+    tokens: list[tuple[str, dict[str, float]]] | None = None
+    finish: str = "stop"
+    refusal: str | None = None
+    cut: bool = False
+
+    def choices(self) -> list[dict[str, Any]]:
+        made = []
+        for index, text in enumerate(self.text if isinstance(self.text, list) else [self.text]):
+            message = {"role": "assistant", "content": text, "refusal": self.refusal}
+            made.append({"index": index, "finish_reason": self.finish, "message": message})
+            if self.tokens is not None:
+                content = [
+                    {
+                        "token": token,
+                        "logprob": others.get(token, 0.0),
+                        "top_logprobs": [{"token": name, "logprob": value} for name, value in others.items()],
+                    }
+                    for token, others in self.tokens
+                ]
+                made[-1]["logprobs"] = {"content": content}
+        return made
 
 
 @dataclass
@@ -29,12 +54,15 @@ class LlmServer:
         answer: the reply to a prompt, or its text.
         faults: replies to the next requests, in place of answers.
         key: the key that it wants; None: any.
+        refuses: parameters that it does not know; `names_them` says whether it tells which it met.
         requests: the body of every request, with the `time` it came and its `key`; `answered` are those that got a text.
     """
 
     answer: Callable[[str], str | Reply | None]
     faults: Iterable[Reply] = ()
     key: str | None = None
+    refuses: tuple[str, ...] = ()
+    names_them: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
     answered: list[str] = field(default_factory=list)
 
@@ -63,6 +91,9 @@ class LlmServer:
         if self.key and request["key"] != self.key:
             # As bad as a server can be: it says the key back.
             return Reply(status=401, body={"error": {"message": f"Incorrect API key: {request['key']}"}})
+        if met := [name for name in self.refuses if name in request]:
+            said = f"unknown: {', '.join(met)}" if self.names_them else "bad request"
+            return Reply(status=400, body={"error": {"message": said}})
         reply = fault or self.answer(prompt)
         reply = reply if isinstance(reply, Reply) else Reply(reply)
         if reply.status == 200 and reply.body is None:
@@ -82,16 +113,16 @@ class Handler(BaseHTTPRequestHandler):
             reply = Reply(status=404, body={"error": {"message": f"no {self.path} here"}})
         else:
             reply = self.llm.reply(request)
-        message = {"role": "assistant", "content": reply.text}
-        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
-        usual = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
+        usual = {"id": "1", "object": "chat.completion", "created": 1, "model": "m"}
+        usual |= {"choices": reply.choices(), "usage": {"prompt_tokens": 100, "completion_tokens": 5}}
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body or usual).encode()
         self.send_response(reply.status)
         for name, value in ({"Content-Type": "application/json"} | reply.headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: len(body) // 2] if reply.cut else body)
+        self.close_connection = reply.cut
 
     def log_message(self, *_: object) -> None:
         pass

@@ -55,7 +55,7 @@ def layer(module: str) -> int:
 
 
 def test_the_root_shows_the_pipeline_and_nothing_else():
-    assert SCRIPTS == ["app.py", "augment.py", "calibrate.py", "ensemble.py", "linear_probe.py", "predict.py", "run_classification.py"]  # fmt: skip
+    assert SCRIPTS == ["app.py", "augment.py", "calibrate.py", "ensemble.py", "linear_probe.py", "predict.py", "run_classification.py", "zero_shot.py"]  # fmt: skip
 
 
 def test_imports_go_one_way():

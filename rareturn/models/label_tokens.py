@@ -19,8 +19,8 @@ from rareturn.data.rendering import LABEL_CUE
 from rareturn.errors import InputError
 
 
-def label_sequences(tokenizer: Any, num_labels: int, prefix: str) -> list[tuple[int, ...]]:
-    """The token ids with which each label's number continues `prefix`, a text.
+def label_sequences(tokenizer: Any, num_labels: int, prefix: str, end: str = "") -> list[tuple[int, ...]]:
+    """The token ids with which each label's number, and then `end`, continues `prefix`, a text.
 
     Number and prefix are tokenised together, so that the ids are those that the model has seen in such a place; the
     prefix's own tokens and then a label's are the tokens of both. An InputError where they are not, because the end of
@@ -30,18 +30,18 @@ def label_sequences(tokenizer: Any, num_labels: int, prefix: str) -> list[tuple[
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    stem, sequences, end = ids(prefix), [], f"{prefix[-20:]!r}"
+    stem, sequences, place = ids(prefix), [], f"{prefix[-20:]!r}"
     for label in range(num_labels):
-        both = ids(f"{prefix}{label}")
+        both = ids(f"{prefix}{label}{end}")
         if both[: len(stem)] != stem or len(both) == len(stem):
-            raise InputError(f"label tokens: {label} behind {end} changes the tokens before it")
+            raise InputError(f"label tokens: {label} behind {place} changes the tokens before it")
         sequences.append(both[len(stem) :])
     # Among sorted sequences, one that begins another also begins its successor.
     order = sorted(range(num_labels), key=sequences.__getitem__)
     for one, other in itertools.pairwise(order):
         if sequences[other][: len(sequences[one])] == sequences[one]:
             problem = f"the tokens of {one} begin those of {other}, so they cannot be told apart"
-            raise InputError(f"label tokens: behind {end}, {problem}")
+            raise InputError(f"label tokens: behind {place}, {problem}")
     return sequences
 
 

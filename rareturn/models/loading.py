@@ -241,6 +241,11 @@ def load_classifier(base: BaseModel, label_names: Sequence[str], pad_token_id: i
     return _settled(model)
 
 
+def load_language_model(base: BaseModel) -> nn.Module:
+    """The base as the causal language model that it is; its `head` is label_tokens."""
+    return _settled(_load_weights(AutoModelForCausalLM, base, load_config(base)))
+
+
 def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
     """`from_pretrained`, silently; only a new head and an encoder's pooler may lack weights or differ in shape."""
     arguments: dict[str, Any] = {}

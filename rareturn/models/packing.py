@@ -153,8 +153,8 @@ def padded(batch: Batch) -> Batch:
     return batch | longer | {"subtree_end": torch.cat([batch["subtree_end"], own], dim=1)}
 
 
-def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden state of each token of a packed batch, (tokens, hidden size), from a decoder without head.
+def model_inputs(backbone: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What a decoder, or a model around it, takes for a packed batch.
 
     The batch has `input_ids` or, where the lower layers are computed already, their output as `inputs_embeds`. Where the
     user named no attention kernel, a large tree takes flex attention, and some more tokens that nothing sees.
@@ -173,7 +173,12 @@ def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         mask = attention_masks(config, batch, dtype)
-    return backbone(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[0]
+    return inputs | {"attention_mask": mask, "use_cache": False}
+
+
+def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden state of each token of a packed batch, (tokens, hidden size), from a decoder without head."""
+    return backbone(**model_inputs(backbone, batch)).last_hidden_state[0]
 
 
 def row_hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
@@ -216,7 +221,8 @@ def can_branch(model: nn.Module) -> bool:
     config = backbone.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-    if unknown or not takes_positions or getattr(config, "alibi", False) or not hasattr(classifier, "score"):
+    reads_last = hasattr(classifier, "score") or classifier.get_output_embeddings() is not None
+    if unknown or not takes_positions or getattr(config, "alibi", False) or not reads_last:
         kind = f"{config.model_type} models"
         raise InputError(f"--pack_dialogues: {kind} cannot be packed; use --no_pack_dialogues")
     return config._attn_implementation in ("sdpa", "eager", "flex_attention")

@@ -22,7 +22,11 @@ from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path
 from rareturn.runs.reading import read_run
 from rareturn.runs.schemas import metric_of
 
-LIBRARIES = {"lora": "peft", "full": "transformers"}  # of loader.tuning; a probe's head is scikit-learn's
+LIBRARIES = {
+    "lora": "peft",
+    "full": "transformers",
+    "prompted": "transformers",
+}  # of loader.tuning; a probe's head is scikit-learn's
 METRIC_TYPES = {
     "macro_f1_positive": "f1",
     "macro_precision_positive": "precision",
@@ -43,6 +47,32 @@ def run_results(run_dir: str | os.PathLike, info: Mapping[str, Any]) -> dict[str
     if len(complete) == info["num_folds"]:
         results |= tables.measure_run(read_run(run_dir))
     return results
+
+
+def print_closing_table(run_dir: Path, info: Mapping[str, Any], fact: str | None = None) -> dict[str, Any]:
+    """Print a line for each fold and one for all rows; the scores over all rows, and the `test` rows with labels.
+
+    `fact` is a number of each fold's metrics to show beside its scores.
+    """
+    results = run_results(run_dir, info)
+    folds = [(f"fold {fold}", metrics) for fold, metrics in sorted(results["folds"].items())]
+    total, facts = sum(metrics["held_out_rows"] for _, metrics in folds), (fact,) if fact else ()
+    scores = tuple(dict.fromkeys((results["metric"], "accuracy")))
+    shown = [*folds, ("all folds", results["argmax"] | {"held_out_rows": total})]
+    test = results.get("test")
+    if test:
+        shown.append(("test file", test["argmax"] | {"held_out_rows": test["rows"]}))
+    rows = [
+        [
+            name,
+            str(metrics["held_out_rows"]),
+            *(f"{metrics[fact]:g}" if fact in metrics else "" for fact in facts),
+            *(f"{metrics[score]:.4f}" for score in scores),
+        ]
+        for name, metrics in shown
+    ]
+    print(Table(f"{info['name']}: out-of-fold rows, argmax", ("", "rows", *facts, *scores), rows).text())
+    return results["argmax"] | ({"test": test} if test else {})
 
 
 def _has_score_head(folder: Path) -> bool:
