@@ -194,7 +194,7 @@ def read_errors(arguments: AppArguments, bundle: Bundle, folder: Path) -> Errors
     for system in systems:
         check_shared(system.reference, system.info, first.reference, first.info)
         where = row_positions(system.reference, system.table, first.reference, first.oof)
-        what.append(f"{system.reference}: {system.how}")
+        what.append(f"{system.reference}: {'argmax' if system.run else system.info['what']}")
         labels.append(system.predictions[0][where])
     known = load_rows(arguments.rows, bundle.guide, columns=arguments.columns)
     table = make_table(known, 0, np.zeros((len(known), 1)))

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import read_recipe, run
 from rareturn.errors import InputError
-from rareturn.reports.tables import rule_text, score_titles, system_figures, systems_table, write_systems
+from rareturn.reports.tables import score_titles, system_figures, systems_table, write_systems
 from rareturn.runs.schemas import metric_of
 from rareturn.runs.systems import read_gold, read_system, run_costs
 
@@ -40,17 +40,12 @@ METHOD = "expected"  # for runs; the best single one in docs/BENCHMARKS.md, and 
 
 @dataclass
 class Rung:
-    """A recipe or a system.
-
-    Attributes:
-        systems: what the table shows, each with the run folders that it is made of.
-        fold: of a run that trains no others; None for all.
-    """
+    """A recipe or a system."""
 
     name: str
     command: list[str]
-    systems: dict[Path, list[Path]]
-    fold: Any = None
+    systems: dict[Path, list[Path]]  # what the table shows, and the run folders that each is made of
+    fold: Any = None  # of a run that trains no others
 
 
 def read_rung(path: str, output_dir: Path, settings: dict[str, str]) -> Rung:
@@ -66,12 +61,6 @@ def read_rung(path: str, output_dir: Path, settings: dict[str, str]) -> Rung:
         return Rung(name, command, systems)
     command = [str(ROOT / "scripts/launch_folds.sh"), path, *flags, "--output_dir", str(output)]
     return Rung(name, command, {output: [output]}, settings.get("fold", content.get("fold")))
-
-
-def run_rung(rung: Rung) -> bool:
-    """Whether the rung's command ended well."""
-    print(f"\n== {rung.name}: {shown(rung.command)}", flush=True)
-    return subprocess.run(rung.command, check=False).returncode == 0
 
 
 def shown(command: list[str]) -> str:
@@ -108,7 +97,10 @@ def main() -> None:
         return
 
     # Train
-    failed = [rung.name for rung in rungs if not run_rung(rung)]
+    failed = []
+    for rung in rungs:
+        print(f"\n== {rung.name}: {shown(rung.command)}", flush=True)
+        failed += [rung.name] * (subprocess.run(rung.command, check=False).returncode != 0)
 
     # Evaluate
     metric, figures = None, {}
@@ -124,8 +116,8 @@ def main() -> None:
 
     # Save
     if figures:
-        note = f"Rule: {rule_text(METHOD)}. Seconds: all folds; parameters and memory: the largest model's."
-        table = systems_table(score_titles(metric)[metric], figures, note)
+        note = "Seconds: all folds; parameters and memory: the largest model's."
+        table = systems_table(score_titles(metric)[metric], figures, METHOD, note)
         stem = Path(arguments.table or output_dir / "ladder")
         write_systems(stem, "Ladder", [table], figures, metric)
         print(f"\n{table.text()}\n\nwrote {stem}.md, .html, .csv and .png")

@@ -32,15 +32,8 @@ from rareturn.decisions.methods import METHODS
 from rareturn.decisions.metrics import difference_interval
 from rareturn.errors import InputError
 from rareturn.files import write_json
-from rareturn.reports.tables import (
-    Table,
-    fold_text,
-    rule_text,
-    score_titles,
-    system_figures,
-    systems_table,
-    write_systems,
-)
+from rareturn.reports import tables
+from rareturn.reports.tables import Table
 from rareturn.runs.alignment import check_shared, row_positions
 from rareturn.runs.schemas import metric_of
 from rareturn.runs.systems import read_gold, read_system
@@ -48,28 +41,24 @@ from rareturn.runs.systems import read_gold, read_system
 
 def find_flips(labels: np.ndarray, first: np.ndarray, second: np.ndarray, ids: Sequence[str]) -> list[dict]:
     """Each pair of different labels [n] that two systems give the same rows, most rows first."""
-    pairs = Counter(zip(first.tolist(), second.tolist(), strict=True))
     flips = []
-    for (a, b), count in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
+    for (a, b), count in Counter(zip(first.tolist(), second.tolist(), strict=True)).items():
         here = np.flatnonzero((first == a) & (second == b))
         right = {name: int((labels[here] == label).sum()) for name, label in (("a_right", a), ("b_right", b))}
         if a != b:
             flips.append({"a": a, "b": b, "rows": count, **right, "ids": [ids[row] for row in here]})
-    return flips
+    return sorted(flips, key=lambda flip: (-flip["rows"], flip["a"], flip["b"]))
 
 
 def flip_table(flips: Sequence[dict[str, Any]], names: Sequence[str], labels: Sequence[str]) -> Table:
     """The rows on which two systems differ, by pair of labels, with the first ids of each."""
-    rows = [
-        [
-            f"{flip['a']} {labels[flip['a']]} -> {flip['b']} {labels[flip['b']]}",
-            *(str(flip[key]) for key in ("rows", "a_right", "b_right")),
-            ", ".join(flip["ids"][:3]) + (", ..." if flip["rows"] > 3 else ""),
-        ]
-        for flip in flips
-    ]
-    title = f"Rows that flip: {sum(flip['rows'] for flip in flips)}"
-    return Table(title, (" -> ".join(names), "rows", f"{names[0]} right", f"{names[1]} right", "ids"), rows)
+    rows = []
+    for flip in flips:
+        pair = " -> ".join(f"{label} {labels[label]}" for label in (flip["a"], flip["b"]))
+        ids = ", ".join(flip["ids"][:3]) + (", ..." if flip["rows"] > 3 else "")
+        rows.append([pair, str(flip["rows"]), str(flip["a_right"]), str(flip["b_right"]), ids])
+    header = (" -> ".join(names), "rows", *(f"{name} right" for name in names), "ids")
+    return Table(f"Rows that flip: {sum(flip['rows'] for flip in flips)}", header, rows)
 
 
 def main() -> None:
@@ -88,9 +77,7 @@ def main() -> None:
         "argmax fits none.",
     )
     parser.add_argument("--metric", help=f"Score to rank by: {METRICS_HELP}. Default: the first system's.")
-    parser.add_argument(
-        "--seed", type=int, default=42, help="Of folds, searches and bootstraps. Default: 42."
-    )
+    parser.add_argument("--seed", type=int, default=42, help="Of folds and bootstraps. Default: 42.")
     parser.add_argument("--output_dir", help="Folder for leaderboard.md, .html, .csv, .png and .json.")
     arguments = parser.parse_args()
     if twice := [name for name, count in Counter(arguments.systems).items() if count > 1]:
@@ -110,7 +97,7 @@ def main() -> None:
     truth, predictions, figures = first.truth(metric, arguments.seed), {}, {}
     for system, place in zip(systems, places, strict=True):
         own = system.truth(metric, arguments.seed)
-        figures[system.reference] = system_figures(system, own, test, arguments.labels)
+        figures[system.reference] = tables.system_figures(system, own, test, arguments.labels)
         predictions[system.reference] = system.predictions[:, place]
     order = sorted(figures, key=lambda name: -figures[name]["cross_fitted"][0])
     best, figures = order[0], {name: figures[name] for name in order}
@@ -118,23 +105,28 @@ def main() -> None:
         difference = figures[name]["cross_fitted"][0] - figures[best]["cross_fitted"][0]
         interval = difference_interval(truth, predictions[best], predictions[name])
         figures[name]["difference"] = [difference, *interval]
-    title = f"{score_titles(metric)[metric]}, {len(truth.labels):,} rows of {truth.num_groups:,} dialogues"
-    note = f"Ranked by the rule, which is {rule_text(arguments.method)}; differences are paired; {fold_text(first.info)}."
+    size = f"{len(truth.labels):,} rows of {truth.num_groups:,} dialogues"
+    note = f"Ranked by the rule; differences are paired; {tables.fold_text(first.info)}."
     made = {system.reference: metric_of(system.info) for system in systems}
     if arguments.metric is None and len(set(made.values())) > 1:
         named = ", ".join(f"{name} for {own}" for name, own in made.items())
         note += f" Made for several metrics ({named}); this is by {metric}, the first one's."
-    tables, content = [systems_table(title, figures, note)], {"metric": metric, "systems": figures}
+    shown = [
+        tables.systems_table(
+            f"{tables.score_titles(metric)[metric]}, {size}", figures, arguments.method, note
+        )
+    ]
+    content: dict[str, Any] = {"metric": metric, "systems": figures}
     if len(order) == 2:
         both = (predictions[name][0] for name in order)  # of repeated predictions the first
         content["flips"] = find_flips(truth.labels, *both, first.table.id)
-        tables.append(flip_table(content["flips"], order, first.info["label_names"]))
-    print("\n\n".join(table.text() for table in tables))
+        shown.append(flip_table(content["flips"], order, first.info["label_names"]))
+    print("\n\n".join(table.text() for table in shown))
 
     # Save
     if arguments.output_dir:
         stem = Path(arguments.output_dir) / "leaderboard"
-        write_systems(stem, "Leaderboard", tables, figures, metric)
+        tables.write_systems(stem, "Leaderboard", shown, figures, metric)
         write_json(stem.with_suffix(".json"), content)
         print(f"\nwrote {stem}.html")
 

@@ -241,11 +241,10 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
 
     content = with_variables(read_recipe(arguments.system), arguments.system)
-    if arguments.output:
-        content["output"] = arguments.output
+    content |= {"output": arguments.output} if arguments.output else {}
     system = check_content(System, content, arguments.system)
-    given = {name: getattr(arguments, name) for name in ("label_guide", "train_file", "test_file")}
-    system.data |= {name: value for name, value in given.items() if value}
+    given = ((name, getattr(arguments, name)) for name in ("label_guide", "train_file", "test_file"))
+    system.data |= {name: value for name, value in given if value}
     stages = make_stages(system, more)
     if arguments.dry_run:
         print("\n".join(shown(stage.command) for stage in stages))

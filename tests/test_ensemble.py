@@ -488,10 +488,15 @@ def test_compare_with_an_ensemble(place: Path, capsys):
     assert compare("out", "c") == 2
     assert 'c: label_names: label 0: "x", but "none" in out' in capsys.readouterr().err
     content = read("out/oof_predictions.json")
-    for change in ({"label": [9] * ROWS}, {"id": IDS[:-1]}, {"predictions": [["x"] * ROWS]}, {"what": 1}):
+    for change in (
+        {"label": [9] * ROWS},
+        {"id": IDS[:-1]},
+        {"predictions": [["x"] * ROWS]},
+        {"fold_groups": 1},
+    ):
         Path("out/oof_predictions.json").write_text(json.dumps(content | change))
         assert compare("a", "out") == 2
-        assert "not what ensemble.py writes" in capsys.readouterr().err
+        assert "leaderboard.py: error: out/oof_predictions.json: " in capsys.readouterr().err
 
 
 def test_kappa_against_scikit_learn():

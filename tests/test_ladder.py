@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import ladder  # noqa: E402
 import leaderboard  # noqa: E402
+import system  # noqa: E402
 
 LABELS = np.arange(of_ensemble.ROWS) % 3
 
@@ -173,7 +177,7 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     probe = {"script": "linear_probe.py", "model_name_or_path": str(place / "encoder"), "C": [1]}
     system = {"output": "outputs/system", "runs": {"probe": probe, "twin": probe | {"layer": 1}}}
     system["ensemble"] = {"method": "argmax", "repeats": 1}
-    files = {"one": recipe, "two": system, "three": {"learning_rat": 1}}
+    files = {"one": recipe, "two": system, "three": {"fold": 7}}
     for name, content in files.items():
         (place / f"{name}.yaml").write_text(yaml.safe_dump(content))
     data = {
@@ -190,9 +194,10 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 def test_a_ladder_from_recipes_to_its_table(climbed, capfd, monkeypatch):
     place, words = climbed
     monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("SCRIPT", str(ROOT / "run_classification.py"))  # unparsed beforehand: seconds
     assert run_script(ladder.main, *words) == 1
     shown = capfd.readouterr()
-    assert "unknown key 'learning_rat'; did you mean 'learning_rate'?" in shown.err + shown.out
+    assert "launch_folds.sh: error: fold must be one of 0 to 1, not 7" in shown.err
     assert shown.err.endswith(f"failed, and not in the table: {place.name}/three\n")
     with open(place / "outputs/ladder.csv", newline="") as file:
         one, two = csv.DictReader(file)
@@ -240,3 +245,18 @@ def test_the_ladder_of_the_paper_prints_its_commands(capsys, monkeypatch):
     ] * 2
     assert run_script(ladder.main, *rungs, "--set", "num_train_epochs") == 2
     assert "--set num_train_epochs: KEY=VALUE expected" in capsys.readouterr().err
+
+
+def test_every_command_of_the_page_of_systems_can_be_typed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = Path("docs/SYSTEMS.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`((?:python |scripts/)\S[^`]*)`", page)
+    assert len(commands) > 20
+    for words in map(shlex.split, commands):
+        script, *words = words[words[0] == "python" :]
+        paths = [path for word in words for path in glob.glob(word) or [word] if word.endswith(".yaml")]
+        assert Path(script).is_file() and all(Path(path).is_file() for path in paths), script
+        module = {"scripts/ladder.py": ladder, "scripts/system.py": system}.get(script)
+        assert module is None or run_script(module.main, *paths, "--dry_run") == 0
+    assert "recipes/ladder/r3.yaml" in capsys.readouterr().out
+    assert all(Path("tests", name).is_file() for name in set(re.findall(r"tests/(test_\w+\.py)", page)))

@@ -194,21 +194,18 @@ def search_curves(curves: Sequence[Curve], cross_fitted: Stage, metric: str, tit
 @_as_png
 def scores_of_systems(figures: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], score: str) -> Any:
     """Every system's scores ([score, low, high], by the keys of `titles`) and their intervals, side by side."""
-    styles = {
-        "argmax": (BEFORE, "o"),
-        "cross_fitted": (AFTER, "D"),
-        "test_argmax": (BEFORE, "^"),
-        "test_rule": (AFTER, "v"),
-    }
+    styles = {"argmax": "o", "cross_fitted": "D", "test_argmax": "^", "test_rule": "v"}
     shown = [key for key in styles if any(key in of for of in figures.values())]
     figure, (axes,) = _figure(score[0].upper() + score[1:], 1.4 + 0.16 * (len(shown) + 1) * len(figures))
     for number, key in enumerate(shown):
-        colour, marker = styles[key]
+        colour = BEFORE if "argmax" in key else AFTER
         here = [(place, of[key]) for place, of in enumerate(figures.values()) if key in of]
         places = np.array([place for place, _ in here]) + 0.8 * ((number + 0.5) / len(shown) - 0.5)
         for place, (_, value) in zip(places, here, strict=True):
             axes.plot(value[1:], [place] * len(value[1:]), color=colour, linewidth=2, alpha=0.6)
-        axes.plot([of[0] for _, of in here], places, marker, color=colour, markersize=6, label=titles[key])
+        axes.plot(
+            [of[0] for _, of in here], places, styles[key], color=colour, markersize=6, label=titles[key]
+        )
     axes.set_yticks(range(len(figures)), [textwrap.fill(name, 28) for name in figures])
     axes.set(ylim=(len(figures) - 0.5, -0.5), xlabel="Score; bars: 95 % interval over dialogues")
     axes.grid(axis="x", color="#DDDDDD")

@@ -44,6 +44,7 @@ STAGE_TITLES = {
 }
 SYSTEM_TITLES = {  # of what `system_figures` and the scripts that show systems know of each
     "rows": "rows",
+    "held_out": "held out",
     "argmax": "argmax",
     "cross_fitted": "rule, cross-fitted",
     "difference": "to the best",
@@ -127,9 +128,10 @@ def rows_per_class(truth: Truth) -> list[int]:
     return np.bincount(truth.labels, minlength=truth.num_labels).tolist()
 
 
-def interval_text(value: float, interval: Sequence[float] | None) -> str:
-    """`0.392 [0.351, 0.428]`, or the value alone."""
-    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+def interval_text(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
+    """`0.392 [0.351, 0.428]`, or the value alone; with `sign` "+", signed."""
+    text = [f"{number:{sign}.3f}" for number in (value, *(interval or ()))]
+    return text[0] + (f" [{text[1]}, {text[2]}]" if interval else "")
 
 
 def score_text(scores: Mapping[str, Any], name: str, label: int | None = None) -> str:
@@ -194,7 +196,8 @@ def system_figures(
         interval = bootstrap_interval(against, predictions) if against.num_groups > 1 else ()
         return [against.score(predictions), *interval]
 
-    figures: dict[str, Any] = {"rows": len(truth.labels)}
+    held_out = "dialogues" if system.info["fold_groups"] == "dialogue" else "rows"
+    figures: dict[str, Any] = {"rows": len(truth.labels), "held_out": held_out}
     of_ensemble = system.info.get("argmax") or {}
     if system.run is not None:
         figures["argmax"] = scored(system.table.logits.argmax(axis=1))
@@ -210,26 +213,20 @@ def system_figures(
     return figures
 
 
-def rule_text(method: str) -> str:
-    """How systems decide, for the note of their table."""
-    return f"`{method}`, cross-fitted (an ensemble's: its own decision); [95 % interval, bootstrap over dialogues]"
-
-
-def systems_table(title: str, figures: Mapping[str, Mapping[str, Any]], note: str) -> Table:
-    """One line a system, with the columns of `SYSTEM_TITLES` that any of them has."""
+def systems_table(title: str, figures: Mapping[str, Mapping[str, Any]], method: str, note: str) -> Table:
+    """One line a system, with the columns of `SYSTEM_TITLES` that any of them has; runs decide by this `method`."""
 
     def cell(key: str, value: Any) -> str:
-        if value is None:
-            return "-"
-        if key == "difference":
-            return f"{value[0]:+.3f}" + (f" [{value[1]:+.3f}, {value[2]:+.3f}]" if value[1:] else "")
         if isinstance(value, list):
-            return interval_text(value[0], value[1:])
-        return f"{value / 2**20 if key == 'peak_memory_bytes' else value:,.0f}"
+            return interval_text(value[0], value[1:], "+" if key == "difference" else "")
+        if isinstance(value, (int, float)):
+            return f"{value / 2**20 if key == 'peak_memory_bytes' else value:,.0f}"
+        return value or "-"
 
     keys = [key for key in SYSTEM_TITLES if any(key in of for of in figures.values())]
     rows = [[name, *(cell(key, of.get(key)) for key in keys)] for name, of in figures.items()]
-    return Table(title, ("system", *(SYSTEM_TITLES[key] for key in keys)), rows, note)
+    how = f"Rule: `{method}`, fitted on other dialogues (an ensemble's: its own); [95 % interval over dialogues]"
+    return Table(title, ("system", *(SYSTEM_TITLES[key] for key in keys)), rows, f"{how}. {note}")
 
 
 def write_systems(
@@ -239,10 +236,9 @@ def write_systems(
     from rareturn.reports.figures import scores_of_systems
 
     picture = scores_of_systems(figures, SYSTEM_TITLES, score_titles(metric)[metric])
-    uri = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    parts = {"title": title, "tables": tables, "picture": f"{stem.name}.png", "uri": uri}
-    parts["alt"] = "The scores of the table with their 95 % intervals"
-    lines = []
+    parts = {"title": title, "tables": tables, "picture": f"{stem.name}.png"}
+    parts["uri"] = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    lines: list[dict[str, Any]] = []
     for name, of_system in figures.items():
         lines.append({"system": name})
         for key, value in of_system.items():

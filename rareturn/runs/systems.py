@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rareturn.data.folds import FOLD_GROUPS
+from rareturn.data.folds import FoldGroups
 from rareturn.data.label_guide import DEFAULT_METRIC, find_metric, load_label_guide, parse_label_guide
 from rareturn.data.rows import DataArguments, Row, load_source
 from rareturn.decisions.cross_fitting import Recipe, cross_fit, fit_rule, repeated_folds
 from rareturn.decisions.metrics import Truth
 from rareturn.decisions.probabilities import softmax
 from rareturn.errors import InputError
-from rareturn.files import read_json
+from rareturn.files import check_content, read_json
 from rareturn.runs.alignment import align_test
 from rareturn.runs.folder import metrics_path, read_run_info
 from rareturn.runs.reading import Run, read_run
@@ -25,25 +26,42 @@ from rareturn.runs.tables import LogitTable
 PREDICTIONS_FILE = "oof_predictions.json"
 
 
+class OofPredictions(BaseModel):
+    """What ensemble.py writes of its out-of-fold rows; `predictions` has a list a repeat."""
+
+    model_config = ConfigDict(strict=True)
+
+    label_names: Annotated[list[str], Field(min_length=2)]
+    positive_labels: list[int]
+    fold_groups: FoldGroups
+    metric: str = DEFAULT_METRIC
+    id: Annotated[list[str], Field(min_length=1)]
+    dialogue_id: list[str]
+    label: list[int]
+    predictions: Annotated[list[list[int]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> OofPredictions:
+        find_metric(self.metric, self.label_names)
+        columns = self.id, self.dialogue_id, self.label, *self.predictions
+        if {len(column) for column in columns} != {len(set(self.id))}:
+            raise ValueError("not one entry a row")
+        labels = {*self.positive_labels, *self.label}.union(*self.predictions)
+        if not labels <= {*range(len(self.label_names))}:
+            raise ValueError("a label that has no name")
+        return self
+
+
 @dataclass(eq=False)
 class System:
-    """What a run or an ensemble says of its out-of-fold rows.
-
-    Attributes:
-        how: the rule of `predictions`, in words.
-        info: `label_names`, `positive_labels`, `fold_groups` and `metric` at least; `label_guide` where it is known; of an
-            ensemble the scores of `argmax`, too.
-        table: ids, dialogues and labels; of an ensemble without logits.
-        predictions: int64 [repeats, n], by rules that were fitted on other dialogues.
-        rule: what is fitted to a run's logits; None for an ensemble, which has decided.
-        run: None for an ensemble.
-    """
+    """What a run or an ensemble says of its out-of-fold rows; an ensemble has neither logits, `rule` nor `run`."""
 
     reference: str
-    how: str
-    info: dict[str, Any]
+    info: dict[
+        str, Any
+    ]  # `run.json`; of an ensemble what `OofPredictions` has, its guide and the scores of `argmax`
     table: LogitTable
-    predictions: np.ndarray
+    predictions: np.ndarray  # int64 [repeats, n], by rules that were fitted on other dialogues
     rule: Recipe | None = None
     run: Run | None = None
 
@@ -77,10 +95,8 @@ class System:
 
 def read_gold(path: str, systems: Sequence[System]) -> list[Row]:
     """The rows of a labelled test file, in the labels of these systems' guide."""
-    known = [system.info["label_guide"] for system in systems if system.info.get("label_guide")]
-    guide = (
-        parse_label_guide(known[0], "label_guide") if known else load_label_guide(DataArguments.label_guide)
-    )
+    known = next((system.info["label_guide"] for system in systems if system.info.get("label_guide")), None)
+    guide = parse_label_guide(known, path) if known else load_label_guide(DataArguments.label_guide)
     return load_source(path, guide).rows
 
 
@@ -96,42 +112,19 @@ def read_system(
     run = read_run(reference, folds=folds)
     rule, truth = Recipe(method), run.truth(metric, seed)
     found = cross_fit(rule, [run.oof.logits], truth, repeated_folds(truth))
-    how = method if method == "argmax" else f"{method}, fitted here"
-    return System(reference, how, run.info, run.oof, found.predictions, rule, run)
+    return System(reference, run.info, run.oof, found.predictions, rule, run)
 
 
 def _read_ensemble(reference: str) -> System:
     path = Path(reference) / PREDICTIONS_FILE
-    content = read_json(path)
-    try:
-        labels, predictions = np.array(content["label"]), np.array(content["predictions"])
-        names, count = content["label_names"], len(content["id"])
-        whole = all(isinstance(text, str) for key in ("id", "dialogue_id") for text in content[key])
-        fits = (
-            whole
-            and len(content["dialogue_id"]) == count == len(set(content["id"]))
-            and labels.shape == (count,)
-            and predictions.shape[1:] == (count,)
-            and count > 0
-            and all(
-                array.dtype.kind == "i" and array.min() >= 0 and array.max() < len(names)
-                for array in (labels, predictions)
-            )
-            and set(content["positive_labels"]) <= set(range(len(names)))
-            and isinstance(content["what"], str)
-            and content["fold_groups"] in FOLD_GROUPS
-            and find_metric(str(content.get("metric", DEFAULT_METRIC)), names)
-        )
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise InputError(f"{path}: not what ensemble.py writes")
-    zeros = np.zeros(count, dtype=np.int64)
-    table = LogitTable(content["id"], content["dialogue_id"], zeros, labels, np.zeros((count, 1), np.float32))
+    info = read_json(path)
+    check_content(OofPredictions, info, str(path))
     for key, file in (("label_guide", "ensemble.json"), ("argmax", "metrics.json")):
         if (beside := path.with_name(file)).is_file():
-            content[key] = read_json(beside).get(key)
-    return System(reference, content["what"], content, table, predictions)
+            info[key] = read_json(beside).get(key)
+    labels, none = np.array(info["label"]), np.zeros((len(info["id"]), 1), np.float32)
+    table = LogitTable(info["id"], info["dialogue_id"], np.zeros(len(labels), np.int64), labels, none)
+    return System(reference, info, table, np.array(info["predictions"]))
 
 
 def run_costs(run_dirs: Sequence[Path], folds: Sequence[int] | None = None) -> dict[str, Any]:
