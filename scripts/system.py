@@ -214,6 +214,16 @@ def fetch_packaged(word: str) -> str:
     return done.stdout.strip()
 
 
+def run_command(command: list[str]) -> int:
+    """A command's exit status; on SIGTERM it is stopped too, with the time that a fold needs to save a checkpoint."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except SystemExit:
+            process.terminate()
+            raise
+
+
 def score_of(stage: Stage, output: Path) -> str:
     """The score that a stage leaves behind, if any: a run's argmax, the ensemble's cross-fitted one with its interval."""
     from rareturn.reports.tables import interval_text, measure_run
@@ -259,7 +269,7 @@ def main() -> None:
             status = "complete"
         else:
             print(f"\n== {number} of {len(stages)}: {shown(stage.command)}", flush=True)
-            ended = subprocess.run(list(map(fetch_packaged, stage.command)), check=False).returncode
+            ended = run_command(list(map(fetch_packaged, stage.command)))
             if ended:
                 print(
                     f"{stage.name}: ended with status {ended}; the same command goes on here", file=sys.stderr

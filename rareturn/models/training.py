@@ -232,9 +232,7 @@ class CheckpointSeal(TrainerCallback):
         self.identity = identity
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        state.compute_steps(
-            args, state.max_steps
-        )  # how often this launch logs and saves, not how the checkpoint's did
+        state.compute_steps(args, state.max_steps)  # as often as this launch asks for, not the checkpoint's
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():

@@ -35,13 +35,8 @@ def log_scores(
 
     project, space = tracking.project or project, tracking.trackio_space_id
     trackio.init(project=project, name=name, space_id=space, private=True, resume="allow", auto_log_cpu=False)
-    scores = {stage: metrics[stage] for stage in ("argmax", "in_sample", "cross_fitted")}
-    trackio.log(
-        {
-            f"{stage}/{key}": value
-            for stage in scores
-            for key, value in scores[stage].items()
-            if isinstance(value, float)
-        }
-    )
+    scores = [
+        (stage, *item) for stage in ("argmax", "in_sample", "cross_fitted") for item in metrics[stage].items()
+    ]
+    trackio.log({f"{stage}/{key}": value for stage, key, value in scores if isinstance(value, float)})
     trackio.finish()
