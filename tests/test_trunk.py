@@ -116,7 +116,7 @@ def test_training_on_cached_states_is_training_on_the_whole_model(tmp_path: Path
     assert train(model, tmp_path / "uncached", trunk_cache_gb=0, **flags) == 0
     cached, uncached = logits(tmp_path / "cached"), logits(tmp_path / "uncached")
     # nf4 computes its products in bf16, and batches of other shapes round otherwise.
-    tolerance = 3e-2 if way == "nf4" else 1e-4
+    tolerance = 5e-2 if way == "nf4" else 1e-4
     assert np.ptp(uncached, axis=0).mean() > 10 * tolerance
     np.testing.assert_allclose(cached, uncached, atol=tolerance)
     assert weights(tmp_path / "cached").keys() == weights(tmp_path / "uncached").keys()

@@ -365,7 +365,7 @@ def add_lora(
     if not own and "lm_head" in (targets or []):
         raise InputError("lora_target_modules: --head label_tokens reads 'lm_head' as it is")
     sizes = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
-    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": own or None}
+    where: dict[str, Any] = {"target_modules": targets, "modules_to_save": list(own) or None}
     if cut:
         where["layers_to_transform"] = list(range(cut, len(layer_list(model.base_model))))
     try:

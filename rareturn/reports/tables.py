@@ -57,9 +57,9 @@ SYSTEM_TITLES = {  # of what `system_figures` and the scripts that show systems 
 
 
 def fold_text(info: Mapping[str, Any]) -> str:
-    """How rows were held out, and so what the figures estimate; of a `run.json`, or an ensemble's metrics."""
+    """How rows were held out, and so what the figures estimate; of a `run.json`, or what an ensemble writes."""
     text = FOLD_TEXTS[info["fold_groups"]]
-    return text.replace("folds", "one validation file", 1) if info["num_folds"] == 1 else text
+    return text.replace("folds", "one validation file", 1) if info.get("num_folds") == 1 else text
 
 
 def score_titles(metric: str) -> dict[str, str]:
