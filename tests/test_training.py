@@ -163,7 +163,9 @@ def test_qlora_fold_its_files_and_its_reloaded_adapter(decoder: str, tmp_path: P
     assert info["packages"]["torch"] and info["recipe"]["lora_r"] == 4
 
     # A stranger's way back, without our loader: base in 4 bits, adapter on top, one row at a time.
-    base = find_base_model(decoder, **{name: info["loader"][name] for name in LOADING if name in info["loader"]})
+    base = find_base_model(
+        decoder, **{name: info["loader"][name] for name in LOADING if name in info["loader"]}
+    )
     tokenizer = load_tokenizer(base)
     rendered = Renderer(tokenizer, GUIDE, is_encoder=False, **info["window"]).render(held_out)
     model = load_trained(base, fold / "adapter", GUIDE.names, tokenizer.pad_token_id).eval()
