@@ -6,7 +6,8 @@
 #   scripts/launch_folds.sh recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl
 #   JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --output_dir outputs/demo
 #
-# Flags behind the recipe go to every fold. `fold` in the recipe, or --fold K, is launched alone. Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
+# Flags behind the recipe go to every fold. `fold: K` in the recipe, or --fold K, launches that fold alone.
+# Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
 # mistake in the recipe or the flags), 129, 130 or 143 (stopped).
 #
 # Environment:
