@@ -46,7 +46,7 @@ from rareturn.endpoint import Asking, Choice, Endpoint, prompt_template
 from rareturn.errors import InputError, first_line
 from rareturn.files import write_bytes, write_json
 from rareturn.reports.cards import print_closing_table
-from rareturn.reports.push import push_folds
+from rareturn.reports.push import check_push, push_folds
 from rareturn.runs import folder
 from rareturn.runs.references import check_name
 from rareturn.runs.tables import make_table, rows_digest, write_table
@@ -279,6 +279,7 @@ def main() -> None:
     run_name = check_name(arguments.run_name or run_dir.resolve().name, "--run_name")
     if hub.push_only:
         return push_folds(run_dir, hub)
+    check_push(hub, run_name)
 
     # Logging
     start_logging()
