@@ -105,10 +105,8 @@ def take_from_run(arguments: ProbeArguments) -> tuple[Run, list[Path], dict[str,
         advice = "allow it by --trust_remote_code"
         raise InputError(f"{where}: {info['base_model']} runs code of its own; {advice}")
     packaged = ":" in (info["base_revision"] or "")
-    taken = {
-        "model_name_or_path": info["base_model"],
-        **check_content(Window, info["window"], where).model_dump(),
-    }
+    taken = check_content(Window, info["window"], where).model_dump()
+    taken["model_name_or_path"] = info["base_model"]
     taken["model_revision"] = None if packaged else info["base_revision"]
     how = {name: loader.pop(name) for name in ("head", "pooling")}
     defaults = {item.name: item.default for item in fields(arguments)}
@@ -145,9 +143,7 @@ def check_same_rows(run: Run, data: RunData, frozen: FrozenFeatures) -> None:
         ("prompt", prompt and run.info["prompt_fingerprint"], prompt),
     ):
         if there != here:
-            raise InputError(
-                f"--adapter {run.reference}: {what}: not those of this run's flags; give the same"
-            )
+            raise InputError(f"--adapter {run.reference}: {what}: not those of these flags")
 
 
 def features_of(
@@ -171,9 +167,8 @@ def fit_fold(
 
     # Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
     # because a few of them are orders of magnitude larger than the rest.
-    block_size = features.shape[1] // len(frozen.parts) if frozen.is_encoder else 1
     fitting = {"num_labels": len(frozen.guide.labels), "weights": arguments.class_weights}
-    fitting["block_size"] = block_size
+    fitting["block_size"] = features.shape[1] // len(frozen.parts) if frozen.is_encoder else 1
     splits = probing.inner_folds(labels, groups, is_variant, arguments.seed)
     C, losses = probing.choose_C(features, labels, splits, arguments.C, **fitting)
     return probing.fit_head(features, labels, C=C, **fitting), losses
