@@ -31,6 +31,7 @@ class OofPredictions(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    what: str  # how the predictions came about
     label_names: Annotated[list[str], Field(min_length=2)]
     positive_labels: list[int]
     fold_groups: FoldGroups
@@ -119,9 +120,10 @@ def _read_ensemble(reference: str) -> System:
     path = Path(reference) / PREDICTIONS_FILE
     info = read_json(path)
     check_content(OofPredictions, info, str(path))
-    for key, file in (("label_guide", "ensemble.json"), ("argmax", "metrics.json")):
-        if (beside := path.with_name(file)).is_file():
-            info[key] = read_json(beside).get(key)
+    for file, keys in (("ensemble.json", ["label_guide"]), ("metrics.json", ["argmax", "num_folds"])):
+        beside = path.with_name(file)
+        content = read_json(beside) if beside.is_file() else {}
+        info |= {key: content.get(key) for key in keys}
     labels, none = np.array(info["label"]), np.zeros((len(info["id"]), 1), np.float32)
     table = LogitTable(info["id"], info["dialogue_id"], np.zeros(len(labels), np.int64), labels, none)
     return System(reference, info, table, np.array(info["predictions"]))
