@@ -617,7 +617,7 @@ def test_benchmark(tmp_path):
     subprocess.run([sys.executable, "benchmarks/packing.py", *words], cwd=ROOT, check=True)
     result = json.loads(flags["output"].read_text())
     packed = [item for item in result["results"] if item["packed"]]
-    assert len(packed) == 5
+    assert len(packed) == 5 and sum(item["end_to_end"] for item in result["results"]) == 1
     for item in packed:
         if not item["cut"]:
             assert item["logit_difference"] <= 1e-5

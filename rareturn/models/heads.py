@@ -6,7 +6,7 @@ Importing this module lets `AutoModelForSequenceClassification` load a saved `Se
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -157,7 +157,7 @@ class TrunkMemory:
         self,
         encoder: nn.Module,
         trunk: Sequence[nn.Module],
-        states: Mapping[bytes, Tensor],
+        states: dict[bytes, Tensor],
         keep: bool = False,
     ):
         self.states, self.keep = states, keep
@@ -175,9 +175,8 @@ class TrunkMemory:
         rows = zip(inputs["input_ids"].cpu().numpy(), mask.sum(1).tolist(), strict=True)
         self.turns, self.output = [ids[:length].tobytes() for ids, length in rows], None
         if self.beside is not None and all(turn in self.states for turn in self.turns):
-            hidden = pad_sequence([self.states[turn] for turn in self.turns], batch_first=True).to(
-                mask.device
-            )
+            known = [self.states[turn] for turn in self.turns]
+            hidden = pad_sequence(known, batch_first=True).to(mask.device)
             self.output = (hidden, *[None] * (self.beside - 1)) if self.beside else hidden
 
     def _forward(self, compute: Callable, *args: Any, **inputs: Any) -> Any:
