@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """A script that ran in this process had SIGTERM for itself; pytest is to end by it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def sigterm_in_step(step: int) -> Iterator[None]:
     """`run_classification.py` in this process gets a SIGTERM within an optimizer step, counted from 1."""
     import run_classification
 
-    trainer, before = run_classification.weighted_trainer(), signal.getsignal(signal.SIGTERM)
+    trainer = run_classification.weighted_trainer()
     whole = trainer.training_step
 
     def training_step(self, *arguments, **kwargs):
@@ -51,4 +51,3 @@ def sigterm_in_step(step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "training_step", training_step)
         yield
-    signal.signal(signal.SIGTERM, before)
