@@ -56,7 +56,6 @@ class Asking:
     """
 
     temperature: float = 1.0  # the one value that reasoning models take
-    max_tokens: int | None = None  # of an answer; None: the flag's
     samples: int = 1
     logprobs: bool = False
     one_will_do: bool = False
@@ -101,7 +100,7 @@ class Endpoint:
         request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "seed": self.seed}
         request |= {
             "temperature": how.temperature,
-            "max_completion_tokens": how.max_tokens or self.max_new_tokens,
+            "max_completion_tokens": self.max_new_tokens,
         }
         request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if how.logprobs else {}
         if how.schema:
@@ -129,7 +128,7 @@ class Endpoint:
         requests = sum(how.samples for _, how in new)
         there = sum(len(prompt.encode()) * how.samples for prompt, how in new) // 4
         if back is None or not new:
-            back = sum((how.max_tokens or self.max_new_tokens) * how.samples for _, how in new)
+            back = requests * self.max_new_tokens
         text = f"at most {requests} requests ({len(asked) - len(new)} answers are in the cache)"
         text += f", about {there:,} tokens there and {back:,} back"
         if self.price_in is not None or self.price_out is not None:
