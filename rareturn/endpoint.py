@@ -28,9 +28,8 @@ logger = logging.getLogger(__name__)
 EXTRAS = ("response_format", "logprobs", "top_logprobs", "n")
 OPTIONAL = (*EXTRAS, "temperature", "seed", "max_completion_tokens")
 TOP_LOGPROBS = 20  # the most that OpenAI gives
-Choice = dict[
-    str, Any
-]  # `text`, `finish` (its reason), `refused`; `tokens` where there are log-probabilities
+# `text`, `finish` (its reason), `refused`; `tokens` where there are log-probabilities
+Choice = dict[str, Any]
 NO_ANSWER: Choice = {"text": "", "finish": "content_filter", "refused": True}
 
 

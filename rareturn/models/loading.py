@@ -279,9 +279,8 @@ def _load_weights(model_class: Any, base: BaseModel, config: Any) -> nn.Module:
             )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{base.name}: cannot be loaded as a classifier: {first_line(error)}") from None
-    if (
-        base.gguf_file
-    ):  # dequantized; transformers takes it for still quantized and would not train or save it
+    if base.gguf_file:
+        # Dequantized; transformers takes it for still quantized, and would not train or save it.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
     new_head = model_class is not AutoModel and base.head == "classifier"

@@ -1,7 +1,8 @@
 """Linear probes: features of rows from a frozen or a trained model, and a logistic head on them.
 
 Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
-hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`, or at a trained model's last layer.
+hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
+or at a trained model's last layer.
 """
 
 from __future__ import annotations
@@ -205,11 +206,7 @@ def fit_head(
     if len(classes) < 2:
         raise InputError(f"all {len(labels)} training rows have label {classes[0]}: nothing to tell apart")
     mean = features.mean(axis=0, dtype=np.float64) * has_bias
-    variance = (
-        features.var(axis=0, dtype=np.float64)
-        if has_bias
-        else np.square(features, dtype=np.float64).mean(axis=0)
-    )
+    variance = np.square(features - mean).mean(axis=0)
     starts = np.arange(0, len(variance), block_size)
     scale = np.repeat(np.sqrt(np.add.reduceat(variance, starts) * len(starts)), block_size)
     scale[scale == 0] = 1.0

@@ -22,11 +22,8 @@ from rareturn.runs.folder import adapter_dir, complete_folds, metrics_path
 from rareturn.runs.reading import read_run
 from rareturn.runs.schemas import metric_of
 
-LIBRARIES = {
-    "lora": "peft",
-    "full": "transformers",
-    "prompted": "transformers",
-}  # of loader.tuning; a probe's head is scikit-learn's
+# Of loader.tuning; a probe's head is scikit-learn's.
+LIBRARIES = {"lora": "peft", "full": "transformers", "prompted": "transformers"}
 METRIC_TYPES = {
     "macro_f1_positive": "f1",
     "macro_precision_positive": "precision",

@@ -58,9 +58,8 @@ class System:
     """What a run or an ensemble says of its out-of-fold rows; an ensemble has neither logits, `rule` nor `run`."""
 
     reference: str
-    info: dict[
-        str, Any
-    ]  # `run.json`; of an ensemble what `OofPredictions` has, its guide and the scores of `argmax`
+    # `run.json`; of an ensemble what `OofPredictions` has, its guide, number of folds and scores of `argmax`
+    info: dict[str, Any]
     table: LogitTable
     predictions: np.ndarray  # int64 [repeats, n], by rules that were fitted on other dialogues
     rule: Recipe | None = None
