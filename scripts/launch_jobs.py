@@ -116,7 +116,7 @@ def fold_job(
     install = ["python", "-m", "pip", "install", "--quiet", "--constraint", f"{CODE}/requirements.txt"]
     train = ["python", f"{CODE}/run_classification.py", "--config", f"{CODE}/recipe.yaml", *flags]
     train += ["--label_guide", f"{CODE}/label_guide.yaml"] if "label_guide.yaml" in names else []
-    train += ["--fold", str(fold), "--output_dir", f"{OUTPUTS}/{run}", "--push_to_hub"]
+    train += ["--fold", str(fold), "--output_dir", f"{OUTPUTS}/{run}", "--run_name", run, "--push_to_hub"]
     # `exec`: a job that is stopped sends its SIGTERM to the training, which then saves a checkpoint.
     script = f"{shlex.join([*install, f'{CODE}/{wheel}[gguf,tracking]'])} && exec {shlex.join(train)}"
     return {
@@ -149,11 +149,14 @@ def as_command(job: dict[str, Any]) -> str:
 
 
 def find_price(flavor: str) -> float:
-    """Dollars an hour of a kind of machine, as the Hub lists it."""
+    """Dollars an hour of a machine, as the Hub lists it; an InputError for one that a fold cannot use."""
     kinds = {kind.name: kind for kind in Persistence().call(HfApi().list_jobs_hardware)}
     if flavor not in kinds:
         raise InputError(f"--jobs {flavor}: not one of the Hub's machines: {', '.join(kinds)}")
-    return kinds[flavor].unit_cost_usd * PER_HOUR[kinds[flavor].unit_label]
+    kind = kinds[flavor]
+    if kind.accelerator and int(kind.accelerator.quantity) > 1:
+        raise InputError(f"--jobs {flavor}: {kind.accelerator.quantity} GPUs, but a fold takes one")
+    return kind.unit_cost_usd * PER_HOUR[kind.unit_label]
 
 
 def complete_on_hub(repos: dict[str, str], run: str, folds: range, splits: list[str]) -> list[int]:
@@ -254,10 +257,8 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         cancel = [f"hf jobs cancel {job.owner.name}/{job.id}" for job in jobs.values()]
         print("\nThe same command follows the jobs. To stop them:", *cancel, sep="\n  ", file=sys.stderr)
         raise
-    for fold in failed:
-        print(f"launch_jobs.py: fold {fold} failed: {logs}/fold-{fold}.log", file=sys.stderr)
     if failed:
-        sys.exit(1)
+        sys.exit(f"launch_jobs.py: error: failed folds: {', '.join(map(str, failed))}; logs in {logs}")
     print(f"complete: {repos['dataset']}:{run}. The bucket can go: hf buckets delete {repo}")
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# As `GET /api/jobs/hardware` lists them, name to dollars a minute.
-FLAVORS = {"cpu-basic": 0.000167, "t4-small": 0.0067, "l4x1": 0.0133}
+# As `GET /api/jobs/hardware` lists them: name to dollars a minute and GPUs.
+FLAVORS = {"cpu-basic": (0.000167, 0), "l4x1": (0.0133, 1), "l4x4": (0.0633, 4)}
 
 
 @dataclass

@@ -661,16 +661,18 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": url}
 
     def hardware(self) -> list[dict[str, Any]]:
-        about = {"cpu": "4 vCPU", "ram": "15 GB", "accelerator": None, "unitLabel": "minute"}
+        gpu = {"type": "gpu", "model": "L4", "vram": "24 GB", "manufacturer": "Nvidia"}
+        about = {"cpu": "8 vCPU", "ram": "30 GB", "unitLabel": "minute"}
         return [
             {
                 **about,
                 "name": name,
                 "prettyName": name,
+                "accelerator": {**gpu, "quantity": str(gpus)} if gpus else None,
                 "unitCostUSD": price,
-                "unitCostMicroUSD": int(price * 1e6),
+                "unitCostMicroUSD": round(price * 1e6),
             }
-            for name, price in FLAVORS.items()
+            for name, (price, gpus) in FLAVORS.items()
         ]
 
     def need_job(self, namespace: str, job: str) -> Any:

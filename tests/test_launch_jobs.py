@@ -97,7 +97,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     said = capfd.readouterr()
     (lost,) = jobs.all.values()
     assert re.search(rf"^   0  {lost.id}  ERROR  +\d+$", said.out, re.MULTILINE)
-    assert "launch_jobs.py: fold 0 failed: outputs/small/logs/fold-0.log" in said.err
+    assert "launch_jobs.py: error: failed folds: 0; logs in outputs/small/logs" in said.err
     assert Path("outputs/small/logs/fold-0.log").read_text().splitlines() == lost.lines
 
     # The same job by hand
@@ -107,16 +107,17 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
 
     # Ctrl-C
     command = [ROOT / "scripts/launch_folds.sh", "recipe.yaml", "--jobs", "l4x1", "--timeout=90m"]
-    how = {
-        "env": hub_here.env | {"PYTHON": sys.executable},
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-    }
+    settings = {
+        "PYTHON": sys.executable,
+        "SCRIPT": str(ROOT / "run_classification.py"),
+    }  # its help is not asked for
+    how = {"env": hub_here.env | settings, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    asked = len(hub_here.requests)
     launcher = subprocess.Popen(command, text=True, start_new_session=True, **how, **default)
     try:
-        wait_until(lambda: len(jobs.all) == 3 and [*jobs.all.values()][2].stage == "RUNNING")
-        time.sleep(1)
+        # It has started the other fold, and follows both.
+        wait_until(lambda: "job" in [route for _, route, *_ in hub_here.requests[asked:]])
         os.killpg(launcher.pid, signal.SIGINT)
         _, errors = launcher.communicate(timeout=300)
     finally:
@@ -160,7 +161,8 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--jobs", "h900"), "--jobs h900: not one of the Hub's machines: cpu-basic, t4-small, l4x1"),
+        (("--jobs", "h900"), "--jobs h900: not one of the Hub's machines: cpu-basic, l4x1, l4x4"),
+        (("--jobs", "l4x4"), "--jobs l4x4: 4 GPUs, but a fold takes one"),
         (("--timeout", "soon"), "--timeout soon: a number and s, m, h or d, such as 6h"),
         (("--hub_name=",), "--hub_name is missing: a job loads from the Hub and pushes there"),
         (("--hub_token", "hf_a"), "a token among the flags would be seen in the job"),
