@@ -234,8 +234,11 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
     for what, which in (("complete on the Hub", complete), ("running", [*jobs]), ("to start", missing)):
         if which:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
+    if not (jobs or missing):
+        return
     hours = len(missing) * float(match[1]) * HOURS[match[2]]
-    print(f"{arguments.jobs}: ${price:.2f}/h, {hours:g} h at most: ${hours * price:.2f}, paid by {where[0]}")
+    cost = f"${price:.2f}/h, {hours:g} h in all at most: ${hours * price:.2f}"
+    print(f"{arguments.jobs}: {cost}, paid by {where[0]}")
 
     # Start
     try:
@@ -258,8 +261,10 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         print("\nThe same command follows the jobs. To stop them:", *cancel, sep="\n  ", file=sys.stderr)
         raise
     if failed:
-        sys.exit(f"launch_jobs.py: error: failed folds: {', '.join(map(str, failed))}; logs in {logs}")
-    print(f"complete: {repos['dataset']}:{run}. The bucket can go: hf buckets delete {repo}")
+        names = ", ".join(map(str, failed))
+        print(f"launch_jobs.py: error: failed folds: {names}; see {logs}", file=sys.stderr)
+        sys.exit(1)
+    print(f"pushed to {repos['dataset']}:{run}")
 
 
 def main() -> None:

@@ -86,12 +86,13 @@ class Jobs:
 
         (folder / "work").mkdir(parents=True)
         site = str(folder / "site")
-        pip = {"PIP_TARGET": site, "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PYTHONPATH": site}
+        pip = {"PIP_TARGET": site, "PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_COMPILE": "1"}
         ours = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_", "RARETURN_")
         environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": site,
             **pip,
             **{
                 key: value

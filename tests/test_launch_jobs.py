@@ -80,7 +80,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     # What would be sent, and nothing sent
     assert launch("--dry_run") == 0
     said = capfd.readouterr().out
-    assert "l4x1: $0.80/h, 3 h at most: $2.39, paid by org" in said
+    assert "l4x1: $0.80/h, 3 h in all at most: $2.39, paid by org" in said
     commands = [line for line in said.splitlines() if line.startswith("hf jobs run")]
     assert len(commands) == 2 and set(hub_here.repos) == before and not jobs.all
     assert {method for method, *_ in hub_here.requests} == {"GET"}
@@ -97,7 +97,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     said = capfd.readouterr()
     (lost,) = jobs.all.values()
     assert re.search(rf"^   0  {lost.id}  ERROR  +\d+$", said.out, re.MULTILINE)
-    assert "launch_jobs.py: error: failed folds: 0; logs in outputs/small/logs" in said.err
+    assert "launch_jobs.py: error: failed folds: 0; see outputs/small/logs" in said.err
     assert Path("outputs/small/logs/fold-0.log").read_text().splitlines() == lost.lines
 
     # The same job by hand
@@ -128,7 +128,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
 
     # To the end
     assert launch() == 0
-    assert "complete: org/sys-oof:small" in capfd.readouterr().out
+    assert "pushed to org/sys-oof:small" in capfd.readouterr().out
     assert [job.stage for job in jobs.all.values()] == ["ERROR", "COMPLETED", "COMPLETED"]
     assert steps(lost)[0] < 1 <= steps(resumed)[0] and steps(other)[0] < 1
     assert other.spec["command"] == [word.replace("--fold 0", "--fold 1") for word in lost.spec["command"]]
@@ -147,6 +147,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     # Nothing is left to do
     asked = len(hub_here.requests)
     assert launch() == 0 and len(jobs.all) == 3
+    assert capfd.readouterr().out == "fold 0, 1 of org/sys-small: complete on the Hub\n"
     assert {method for method, *_ in hub_here.requests[asked:]} == {"GET"}
 
     # The token is a secret
