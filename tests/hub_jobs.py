@@ -33,6 +33,7 @@ class Job:
     stage: str = "SCHEDULING"
     lines: list[str] = field(default_factory=list)
     process: subprocess.Popen | None = None
+    stopped: str | None = None
     began: float = field(default_factory=time.monotonic)
 
     def describe(self) -> dict[str, Any]:
@@ -136,13 +137,12 @@ class Jobs:
         """Keep what a job says, until it ends."""
         for line in job.process.stdout:
             job.lines.append(line.rstrip("\n"))
-        status = job.process.wait()
-        if job.stage == "RUNNING":
-            job.stage = "ERROR" if status else "COMPLETED"
+        ended = "ERROR" if job.process.wait() else "COMPLETED"
+        job.stage = job.stopped or ended
 
     def stop(self, job: Job, sent: signal.Signals = signal.SIGTERM, stage: str = "CANCELED") -> None:
         """End a job from outside: by hand, or as a machine that goes away does."""
         if job.process.poll() is None:
-            job.stage = stage
+            job.stopped = stage
             os.killpg(job.process.pid, sent)
             job.process.wait()

@@ -67,8 +67,8 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def steps(job: Job) -> list[float]:
-    """The epochs of a training's log lines."""
+def epochs(job: Job) -> list[float]:
+    """The epochs in a training's log lines."""
     return [float(epoch) for line in job.lines for epoch in re.findall(r"'loss'.*'epoch': '?([\d.]+)", line)]
 
 
@@ -107,10 +107,8 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
 
     # Ctrl-C
     command = [ROOT / "scripts/launch_folds.sh", "recipe.yaml", "--jobs", "l4x1", "--timeout=90m"]
-    settings = {
-        "PYTHON": sys.executable,
-        "SCRIPT": str(ROOT / "run_classification.py"),
-    }  # its help is not asked for
+    # With SCRIPT the launcher does not read the script's help, which takes seconds.
+    settings = {"PYTHON": sys.executable, "SCRIPT": str(ROOT / "run_classification.py")}
     how = {"env": hub_here.env | settings, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     asked = len(hub_here.requests)
@@ -130,19 +128,16 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     assert launch() == 0
     assert "pushed to org/sys-oof:small" in capfd.readouterr().out
     assert [job.stage for job in jobs.all.values()] == ["ERROR", "COMPLETED", "COMPLETED"]
-    assert steps(lost)[0] < 1 <= steps(resumed)[0] and steps(other)[0] < 1
+    assert epochs(lost)[0] < 1 <= epochs(resumed)[0] and epochs(other)[0] < 1
     assert other.spec["command"] == [word.replace("--fold 0", "--fold 1") for word in lost.spec["command"]]
     tables, models = hub_here.files("org/sys-oof", "dataset"), hub_here.files("org/sys-small")
-    assert {f"data/small/{split}-fold-{fold}.parquet" for split in ("oof", "test") for fold in (0, 1)} <= set(
-        tables
-    )
-    assert "fold-1/metrics.json" in models
+    folds = {f"{split}-fold-{fold}.parquet" for split in ("oof", "test") for fold in (0, 1)}
+    assert {f"data/small/{name}" for name in folds} <= set(tables) and "fold-1/metrics.json" in models
     info = json.loads(models["run.json"])
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert info["git_commit"] == (head.stdout.strip() or None)
-    assert (jobs.root / other.id / "site/rareturn").is_dir() and not [
-        *(jobs.root / other.id / "work").iterdir()
-    ]
+    folder = jobs.root / other.id
+    assert (folder / "site/rareturn").is_dir() and not [*(folder / "work").iterdir()]
 
     # Nothing is left to do
     asked = len(hub_here.requests)
