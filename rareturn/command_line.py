@@ -205,7 +205,8 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(words),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},
-        "git_commit": commit.stdout.strip() or None if commit else None,
+        # A Hub job has no checkout: scripts/launch_jobs.py tells it.
+        "git_commit": (commit and commit.stdout.strip()) or os.environ.get("RARETURN_COMMIT") or None,
     }
 
 

@@ -5,7 +5,9 @@
 #
 #   scripts/launch_folds.sh recipes/qwen3-8b/anchor.yaml --augmented_file augmented.jsonl
 #   JOBS=2 scripts/launch_folds.sh recipes/minilm/demo.yaml --output_dir outputs/demo
+#   scripts/launch_folds.sh RECIPE --jobs l4x1 --timeout 6h --hub_namespace ORG --hub_name NAME --dry_run
 #
+# With --jobs each fold is a Job on the Hub, on a machine of that flavor: scripts/launch_jobs.py.
 # Flags behind the recipe go to every fold. `fold: K` in the recipe, or --fold K, launches that fold alone.
 # Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a
 # mistake in the recipe or the flags), 129, 130 or 143 (stopped).
@@ -95,6 +97,12 @@ fi
 if [ -z "${SCRIPT:-}" ]; then
     "$PYTHON" "$script" --config "$recipe" --help_all >/dev/null || exit 2
 fi
+
+for flag in "$@"; do
+    if [[ $flag =~ ^--jobs(=|$) ]]; then
+        exec "$PYTHON" "$root/scripts/launch_jobs.py" "$recipe" "$first_fold" "$end_fold" "$output_dir" "$@"
+    fi
+done
 
 mkdir -p "$output_dir/logs" || die "$output_dir: cannot be written"
 stamps=$(mktemp -d) || exit 1

@@ -5,7 +5,7 @@
         hub.files("org/name-oof", "dataset")                  # what has arrived
 
 Repos (a Space's app is not run), branches (`main` only), private repos, tokens that may only read, regular and large files
-(git-LFS), commits with parents, collections. Every commit keeps its whole tree. A `Faults` object makes it misbehave; see there.
+(git-LFS), commits with parents, collections, Jobs (`hub_jobs.py`). Every commit keeps its whole tree. A `Faults` object makes it misbehave; see there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub_jobs import FLAVORS, Jobs
 
 LARGE = (".safetensors", ".parquet", ".bin", ".pt", ".pkl", ".png")
 STATUS_FAULTS = ("409", "412", "429", "500", "502", "503")
@@ -136,6 +137,7 @@ class HubServer:
         scopes: of the writing token where it is fine-grained: a namespace and what is permitted there.
         organisations: those of the user, each with the user's role in it.
         requests: (method, route, `ok` or the fault met, monotonic time) of every request.
+        jobs: see `hub_jobs.Jobs`.
     """
 
     def __init__(self, faults: Faults | None = None):
@@ -153,6 +155,7 @@ class HubServer:
         self.collections: dict[str, dict[str, Any]] = {}
         self.requests: list[tuple[str, str, str, float]] = []
         self.lock = threading.RLock()
+        self.jobs = Jobs(self)
 
     def __enter__(self) -> HubServer:
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -162,6 +165,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.jobs.close()
         self._server.shutdown()
         self._server.server_close()
 
@@ -261,6 +265,13 @@ ROUTES: list[tuple[str, str, str]] = [  # method, path, name of the route and of
     ("POST", r"/api/collections", "collection"),
     ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", "collection_read"),
     ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "collection_add"),
+    ("POST", r"/api/buckets/(?P<bucket>[^/]+/[^/]+)", "bucket"),
+    ("GET", r"/api/jobs/hardware", "hardware"),
+    ("GET", r"/api/jobs/(?P<namespace>[^/]+)", "jobs"),
+    ("POST", r"/api/jobs/(?P<namespace>[^/]+)", "job_start"),
+    ("GET", r"/api/jobs/(?P<namespace>[^/]+)/(?P<job>[^/]+)", "job"),
+    ("GET", r"/api/jobs/(?P<namespace>[^/]+)/(?P<job>[^/]+)/logs", "job_logs"),
+    ("POST", r"/api/jobs/(?P<namespace>[^/]+)/(?P<job>[^/]+)/cancel", "job_cancel"),
     ("POST", r"/(?:(?P<type>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
     ("POST", r"/(?:(?P<type>datasets|spaces)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/verify", "verify"),
     ("PUT", r"/upload/(?P<sha256>[0-9a-f]{64})", "upload"),
@@ -638,3 +649,84 @@ class Handler(BaseHTTPRequestHandler):
             {**item, "_id": git_oid(item["id"].encode())[:24], "position": len(collection["items"])}
         )
         return collection
+
+    # -------------------------------------------------------------------------------------------- jobs and buckets
+
+    def bucket(self, bucket: str) -> dict[str, Any]:
+        self.need_writer(bucket)
+        place, url = self.hub.jobs.bucket(bucket), f"{self.hub.url}/buckets/{bucket}"
+        if place.exists():
+            raise Refusal(409, "You already created this bucket", url=url)
+        place.mkdir(parents=True)
+        return {"url": url}
+
+    def hardware(self) -> list[dict[str, Any]]:
+        gpu = {"type": "gpu", "model": "L4", "vram": "24 GB", "manufacturer": "Nvidia"}
+        about = {"cpu": "8 vCPU", "ram": "30 GB", "unitLabel": "minute"}
+        return [
+            {
+                **about,
+                "name": name,
+                "prettyName": name,
+                "accelerator": {**gpu, "quantity": str(gpus)} if gpus else None,
+                "unitCostUSD": price,
+                "unitCostMicroUSD": round(price * 1e6),
+            }
+            for name, (price, gpus) in FLAVORS.items()
+        ]
+
+    def need_job(self, namespace: str, job: str) -> Any:
+        found = self.hub.jobs.all.get(job)
+        if not self.known() or found is None or found.namespace != namespace:
+            raise Refusal(404, "Job not found")
+        return found
+
+    def jobs(self, namespace: str) -> list[dict[str, Any]]:
+        labels = dict(label.split("=", 1) for label in self.query.get("label", []))
+        return [
+            job.describe()
+            for job in self.hub.jobs.all.values()
+            if job.namespace == namespace
+            and job.stage in self.query.get("stage", [job.stage])
+            and labels.items() <= job.spec.get("labels", {}).items()
+        ]
+
+    def job_start(self, namespace: str) -> dict[str, Any]:
+        self.need_writer(namespace)
+        spec = json.loads(self.body)
+        if spec["flavor"] not in FLAVORS:
+            raise Refusal(400, f"Unknown flavor {spec['flavor']}")
+        return self.hub.jobs.start(namespace, spec).describe()
+
+    def job(self, namespace: str, job: str) -> dict[str, Any]:
+        return self.need_job(namespace, job).describe()
+
+    def job_cancel(self, namespace: str, job: str) -> dict[str, Any]:
+        self.need_writer(namespace)
+        found = self.need_job(namespace, job)
+        threading.Thread(target=self.hub.jobs.stop, args=(found,), daemon=True).start()
+        return {}
+
+    def job_logs(self, namespace: str, job: str) -> Callable[[], None]:
+        """Server-sent events, until the job ends."""
+        found = self.need_job(namespace, job)
+
+        def send() -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            sent = 0
+            with contextlib.suppress(OSError):
+                while True:
+                    ended = found.stage != "RUNNING"
+                    for line in found.lines[sent:]:
+                        event = {"data": line, "timestamp": "2026-01-01T00:00:00.000Z"}
+                        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+                        sent += 1
+                    if ended:
+                        return
+                    time.sleep(0.05)
+
+        return send

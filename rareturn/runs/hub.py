@@ -59,7 +59,7 @@ def may_travel(name: str) -> bool:
     return name.endswith(SUFFIXES) or PurePosixPath(name).name in TEXT_FILES
 
 
-class _Persistence:
+class Persistence:
     """Repeats calls that fail for a passing reason: exponential backoff with jitter, until a deadline.
 
     RARETURN_BACKOFF_SECONDS (first wait) and RARETURN_PUSH_SECONDS (deadline) are for tests and slow lines.
@@ -127,6 +127,7 @@ def push_files(
     kept_in: str | os.PathLike,
     repo_type: str = "model",
     private: bool = True,
+    code: bool = False,
 ) -> str:
     """Put files into a repo in one commit, and return the SHA of a commit that was seen to hold every byte of them.
 
@@ -138,10 +139,11 @@ def push_files(
             commit (None: no such file) to the new ones.
         kept_in: the folder that still holds everything if the push fails; the error names it.
         private: of a repo that is created here; an existing one keeps its visibility.
+        code: any kind of file may go there; always so in a Space.
     """
     token = (get_token() or "").encode()
     for path, content in files.items():
-        if repo_type != "space" and not may_travel(path):  # a Space is code
+        if not (code or repo_type == "space" or may_travel(path)):
             raise InputError(f"{path} is not pushed: only {', '.join((*SUFFIXES, *TEXT_FILES))}")
         # A token given on a command line may end up in run.json, and one in a config in the model's folder.
         is_text = not callable(content) and path.endswith((".json", ".md", ".yaml", ".html", ".jinja", ".py"))
@@ -193,7 +195,7 @@ def _user_of(token: str | None) -> dict[str, Any]:
     return HfApi().whoami(token=token)
 
 
-class _Repo(_Persistence):
+class _Repo(Persistence):
     """The few questions that a push asks of a repo, and the commit."""
 
     def __init__(self, repo_id: str, repo_type: str, private: bool = True, seconds: float = float("inf")):
@@ -287,7 +289,7 @@ class _Repo(_Persistence):
 
 def add_to_collection(namespace: str, title: str, items: Iterable[tuple[str, str]], *, private: bool) -> None:
     """Put (repo id, `model` or `dataset`) items into a collection, made if needed; a failure is only a warning."""
-    api, persistence = HfApi(), _Persistence()
+    api, persistence = HfApi(), Persistence()
     try:
         options = {"namespace": namespace, "private": private, "exists_ok": True}
         collection = persistence.call(api.create_collection, title, **options)
@@ -331,7 +333,7 @@ def _ask(function: Callable[..., Any], where: Mapping[str, Any], **options: Any)
     """What the Hub says of a reference; where it says no, a line for the user who gave it."""
     repo_id = where["repo_id"]
     try:
-        return _Persistence(ASK_SECONDS).call(function, **where, **options)
+        return Persistence(ASK_SECONDS).call(function, **where, **options)
     except errors.RevisionNotFoundError:
         raise InputError(f"{repo_id}: no revision {where['revision']!r}") from None
     except errors.RepositoryNotFoundError:
