@@ -200,12 +200,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_submission_and_all_that_stands_beside_it(place: Path):
+def test_the_submission_and_all_that_stands_beside_it(python: str, place: Path):
     given = write_decision({"method": "prior"})
     words = [*GIVEN, "--repeats", "2", "--test_file", "test.json", "--output_dir", "out"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "ensemble.py", *words], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, ROOT / "ensemble.py", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     out = place / "out"
 

@@ -290,7 +290,7 @@ def test_of_two_processes_one_is_told_and_both_stop_after_the_same_step(tmp_path
     assert (newest / CheckpointSeal.NAME).exists() and int(newest.name[11:]) < 50 * 6
 
 
-def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path):
+def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path, python: str):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -307,7 +307,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path)
             max_seq_length=32,
             num_folds=3,
         )
-        command = [sys.executable, str(ROOT / "run_classification.py"), *words]
+        command = [python, str(ROOT / "run_classification.py"), *words]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
         assert "no space left on the disk" in ended.stderr
