@@ -471,7 +471,7 @@ def test_compare_by_hand(place: Path, capsys):
     # All three rows are in dialogue d0: a sample without it has no difference, one that draws it has a negative one.
     assert low < difference < 0 and high == 0
     out = capsys.readouterr().out
-    assert "Rows that flip: 3\nd -> c " in out and "0 none -> 2 denial" in out
+    assert "Rows that flip: 3\nd → c " in out and "0 none → 2 denial" in out
     shutil.copytree("d", "twin")
     assert compare("d", "twin") == 0
     assert " +0.000 [+0.000, +0.000]\n" in capsys.readouterr().out

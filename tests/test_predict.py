@@ -373,6 +373,8 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
         assert repo.private, repo_id
         for path, content in hub_here.files(repo_id, kind).items():
             assert hub_here.writer.encode() not in content, f"{repo_id}/{path} holds the token"
+            if path.endswith(".safetensors"):
+                content = content[: 1 << 16]  # the header; behind it are numbers
             if not path.endswith(("tokenizer.json", "vocab.txt")):
                 assert not any(text in content for text in long_texts), f"{repo_id}/{path} holds dialogue"
 

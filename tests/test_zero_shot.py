@@ -202,7 +202,7 @@ def test_a_rationale_is_written_first_and_never_pushed(
     assert "nothing was trained" in card and "LinearHead" not in card
 
     # An ensemble takes the tables; there is no model to predict with.
-    assert run_script(ensemble.main, runs=run, output_dir=tmp_path / "ens") == 0
+    assert run_script(ensemble.main, runs=run, method="argmax", output_dir=tmp_path / "ens") == 0
     capsys.readouterr()
     flags = {"ensemble": tmp_path / "ens", "input": corpus["test_file"], "output": tmp_path / "out.jsonl"}
     assert run_script(predict.main, **flags) == 2

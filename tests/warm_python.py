@@ -82,25 +82,33 @@ def serve(listener: socket.socket) -> None:
             if ready is listener:
                 client, _ = listener.accept()
                 size, files, *_ = socket.recv_fds(client, 9, 3)
-                request = client.recv(int(size), socket.MSG_WAITALL)
-                if (pid := os.fork()) == 0:
+                request = client.recv(int(size), socket.MSG_WAITALL) if size else b""
+                if not size or len(request) < int(size):  # killed before it had said all
+                    client.close()
+                elif (pid := os.fork()) == 0:
                     be_python(files, *json.loads(request))
+                else:
+                    clients[client] = pid
+                    ends[os.pidfd_open(pid)] = client, pid
+                    tell(client, pid)
                 for file in files:
                     os.close(file)
-                clients[client] = pid
-                ends[os.pidfd_open(pid)] = client, pid
-                client.sendall(b"%d\n" % pid)
             elif ready in ends:
                 client, pid = ends.pop(ready)
                 os.close(ready)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 if clients.pop(client, None):
-                    with contextlib.suppress(BrokenPipeError):
-                        client.sendall(b"%d\n" % status)
+                    tell(client, status)
                     client.close()
             elif ready in clients:  # a client was killed
                 os.kill(clients.pop(ready), signal.SIGKILL)
                 ready.close()
+
+
+def tell(client: socket.socket, number: int) -> None:
+    """Unless it has been killed meanwhile."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        client.sendall(b"%d\n" % number)
 
 
 def be_python(
