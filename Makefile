@@ -28,7 +28,7 @@ $(OUT)/demo/ensemble.json:
 	$(MAKE) demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal -q
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -q -s

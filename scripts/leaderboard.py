@@ -54,10 +54,10 @@ def flip_table(flips: Sequence[dict[str, Any]], names: Sequence[str], labels: Se
     """The rows on which two systems differ, by pair of labels, with the first ids of each."""
     rows = []
     for flip in flips:
-        pair = " -> ".join(f"{label} {labels[label]}" for label in (flip["a"], flip["b"]))
+        pair = " → ".join(f"{label} {labels[label]}" for label in (flip["a"], flip["b"]))
         ids = ", ".join(flip["ids"][:3]) + (", ..." if flip["rows"] > 3 else "")
         rows.append([pair, str(flip["rows"]), str(flip["a_right"]), str(flip["b_right"]), ids])
-    header = (" -> ".join(names), "rows", *(f"{name} right" for name in names), "ids")
+    header = (" → ".join(names), "rows", "first right", "second right", "ids")
     return Table(f"Rows that flip: {sum(flip['rows'] for flip in flips)}", header, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RARETURN_BACKOFF_SECONDS": "0.02",
     "RARETURN_PUSH_SECONDS": "20",
+    "OMP_NUM_THREADS": "1",  # tiny models, and a process with one thread may be forked
 }
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
@@ -30,6 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+from warm_python import warm_python  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports() -> None:
+    """Every training collects garbage several times: half of its time, were it to look through all modules each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +48,13 @@ def sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An executable that does what `python` does, without its imports."""
+    with warm_python(tmp_path_factory.mktemp("python")) as executable:
+        yield executable
 
 
 @pytest.fixture
@@ -52,7 +69,10 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 def hub_here(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """The same Hub for this process too: its address, token and an empty cache."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
 
+    for request in (_http.http_backoff, _http.http_stream_backoff.__wrapped__):
+        monkeypatch.setitem(request.__kwdefaults__, "base_wait_time", 0.01)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

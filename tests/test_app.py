@@ -267,7 +267,7 @@ def test_rows_and_systems_of_others_are_refused(system: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def served(system: Path, tmp_path: Path) -> Iterator[str]:
+def served(python: str, system: Path, tmp_path: Path) -> Iterator[str]:
     """The address of app.py over the system, its errors and one of its runs."""
     pytest.importorskip("gradio", reason="the app's own packages are in requirements-app.txt")
     with socket.socket() as free:
@@ -276,16 +276,16 @@ def served(system: Path, tmp_path: Path) -> Iterator[str]:
     flags = {"bundle": "system", "rows": TRAIN, "compare": "probe-2", "server_port": port}
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w+") as log:
-        command = [sys.executable, str(ROOT / "app.py"), *words_of(**flags)]
+        command = [python, str(ROOT / "app.py"), *words_of(**flags)]
         place = {"cwd": system.parent, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, **place)
         try:
-            for _ in range(600):
+            for _ in range(3000):
                 with socket.socket() as client:
                     if client.connect_ex(("127.0.0.1", port)) == 0:
                         break
                 assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.5)
+                time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()

@@ -706,7 +706,7 @@ def test_a_cached_run_is_read_offline(
     assert len(hub_here.requests) == seen
 
 
-def test_datasets_and_peft_read_the_repos(tmp_path: Path, hub: HubServer) -> None:
+def test_datasets_and_peft_read_the_repos(python: str, tmp_path: Path, hub: HubServer) -> None:
     """As another team would, in a fresh process with an empty cache: `load_dataset` and `PeftModel.from_pretrained`."""
     program = """
 import sys
@@ -749,7 +749,7 @@ for row in oof:
 """
     make_run(tmp_path / "anchor", adapters=False)
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [python, "-c", program],
         cwd=tmp_path,
         env={**hub.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

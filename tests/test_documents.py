@@ -9,8 +9,10 @@ import re
 import shlex
 import sys
 import threading
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from running import run_script
 from test_augment_llm import good
 from tiny_models import make_tiny_decoder, make_tiny_encoder
 
+import ensemble
 import linear_probe
 import run_classification
+from rareturn import DialogueClassifier
 from rareturn.data.label_guide import load_label_guide
 from rareturn.models import loading
 
@@ -174,6 +178,27 @@ def test_the_checker_of_a_server_compares_it_with_the_run(tmp_path: Path, monkey
             exec(compile(script_of("docs/SERVING.md", "check_served.py"), "check_served.py", "exec"), {})
             assert re.search(line, capsys.readouterr().out)
         server.shutdown()
+
+
+def test_an_ensemble_behind_fastapi(newcomer: Path, monkeypatch):
+    pytest.importorskip("fastapi", reason="fastapi is not installed; it comes with the app's packages")
+    from fastapi.testclient import TestClient
+
+    runs = {"runs": ["outputs/anchor", "outputs/seed-a"], "method": "prior", "repeats": 1}
+    assert run_script(ensemble.main, **runs, output_dir="outputs/demo") == 0
+    served = ModuleType("serve")
+    monkeypatch.setitem(sys.modules, "serve", served)  # where FastAPI looks up the names of annotations
+    exec(compile(script_of("docs/SERVING.md", "serve.py"), "serve.py", "exec"), served.__dict__)
+    page = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
+    asked = json.loads(re.search(r"-d '(.*?)'\n", page, re.DOTALL)[1])
+    client = TestClient(served.app)
+    answer = client.post("/classify", json=asked)
+    (found,), (shown,) = answer.json(), json.loads(blocks(page, "json")[0])
+    assert answer.status_code == 200 and found.keys() == shown.keys()
+    assert found == asdict(DialogueClassifier.from_pretrained("outputs/demo")(asked["dialogue"], "last")[0])
+    assert len(client.post("/classify", json=asked | {"turns": "all"}).json()) == 1
+    wrong = client.post("/classify", json={"dialogue": [{"speaker": "bot", "text": "Hello"}]})
+    assert wrong.status_code == 422 and "turn 1 has unknown speaker 'bot'" in wrong.json()["detail"][0]
 
 
 def test_every_test_that_the_page_of_traps_names_exists():

@@ -200,12 +200,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_submission_and_all_that_stands_beside_it(place: Path):
+def test_the_submission_and_all_that_stands_beside_it(python: str, place: Path):
     given = write_decision({"method": "prior"})
     words = [*GIVEN, "--repeats", "2", "--test_file", "test.json", "--output_dir", "out"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "ensemble.py", *words], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, ROOT / "ensemble.py", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     out = place / "out"
 
@@ -473,7 +471,7 @@ def test_compare_by_hand(place: Path, capsys):
     # All three rows are in dialogue d0: a sample without it has no difference, one that draws it has a negative one.
     assert low < difference < 0 and high == 0
     out = capsys.readouterr().out
-    assert "Rows that flip: 3\nd -> c " in out and "0 none -> 2 denial" in out
+    assert "Rows that flip: 3\nd → c " in out and "0 none → 2 denial" in out
     shutil.copytree("d", "twin")
     assert compare("d", "twin") == 0
     assert " +0.000 [+0.000, +0.000]\n" in capsys.readouterr().out

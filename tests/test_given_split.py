@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,11 +132,11 @@ def test_a_fine_tuned_run(place: Path, tmp_path: Path, capsys, pack_dialogues):
     assert "--fold 1 is not one of 0 to 0" in capsys.readouterr().err
 
 
-def test_every_later_script_takes_such_a_run(place: Path, tmp_path: Path, capsys, monkeypatch):
+def test_every_later_script_takes_such_a_run(python: str, place: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(
         [
-            sys.executable,
+            python,
             ROOT / "scripts/check_oof.py",
             place / "a",
             "--label_guide",

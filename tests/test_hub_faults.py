@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -205,14 +204,14 @@ push_run(own, "org", "demo", model_card=card)
 """
 
 
-def push_under_fire(hub: HubServer, run_dir: Path, folds: int) -> None:
+def push_under_fire(python: str, hub: HubServer, run_dir: Path, folds: int) -> None:
     """One process a fold, all at once: each pushes its fold of a shared run, then the facts of a run of its own."""
     workers = []
     for fold in range(folds):
         own = make_run(
             run_dir.parent / f"own-{run_dir.name}-{fold}", name=f"own-{run_dir.name}-{fold}", adapters=False
         )
-        command = [sys.executable, "-c", WORKER, run_dir, str(fold), own, CARD]
+        command = [python, "-c", WORKER, run_dir, str(fold), own, CARD]
         workers.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=hub.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -268,10 +267,10 @@ def undone_files(hub: HubServer) -> list[str]:
     return undone
 
 
-def test_five_processes_push_at_once_under_fire(hub: HubServer, tmp_path: Path) -> None:
+def test_five_processes_push_at_once_under_fire(python: str, hub: HubServer, tmp_path: Path) -> None:
     run_dir = make_shared_run(tmp_path / "anchor", 5)
     hub.faults = Faults(rate=0.3, seed=1)
-    push_under_fire(hub, run_dir, 5)
+    push_under_fire(python, hub, run_dir, 5)
     assert sum(hub.faults.met.values()) > 50, hub.faults.met
     assert lost_files(hub, run_dir, 5) == [] and undone_files(hub) == []
     # Five commits of folds, whatever was lost or answered twice.
@@ -284,13 +283,13 @@ def test_five_processes_push_at_once_under_fire(hub: HubServer, tmp_path: Path) 
 
 
 @pytest.mark.soak
-def test_soak_a_hundred_pushes_under_fire(hub: HubServer, tmp_path: Path) -> None:
+def test_soak_a_hundred_pushes_under_fire(python: str, hub: HubServer, tmp_path: Path) -> None:
     """Twenty rounds of five processes at 30 % faults; prints the figures for docs/LOG.md (pytest -s)."""
     hub.faults = Faults(rate=0.3, seed=2)
     lost = []
     for turn in range(20):
         run_dir = make_shared_run(tmp_path / f"round-{turn}", 5)
-        push_under_fire(hub, run_dir, 5)
+        push_under_fire(python, hub, run_dir, 5)
         lost += lost_files(hub, run_dir, 5)
     kinds = Counter()
     for met, count in hub.faults.met.items():

@@ -5,18 +5,17 @@ Half of the kills are SIGTERM, as of a preempted node: in training, that is a ch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from hub_server import HubServer
 from running import run_script, sigterm_in_step, words_of
 from tiny_models import make_tiny_encoder
 
-from rareturn import command_line
 from rareturn.files import read_json, write_bytes
 from rareturn.models.training import CheckpointSeal
 from rareturn.runs.folder import adapter_dir, fold_is_complete, table_path
@@ -42,35 +40,17 @@ WEIGHTS = (
 NUM_FOLDS = 20
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """One for all tests here: the process that children are forked from has read its address once and for all."""
-    with HubServer() as server:
-        server.env = server.environment(tmp_path_factory.mktemp("hub") / "hf-home")
-        yield server
-
-
-def run_fold(words: list[str], log: str) -> None:
-    """A child process: the script, as from its command line."""
-    import torch
-
-    import run_classification
-
-    torch.set_num_threads(1)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    sys.argv = ["run_classification.py", *words]
-    command_line.run(run_classification.main)
+def start(python: str, words: list[str], env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The script, from its command line; `communicate` waits for its end, and of a killed one too."""
+    command = [python, str(ROOT / "run_classification.py"), *words]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def kill_a_fold(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, seed: int
-) -> dict[str, int]:
+def kill_a_fold(python: str, hub: HubServer, tmp_path: Path, kills: int, seed: int) -> dict[str, int]:
     """Kill a fold at random moments until it has died `kills` times, then let it end; compare all that it left.
 
     A moment is drawn in two steps, a stage and then a time within it, because prediction and push are short beside the
@@ -79,16 +59,9 @@ def kill_a_fold(
     Returns:
         How often the process died, by what it was last seen doing, and how many folds it took.
     """
-    for name, value in hub.env.items():
-        monkeypatch.setenv(name, value)
-    # The children start from a process that has imported everything: a second each, not ten.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["run_classification", "torch", "peft", "evaluate", "datasets", "tensorboard"]
-    )
     model = make_tiny_encoder(tmp_path / "encoder")
 
-    def start(run_dir: Path, fold: int) -> multiprocessing.process.BaseProcess:
+    def launch(run_dir: Path, fold: int) -> subprocess.Popen[str]:
         words = words_of(
             model_name_or_path=model,
             tuning="full",
@@ -108,9 +81,7 @@ def kill_a_fold(
             hub_namespace="team",
             hub_name=f"{run_dir.parent.name}-{kills}",
         )
-        process = context.Process(target=run_fold, args=(words, str(tmp_path / f"{run_dir.parent.name}.log")))
-        process.start()
-        return process
+        return start(python, words, hub.env)
 
     def doing(run_dir: Path, fold: int) -> int:
         """The number of the stage that the files tell of."""
@@ -120,39 +91,36 @@ def kill_a_fold(
             return 2
         return 1 if list(run_dir.glob(f"fold-{fold}/checkpoints/checkpoint-*")) else 0
 
-    warm_up = context.Process(target=time.sleep, args=(0,))
-    warm_up.start()
-    warm_up.join()
     rng = random.Random(seed)
     undisturbed, disturbed = tmp_path / "calm" / "run", tmp_path / "killed" / "run"
     died = dict.fromkeys(STAGES, 0)
     fold, seconds = 0, [0.0] * len(STAGES)
     while True:
-        process = start(undisturbed, fold)
+        process = launch(undisturbed, fold)
         spent, before = [0.0] * len(STAGES), time.monotonic()
-        while process.is_alive():
-            time.sleep(0.002)
+        while process.poll() is None:
+            time.sleep(0.005)
             now = time.monotonic()
             spent[doing(undisturbed, fold)] += now - before
             before = now
-        assert process.exitcode == 0, (tmp_path / "calm.log").read_text()[-3000:]
+        assert process.returncode == 0, process.communicate()[0][-3000:]
         seconds = [min(filter(None, pair), default=0.0) for pair in zip(spent, seconds, strict=True)]
         stamps: dict[Path, int] = {}
         while sum(died.values()) < kills:
             reached = doing(disturbed, fold)
             (stage,) = rng.choices(range(reached, len(WEIGHTS)), WEIGHTS[reached:])
-            process = start(disturbed, fold)
-            while process.is_alive() and doing(disturbed, fold) < stage:
-                time.sleep(0.002)
-            process.join(rng.uniform(0.0, 0.6) * seconds[doing(disturbed, fold)])
-            if process.exitcode is not None:
+            process = launch(disturbed, fold)
+            while process.poll() is None and doing(disturbed, fold) < stage:
+                time.sleep(0.005)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.0, 0.6) * seconds[doing(disturbed, fold)])
                 break
             process.terminate() if rng.random() < 0.5 else process.kill()
-            process.join()
-            if process.exitcode == 0:  # it had just ended by itself
+            said, _ = process.communicate()
+            if process.returncode == 0:  # it had just ended by itself
                 break
             # The middle one: before the script's first line. The last goes through the script's hands.
-            assert process.exitcode in (-signal.SIGKILL, -signal.SIGTERM, 143)
+            assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 143), said[-3000:]
             died[STAGES[doing(disturbed, fold)]] += 1
             # Whatever is there under its own name is whole.
             for table in disturbed.glob("*/fold-*.parquet"):
@@ -164,9 +132,9 @@ def kill_a_fold(
             if weights.exists():
                 stamp = weights.stat().st_mtime_ns
                 assert stamps.setdefault(weights, stamp) == stamp, "a trained fold was trained again"
-        process = start(disturbed, fold)
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "killed.log").read_text()[-3000:]
+        process = launch(disturbed, fold)
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-3000:]
         for split in ("oof", "test"):
             one, other = (table_path(run, split, fold).read_bytes() for run in (undisturbed, disturbed))
             assert one == other, f"fold {fold}: {split}"
@@ -189,15 +157,15 @@ def kill_a_fold(
     return died | {"folds": fold}
 
 
-def test_a_fold_killed_at_random_moments(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    died = kill_a_fold(hub, tmp_path, monkeypatch, kills=20, seed=7)
+def test_a_fold_killed_at_random_moments(python: str, hub: HubServer, tmp_path: Path):
+    died = kill_a_fold(python, hub, tmp_path, kills=20, seed=7)
     assert sum(died[stage] for stage in STAGES) == 20
     assert min(died[stage] for stage in STAGES[1:]) > 0, died
 
 
 @pytest.mark.soak
-def test_soak_forty_kills(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    died = kill_a_fold(hub, tmp_path, monkeypatch, kills=40, seed=11)
+def test_soak_forty_kills(python: str, hub: HubServer, tmp_path: Path):
+    died = kill_a_fold(python, hub, tmp_path, kills=40, seed=11)
     print(f"\n40 kills: {died}; rows lost: 0")
 
 
@@ -256,33 +224,23 @@ def test_sigterm_outside_of_training_leaves_nothing_half_written(tmp_path: Path,
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.json", b"old")]
 
 
-def run_rank(rank: int, port: int, words: list[str], log: str) -> None:
-    """One of two processes that train a fold, as torchrun starts them."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run_fold(words, log)
-
-
-def test_of_two_processes_one_is_told_and_both_stop_after_the_same_step(tmp_path: Path):
-    context = multiprocessing.get_context("forkserver")
-    log, run_dir = tmp_path / "log", tmp_path / "run"
+def test_of_two_processes_one_is_told_and_both_stop_after_the_same_step(python: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
     flags = {"use_cpu": True, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 50}
     flags |= {"model_name_or_path": make_tiny_encoder(tmp_path / "encoder"), "output_dir": run_dir}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = port, words_of(**FOLD | flags), str(log)
-    pair = [context.Process(target=run_rank, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in pair:
-        process.start()
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]  # as torchrun starts them
+    pair = [start(python, words_of(**FOLD | flags), env) for env in ranks]
     try:
         while not sealed_steps(run_dir):
-            assert all(process.is_alive() for process in pair), log.read_text()[-3000:]
+            assert all(process.poll() is None for process in pair)
             time.sleep(0.01)
         pair[1].terminate()
-        for process in pair:
-            process.join(120)
-        assert [process.exitcode for process in pair] == [143, 143], log.read_text()[-3000:]
+        said = [process.communicate(timeout=120)[0][-3000:] for process in pair]
+        assert [process.returncode for process in pair] == [143, 143], said
     finally:
         for process in pair:
             process.kill()
@@ -290,7 +248,7 @@ def test_of_two_processes_one_is_told_and_both_stop_after_the_same_step(tmp_path
     assert (newest / CheckpointSeal.NAME).exists() and int(newest.name[11:]) < 50 * 6
 
 
-def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path):
+def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path, python: str):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -307,7 +265,7 @@ def test_a_full_disk_is_one_line_and_earlier_files_stay_readable(tmp_path: Path)
             max_seq_length=32,
             num_folds=3,
         )
-        command = [sys.executable, str(ROOT / "run_classification.py"), *words]
+        command = [python, str(ROOT / "run_classification.py"), *words]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr[-3000:]
         assert "no space left on the disk" in ended.stderr

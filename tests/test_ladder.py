@@ -191,9 +191,9 @@ def climbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return place, [*rungs, "--output_dir", str(place / "outputs"), *labels, "--set", *settings]
 
 
-def test_a_ladder_from_recipes_to_its_table(climbed, capfd, monkeypatch):
+def test_a_ladder_from_recipes_to_its_table(climbed, capfd, monkeypatch, python: str):
     place, words = climbed
-    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHON", python)
     monkeypatch.setenv("SCRIPT", str(ROOT / "run_classification.py"))  # unparsed beforehand: seconds
     assert run_script(ladder.main, *words) == 1
     shown = capfd.readouterr()

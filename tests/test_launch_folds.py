@@ -143,9 +143,9 @@ def test_no_token_in_a_log(place: Path) -> None:
         assert first_line.endswith("--hub_token *** --push_to_hub_token=*** --tokens_per_batch 9")
 
 
-def test_a_mistake_in_the_recipe_is_said_before_any_fold_starts(place: Path) -> None:
+def test_a_mistake_in_the_recipe_is_said_before_any_fold_starts(place: Path, python: str) -> None:
     (place / "recipe.yaml").write_text("model_name_or_path: nowhere\noutput_dir: run\nmax_seq_len: 9\n")
-    env = {key: value for key, value in environment(place).items() if key != "SCRIPT"}
+    env = {key: value for key, value in environment(place, PYTHON=python).items() if key != "SCRIPT"}
     done = subprocess.run([LAUNCHER, "recipe.yaml"], cwd=place, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and not (place / "run").exists()
     (line,) = done.stderr.splitlines()

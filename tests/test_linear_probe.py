@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,9 +92,9 @@ def frozen_features(model: str, **options: object) -> FrozenFeatures:
 # ------------------------------------------------------------------------------------------------------ the command line
 
 
-def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(encoder, tmp_path, capsys):
+def test_a_run_from_its_command_line_is_whole_and_is_not_done_twice(python, encoder, tmp_path, capsys):
     run_dir = tmp_path / "probe"
-    command = [sys.executable, ROOT / "linear_probe.py", *words(encoder, run_dir, test_file=TEST, seed=7)]
+    command = [python, ROOT / "linear_probe.py", *words(encoder, run_dir, test_file=TEST, seed=7)]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     made = files_under(run_dir)

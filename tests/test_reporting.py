@@ -6,7 +6,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -375,10 +374,10 @@ def snippet_of(card: str) -> str:
     return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
 
 
-def run_snippet(code: str, hub: HubServer, folder: Path) -> str:
+def run_snippet(python: str, code: str, hub: HubServer, folder: Path) -> str:
     """What a card's code prints in an empty folder, in a process of its own."""
     env = {**hub.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -386,7 +385,9 @@ def run_snippet(code: str, hub: HubServer, folder: Path) -> str:
 @pytest.mark.parametrize(
     "kind", ["lora", "lora stored", "lora encoder", "lora mean", "lora tokens", "full", "full mean"]
 )
-def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_path, hub, hub_here, kind):
+def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(
+    python, tmp_path, hub, hub_here, kind
+):
     import torch
 
     from rareturn.data.label_guide import parse_label_guide
@@ -443,7 +444,7 @@ def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_pa
     batches = RowBatches(tokenizer.pad_token_id, 1, 1, 1, None if decoder else segment_name(base, tokenizer))
     ours = load_trained(base, adapter_dir(run_dir, 0), NAMES, tokenizer.pad_token_id).eval()
     logits = predict_logits(ours, batches, rows, rendered)
-    printed = ast.literal_eval(run_snippet(snippet_of(card), hub, tmp_path))
+    printed = ast.literal_eval(run_snippet(python, snippet_of(card), hub, tmp_path))
     assert list(printed) == NAMES
     # In bf16 the card's head is rounded and ours is not.
     close = 2e-2 if kind == "lora stored" else 1e-5
@@ -451,7 +452,7 @@ def test_the_code_on_a_run_card_gives_the_probabilities_of_our_own_loader(tmp_pa
     assert max(printed.values()) > 0.4  # not the even guess of a head that was left out
 
 
-def test_what_a_probe_and_an_ensemble_push_says_how_to_use_it_and_what_it_scored(tmp_path, hub):
+def test_what_a_probe_and_an_ensemble_push_says_how_to_use_it_and_what_it_scored(python, tmp_path, hub):
     """The code on their cards and on that of the tables runs; a labelled test file of the Hub goes to `.eval_results`."""
     folder = Path(make_tiny_encoder(tmp_path / "base"))
     hub.put("org/base", {path.name: path.read_bytes() for path in folder.iterdir()})
@@ -470,22 +471,20 @@ def test_what_a_probe_and_an_ensemble_push_says_how_to_use_it_and_what_it_scored
     blend = {"runs": tmp_path / "probe", "method": "prior", "repeats": 1}
     for script, flags in (("linear_probe.py", probe), ("ensemble.py", blend)):
         words = words_of(**flags, **push, output_dir=tmp_path / ("probe" if flags is probe else "blend"))
-        done = subprocess.run(
-            [sys.executable, script, *words], cwd=ROOT, env=hub.env, capture_output=True, text=True
-        )
+        done = subprocess.run([python, script, *words], cwd=ROOT, env=hub.env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
 
     cards = {name: hub.files(f"org/{name}")["README.md"].decode() for name in ("demo-probe", "demo")}
-    printed = ast.literal_eval(run_snippet(snippet_of(cards["demo-probe"]), hub, tmp_path))
+    printed = ast.literal_eval(run_snippet(python, snippet_of(cards["demo-probe"]), hub, tmp_path))
     assert sum(printed.values()) == pytest.approx(1, abs=1e-5) and len(printed) == 9
-    name, probabilities = run_snippet(snippet_of(cards["demo"]), hub, tmp_path).strip().split(" {")
+    name, probabilities = run_snippet(python, snippet_of(cards["demo"]), hub, tmp_path).strip().split(" {")
     assert name in printed and set(ast.literal_eval("{" + probabilities)) == set(printed)
 
     tables = hub.files("org/demo-oof", "dataset")["README.md"].decode()
-    first = ast.literal_eval(run_snippet(snippet_of(tables), hub, tmp_path))
+    first = ast.literal_eval(run_snippet(python, snippet_of(tables), hub, tmp_path))
     assert set(first) == {"id", "dialogue_id", "fold", "label", "logits"}
     (command,) = re.findall(r"```bash\npython (\S+) (.*)\n```", tables)
-    words = [sys.executable, ROOT / command[0], *command[1].split(), "--method", "prior"]  # in place of all
+    words = [python, ROOT / command[0], *command[1].split(), "--method", "prior"]  # in place of all
     assert subprocess.run(words, cwd=tmp_path, env=hub.env).returncode == 0
     assert (
         json.loads((tmp_path / "decision.json").read_text())["runs"][0]["reference"] == "org/demo-oof:probe"

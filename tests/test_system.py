@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,19 @@ from tiny_models import make_tiny_decoder, make_tiny_encoder
 ROOT = Path(__file__).parent.parent
 
 
-def system_py(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/system.py"), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables)
+System = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def system_py(python: str) -> System:
+    """The script with these words, and environment variables."""
+
+    def run(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [python, str(ROOT / "scripts/system.py"), *map(str, words)]
+        env = os.environ | {"PYTHON": python} | variables
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+    return run
 
 
 def states(text: str) -> dict[str, str]:
@@ -31,7 +41,7 @@ def states(text: str) -> dict[str, str]:
     sorted((*ROOT.glob("systems/*.yaml"), *ROOT.glob("recipes/ladder/r[45].yaml"))),
     ids=lambda path: path.stem,
 )
-def test_every_system_prints_commands_that_can_be_typed(path: Path):
+def test_every_system_prints_commands_that_can_be_typed(system_py: System, path: Path):
     done = system_py(path, "--dry_run", DATA="somewhere")
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
@@ -44,7 +54,7 @@ def test_every_system_prints_commands_that_can_be_typed(path: Path):
     assert str(ROOT) not in done.stdout
 
 
-def test_a_system_from_rows_to_predictions(tmp_path: Path):
+def test_a_system_from_rows_to_predictions(system_py: System, tmp_path: Path):
     output = tmp_path / "small"
     content = {
         "output": str(output),
@@ -137,7 +147,7 @@ def test_a_system_from_rows_to_predictions(tmp_path: Path):
         ),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path: Path, change: dict, line: str):
+def test_a_mistake_is_one_line(system_py: System, tmp_path: Path, change: dict, line: str):
     content = {"output": str(tmp_path / "x"), "runs": {"probe": {"script": "linear_probe.py"}}} | change
     (tmp_path / "system.yaml").write_text(yaml.safe_dump(content))
     done = system_py(tmp_path / "system.yaml", "--dry_run")
@@ -145,7 +155,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, change: dict, line: str):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_stage_that_fails_ends_the_system_with_its_status(tmp_path: Path):
+def test_a_stage_that_fails_ends_the_system_with_its_status(system_py: System, tmp_path: Path):
     content = {
         "output": str(tmp_path / "x"),
         "data": {"train_file": str(tmp_path / "gone.json")},

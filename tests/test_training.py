@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -230,23 +229,21 @@ def test_a_full_fine_tune_is_a_whole_model(encoder: str, tmp_path: Path, run, po
 
 
 def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
-    encoder: str, tmp_path: Path, run, caplog
+    python: str, encoder: str, tmp_path: Path, run, caplog
 ):
     flags = {"tuning": "full", "num_train_epochs": 4, "max_seq_length": 48, "bf16": "False"}
     flags |= {"ema_decay": 0.9, "drw_start": 0.6, "r_drop_alpha": 1, "oversample": 0.5}
     assert run(command(encoder, tmp_path / "whole", **flags)) == 0
     killed = tmp_path / "killed"
     words = command(encoder, killed, **flags)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run_classification.py"), *words], stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([python, str(ROOT / "run_classification.py"), *words], stderr=subprocess.PIPE)
     checkpoints = killed / "fold-0/checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("*/sealed.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # to the end of what it writes: its own end
     steps = [int(path.parent.name.split("-")[1]) for path in checkpoints.glob("*/sealed.json")]
     assert max(steps) < 4 * 3, "killed before its last epoch"
     half_written = checkpoints / "checkpoint-99"

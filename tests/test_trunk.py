@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ TRAIN, TEST, GUIDE = (
 )
 FLAGS = {
     "train_file": TRAIN, "test_file": TEST, "label_guide": GUIDE, "do_predict": True, "num_folds": 3, "max_turns": 6,
-    "max_train_samples": 40, "num_train_epochs": 2, "learning_rate": 3e-3, "per_device_train_batch_size": 8,
+    "max_train_samples": 40, "num_train_epochs": 1, "learning_rate": 3e-3, "per_device_train_batch_size": 8,
     "lora_r": 4, "lora_alpha": 8, "trainable_layers": 2,
 }  # fmt: skip
 
@@ -44,6 +43,16 @@ FLAGS = {
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tiny_decoder(tmp_path_factory.mktemp("decoder"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def trained(decoder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fold of the flags as they are, in `run`, beside the cache that it filled."""
+    place = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        assert train(decoder, place / "run") == 0
+    return place
 
 
 @pytest.fixture(autouse=True)
@@ -159,14 +168,14 @@ def test_gradients_of_one_step(decoder: str, tmp_path: Path):
         )
 
 
-def test_two_processes_take_the_steps_of_one(decoder: str, tmp_path: Path, cache: Path):
+def test_two_processes_take_the_steps_of_one(python: str, decoder: str, tmp_path: Path, cache: Path):
     flags = FLAGS | {
         "model_name_or_path": decoder,
         "lora_dropout": 0,
         "use_cpu": True,
         "pack_dialogues": True,
     }
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = words_of(**flags | {"output_dir": tmp_path / "two", "per_device_train_batch_size": 4})
     command = [*torchrun, str(ROOT / "run_classification.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -183,20 +192,19 @@ def test_two_processes_take_the_steps_of_one(decoder: str, tmp_path: Path, cache
     np.testing.assert_allclose(logits(tmp_path / "two"), logits(tmp_path / "one"), atol=1e-4)
 
 
-def test_the_saved_adapter_on_the_whole_base_by_peft_alone(decoder: str, tmp_path: Path):
+def test_the_saved_adapter_on_the_whole_base_by_peft_alone(decoder: str, trained: Path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    assert train(decoder, tmp_path / "run") == 0
-    saved, guide = tmp_path / "run/fold-0/adapter", load_label_guide(GUIDE)
+    saved, guide = trained / "run/fold-0/adapter", load_label_guide(GUIDE)
     assert json.loads((saved / "adapter_config.json").read_text())["layers_to_transform"] == [2, 3]
     base = AutoModelForSequenceClassification.from_pretrained(
         decoder, num_labels=len(guide.labels), dtype="float32"
     )
     model = PeftModel.from_pretrained(base, saved).eval()
-    table = read_table(tmp_path / "run/test/fold-0.parquet")
+    table = read_table(trained / "run/test/fold-0.parquet")
     tokenizer = loading.load_tokenizer(loading.find_base_model(decoder))
-    window = json.loads((tmp_path / "run/run.json").read_text())["window"]
+    window = json.loads((trained / "run/run.json").read_text())["window"]
     rows = load_rows(TEST, guide, require_labels=False)[:5]
     with torch.inference_mode():
         found = [
@@ -222,8 +230,11 @@ def test_a_full_fine_tune_is_saved_whole(decoder: str, tmp_path: Path):
 # --------------------------------------------------------------------------------------------------------- one computation
 
 
-def test_folds_seeds_and_losses_share_one_computation(decoder: str, tmp_path: Path, cache: Path, monkeypatch):
-    assert train(decoder, tmp_path / "a") == 0
+def test_folds_seeds_and_losses_share_one_computation(
+    decoder: str, trained: Path, tmp_path: Path, cache: Path, monkeypatch
+):
+    shutil.copytree(trained / "run", tmp_path / "a")
+    shutil.copytree(trained / "cache", tmp_path / "cache")
 
     def compute_again(*arguments: object, **options: object) -> None:
         raise AssertionError("the trunk was computed again")
@@ -238,8 +249,8 @@ def test_folds_seeds_and_losses_share_one_computation(decoder: str, tmp_path: Pa
         train(decoder, tmp_path / "d", max_turns=5)
 
 
-def test_two_folds_that_start_at_once(decoder: str, tmp_path: Path, cache: Path):
-    command = [sys.executable, str(ROOT / "run_classification.py")]
+def test_two_folds_that_start_at_once(python: str, decoder: str, trained: Path, tmp_path: Path):
+    command = [python, str(ROOT / "run_classification.py")]
     flags = FLAGS | {"model_name_or_path": decoder, "output_dir": tmp_path / "run", "use_cpu": True}
     started = [
         subprocess.Popen([*command, *words_of(fold=fold, **flags)], stderr=subprocess.PIPE, text=True)
@@ -248,8 +259,7 @@ def test_two_folds_that_start_at_once(decoder: str, tmp_path: Path, cache: Path)
     said = [process.communicate()[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert sum("computed once" in text for text in said) == 1
-    assert train(decoder, tmp_path / "alone") == 0
-    np.testing.assert_array_equal(logits(tmp_path / "run"), logits(tmp_path / "alone"))
+    np.testing.assert_array_equal(logits(tmp_path / "run"), logits(trained / "run"))
 
 
 def compute_slowly(model: str, folder: Path) -> None:
@@ -268,7 +278,7 @@ def test_a_killed_writer_s_parts_are_gone_on_from(decoder: str, tmp_path: Path):
     compute_slowly(decoder, whole)
     parts = sorted(path.name for path in whole.glob("*.safetensors"))
     assert len(parts) >= 5
-    process = multiprocessing.get_context("spawn").Process(target=compute_slowly, args=(decoder, cut_off))
+    process = multiprocessing.get_context("fork").Process(target=compute_slowly, args=(decoder, cut_off))
     process.start()
     while process.is_alive() and len(list(cut_off.glob("*.safetensors"))) < 2:
         time.sleep(0.001)
@@ -284,8 +294,10 @@ def test_a_killed_writer_s_parts_are_gone_on_from(decoder: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["a bit", "cut short", "gone", "no index"])
-def test_a_damaged_cache_is_computed_anew(decoder: str, tmp_path: Path, cache: Path, damage: str, caplog):
-    assert train(decoder, tmp_path / "before") == 0
+def test_a_damaged_cache_is_computed_anew(
+    decoder: str, trained: Path, tmp_path: Path, cache: Path, damage: str, caplog
+):
+    shutil.copytree(trained / "cache", tmp_path / "cache")
     (folder,) = folders(cache)
     part = folder / "00000.safetensors"
     content = bytearray(part.read_bytes())
@@ -297,7 +309,7 @@ def test_a_damaged_cache_is_computed_anew(decoder: str, tmp_path: Path, cache: P
     if damage in ("gone", "no index"):
         (part if damage == "gone" else folder / trunk.INDEX).unlink()
     assert train(decoder, tmp_path / "after") == 0
-    np.testing.assert_array_equal(logits(tmp_path / "after"), logits(tmp_path / "before"))
+    np.testing.assert_array_equal(logits(tmp_path / "after"), logits(trained / "run"))
     assert ("damaged or missing" in caplog.text) == (damage != "no index")
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -203,7 +202,7 @@ def test_a_rationale_is_written_first_and_never_pushed(
     assert "nothing was trained" in card and "LinearHead" not in card
 
     # An ensemble takes the tables; there is no model to predict with.
-    assert run_script(ensemble.main, runs=run, output_dir=tmp_path / "ens") == 0
+    assert run_script(ensemble.main, runs=run, method="argmax", output_dir=tmp_path / "ens") == 0
     capsys.readouterr()
     flags = {"ensemble": tmp_path / "ens", "input": corpus["test_file"], "output": tmp_path / "out.jsonl"}
     assert run_script(predict.main, **flags) == 2
@@ -461,13 +460,13 @@ needed = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.fi
 
 
 @pytest.mark.skipif(bool(needed), reason=f"transformers serve needs {', '.join(needed)}")
-def test_a_real_server(chat_model: str, corpus, tmp_path: Path):
+def test_a_real_server(python: str, chat_model: str, corpus, tmp_path: Path):
     """`transformers serve`, which at 5.23 knows neither log-probabilities nor several samples nor a schema."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable,
+        python,
         "-m",
         "transformers.cli.transformers",
         "serve",
@@ -478,13 +477,13 @@ def test_a_real_server(chat_model: str, corpus, tmp_path: Path):
     log = open(tmp_path / "serve.log", "wb")  # noqa: SIM115
     server = subprocess.Popen([*command, "--host", "127.0.0.1", "--device", "cpu"], stdout=log, stderr=log)
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert server.poll() is None, (tmp_path / "serve.log").read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
         more = {"model": chat_model, "max_new_tokens": 8, "samples": 2, "test_file": None}
         flags = flags_of(f"http://127.0.0.1:{port}/v1", corpus, **more)
         assert run_script(zero_shot.main, **flags, output_dir=tmp_path / "run") == 0
