@@ -107,7 +107,10 @@ class _ProbeVoter:
         if not self.is_adapted:
             model = self.frozen.load()
             self.models: list[tuple[Any, str | None]] = [(model, None)] * len(folders)
-            self.turn_encoders = [model.base_model] * self.frozen.is_encoder
+            # Shared layers give the output of the last of them, which will not do where others are read too.
+            self.turn_encoders = [model.base_model] * (
+                self.frozen.is_encoder and len(self.frozen.layers) == 1
+            )
             return
         bases, pad = _Bases(()), self.frozen.tokenizer.pad_token_id  # its own: their upper layers are cut off
         self.models = [bases.load_fold(base, folder, guide, pad) for folder in folders]

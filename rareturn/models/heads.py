@@ -130,9 +130,15 @@ def passes(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Means over the tokens of turns, special ones included, as sentence-transformers has them: float32 (turns, hidden)."""
+    (means,) = embed_stacked(encoder, input_ids, attention_mask, 1)
+    return means
+
+
+def embed_stacked(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, layers: int) -> list[Tensor]:
+    """`embed_turns` at each of so many layers, of an encoder after `layers.stack_outputs`."""
     hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
     weight = attention_mask[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
+    return [(part * weight).sum(1) / weight.sum(1) for part in hidden.chunk(layers, dim=1)]
 
 
 def gather_vectors(embeddings: Tensor, members: Tensor, starts: Tensor, parts: int) -> Tensor:

@@ -77,9 +77,9 @@ class Window(Checked):
 
 
 class Features(Checked):
-    """What a linear probe reads: the output of one layer, counted from 1."""
+    """What a linear probe reads: the output of one layer, counted from 1, or of several."""
 
-    layer: int
+    layer: int | list[int]
 
 
 class BundledRun(WeightedRun):
