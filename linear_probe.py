@@ -78,6 +78,10 @@ class ProbeArguments(LoaderArguments, TrunkCacheArguments, FoldDataArguments):
         "Layer whose output is taken, from 1; of several the head sees all. Default: two thirds up; with --adapter the "
         "last.",
     )
+    pairs: bool = flag(
+        False,
+        "Let an encoder read target and context together, --max_seq_length tokens, in place of turn by turn.",
+    )
     class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
         "balanced", "In the loss, from the fold's training rows: 1/n (best for a probe), 1/sqrt(n) or none."
     )
@@ -131,7 +135,7 @@ def find_features(arguments: ProbeArguments, data: RunData, how: dict[str, Any])
         arguments.bf16 = arguments.dtype == "float32" and torch.cuda.is_available()
     how |= {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
     base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **how)
-    taken = {name: getattr(arguments, name) for name in ("layer", "window", "bf16")}
+    taken = {name: getattr(arguments, name) for name in ("layer", "window", "bf16", "pairs")}
     taken |= {"batch_size": arguments.per_device_eval_batch_size, "adapted": bool(arguments.adapter)}
     return probing.FrozenFeatures(base, data.guide, **taken)
 

@@ -134,11 +134,26 @@ def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     return means
 
 
-def embed_stacked(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, layers: int) -> list[Tensor]:
-    """`embed_turns` at each of so many layers, of an encoder after `layers.stack_outputs`."""
+def embed_stacked(
+    encoder: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layers: int,
+    segment_ids: Tensor | None = None,
+) -> list[Tensor]:
+    """`embed_turns` at each of so many layers, of an encoder after `layers.stack_outputs`.
+
+    Of pairs, whose `segment_ids` are 0 on the target, the mean over the target's tokens and then the maximum: float32
+    (pairs, 2 x hidden).
+    """
     hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-    weight = attention_mask[..., None]
-    return [(part * weight).sum(1) / weight.sum(1) for part in hidden.chunk(layers, dim=1)]
+    seen = attention_mask if segment_ids is None else attention_mask * (segment_ids == 0)
+    weight, parts = seen[..., None], hidden.chunk(layers, dim=1)
+    means = [(part * weight).sum(1) / weight.sum(1) for part in parts]
+    if segment_ids is None:
+        return means
+    maxima = [part.masked_fill(weight == 0, -torch.inf).amax(1) for part in parts]
+    return [torch.cat(both, dim=1) for both in zip(means, maxima, strict=True)]
 
 
 def gather_vectors(embeddings: Tensor, members: Tensor, starts: Tensor, parts: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Linear probes: features of rows from a frozen or a trained model, and a logistic head on them.
 
-Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
-hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
+Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row; or the target's
+tokens as an encoder sees them beside their context. Decoders: the hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
 at a trained model's last layer, or at those that are asked for; what a pass comes by is kept on disk.
 """
 
@@ -42,7 +42,7 @@ from rareturn.models.loading import (
     load_trained,
 )
 from rareturn.models.packing import PackedBatches, can_branch, hidden_states
-from rareturn.models.training import class_weights
+from rareturn.models.training import RowBatches, class_weights
 from rareturn.models.trunk import INDEX, cache_folder, cached_parts, read_parts, write_parts
 from rareturn.models.turns import (
     PARTS,
@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
+PAIR_PARTS = ("target_mean", "target_maximum")
 Splits = Iterable[tuple[np.ndarray, np.ndarray]]  # indices of rows to train on, and of rows to judge on
 
 
@@ -70,13 +71,15 @@ class FrozenFeatures:
     An encoder gives four vectors a row (`turns.PARTS`): the target's embedding, the mean over the turns before it,
     the mean over the earlier turns of the target's speaker, and the last turn of another speaker; zeros where a row
     has no such turn. A turn's embedding is the mean over its tokens, special tokens included, as sentence-transformers
-    does it. A decoder gives the hidden state of the last token of the row's prompt.
+    does it. With `pairs` it reads the target together with its context, as run_classification.py has it by default, and
+    gives two vectors: the mean and the maximum over the target's tokens (the mean is late chunking, Günther et al. 2024,
+    arXiv 2409.04701). A decoder gives the hidden state of the last token of the row's prompt.
 
     Attributes:
         layer: whose output is taken, counted from 1; those after the last are not run. None: two thirds up, rounded, and
             the last where the base is `adapted`, since training has shaped it for the labels.
-        window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
-        batch_size: turns in an encoder's forward pass.
+        window: `max_turns`, `max_seq_length` (an encoder's is per turn, or per pair) and `window_stride` of DESIGN 4.
+        batch_size: turns, or pairs, in an encoder's forward pass.
     """
 
     base: BaseModel
@@ -87,6 +90,7 @@ class FrozenFeatures:
     bf16: bool
     show_progress: bool = True
     adapted: bool = False  # models that were trained from the base stand in its place
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         config = load_config(self.base)
@@ -101,11 +105,15 @@ class FrozenFeatures:
             if not 1 <= layer <= self.num_layers:
                 raise InputError(f"--layer {layer}: {self.base.name} has layers 1 to {self.num_layers}")
         self.is_encoder, self.tokenizer = is_encoder(config), load_tokenizer(self.base)
-        if self.is_encoder:
+        self.by_turns = self.is_encoder and not self.pairs
+        if self.pairs and not self.is_encoder:
+            raise InputError("--pairs: is for encoders; a decoder reads its context anyway")
+        if self.by_turns:
             self.renderer, self.parts = TurnRenderer(self.base, self.tokenizer, self.window), PARTS
         else:
-            self.renderer = make_renderer(self.base, self.tokenizer, self.guide, self.window)
-            self.parts = ("last_token",)
+            base = replace(self.base, pooling="native")
+            self.renderer = make_renderer(base, self.tokenizer, self.guide, self.window)
+            self.parts = PAIR_PARTS if self.pairs else ("last_token",)
 
     def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
         """Features of rows, float32 (rows, features), by what `load` gave; None loads it for this call only."""
@@ -128,7 +136,9 @@ class FrozenFeatures:
 
         @functools.cache
         def lower_layers() -> int:
-            return 0 if trained else cached_cut(data.rows, self.renderer, base, self.layers[0], self.bf16)
+            if trained or self.pairs:
+                return 0
+            return cached_cut(data.rows, self.renderer, base, self.layers[0], self.bf16)
 
         @functools.cache
         def source(layers: tuple[int, ...], cut: int) -> tuple[dict, nn.Module, Any]:
@@ -140,8 +150,8 @@ class FrozenFeatures:
             if not limit_gb:
                 return self.extract(rows, source(self.layers, 0)[1])
             rendered = self.renderer.render(rows)
-            sequences = share_turns(rendered)[0] if self.is_encoder else [row.input_ids for row in rendered]
-            facts = {"weights": weights, "batch_size": self.batch_size}
+            sequences = share_turns(rendered)[0] if self.by_turns else [row.input_ids for row in rendered]
+            facts = {"weights": weights, "batch_size": self.batch_size, "parts": self.parts}
             name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
             spans = itertools.product(
                 range(1, self.layers[0] + 1), range(self.layers[-1], self.num_layers + 1)
@@ -157,11 +167,11 @@ class FrozenFeatures:
                 write_parts(folder, passes, 4 * self.hidden_size, of_pass)
 
             what = f"features of layers {first} to {last}: {len(rows):,} rows"
-            size = 4 * self.hidden_size * len(layers) * len(sequences)
+            size = 4 * self.hidden_size * len(layers) * len(sequences) * (2 if self.pairs else 1)
             files = cached_parts(name(features=(first, last)), what, size, limit_gb, compute)
             if files is None:
                 return self.extract(rows, source(self.layers, 0)[1])
-            keys = [*map(str, self.layers), *([] if self.is_encoder else ["rows"])]
+            keys = [*map(str, self.layers), *([] if self.by_turns else ["rows"])]
             return self._join(read_parts(files, keys), rendered)
 
         return [of_part(number) if part else None for number, part in enumerate(parts)]
@@ -206,10 +216,14 @@ class FrozenFeatures:
         states: Any = None,
     ) -> tuple[list[tuple[Any, int, int]], Callable[..., dict[str, Tensor]]]:
         """Forward passes, as `trunk.write_parts` takes them, and what gives the layers' outputs in one, by layer."""
-        if self.is_encoder:
+        if self.by_turns:
             turns, *_ = share_turns(rendered)  # every distinct turn is embedded once
             batches = [turns[at : at + self.batch_size] for at in range(0, len(turns), self.batch_size)]
             sizes = [sum(map(len, batch)) for batch in batches]
+        elif self.pairs:
+            way = RowBatches(self.tokenizer.pad_token_id, 1, 1, self.batch_size, "segment_ids")
+            batches = way.prediction_batches(rows, rendered)
+            sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
         else:
             try:
                 way = PackedBatches(branches=can_branch(model), states=states)
@@ -220,17 +234,18 @@ class FrozenFeatures:
             sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
 
         def of_pass(batch: Sequence[Any], begin: int, end: int) -> dict[str, Tensor]:
-            if self.is_encoder:
+            if self.by_turns:
                 inputs = pad_turns(batch, self.tokenizer.pad_token_id)
             else:
                 inputs = way.collate([rendered[index] for index in batch])
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
             with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
                 if self.is_encoder:
-                    outputs, places = embed_stacked(model.base_model, **inputs, layers=len(layers)), {}
+                    outputs = embed_stacked(model.base_model, **inputs, layers=len(layers))
                 else:
                     hidden = hidden_states(model.base_model, inputs).unflatten(0, (len(layers), -1))
-                    outputs, places = hidden[:, inputs["row_positions"]], {"rows": torch.tensor(batch)}
+                    outputs = hidden[:, inputs["row_positions"]]
+            places = {} if self.by_turns else {"rows": torch.tensor(batch)}
             return places | {str(n): output.float().cpu() for n, output in zip(layers, outputs, strict=True)}
 
         ends = np.cumsum(sizes).tolist()
@@ -239,7 +254,7 @@ class FrozenFeatures:
     def _join(self, outputs: dict[str, Tensor], rendered: Sequence[Any]) -> np.ndarray:
         """Features of rows from the outputs of all passes."""
         of_layers = [outputs[str(layer)] for layer in self.layers]
-        if self.is_encoder:
+        if self.by_turns:
             _, members, starts = share_turns(rendered)
             of_layers = [gather_vectors(vectors, members, starts, len(PARTS)) for vectors in of_layers]
         else:
