@@ -169,11 +169,13 @@ def test_layers_that_training_left_in_the_cache_are_not_computed(kind, models, t
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_a_head_on_several_layers_predicts_what_its_run_says(kind, models, tmp_path):
-    """Beside a probe of one layer, with whose lower layers the bundle shares the computation."""
-    for name, layer in (("one", 4), ("several", [2, 5])):
-        assert probe(models[kind], tmp_path / name, layer=layer, run_name=name) == 0
-    runs, test = [tmp_path / "one", tmp_path / "several"], {"test_file": ROWS["test_file"]}
+def test_a_bundle_of_probes_predicts_what_its_runs_say(kind, models, tmp_path):
+    """Of one layer, with whose lower layers the bundle shares the computation; of several; and of pairs."""
+    probes = {"one": {"layer": 4}, "several": {"layer": [2, 5]}}
+    probes |= {"pairs": {"layer": [2, 3], "pairs": True}} if kind == "encoder" else {}
+    for name, flags in probes.items():
+        assert probe(models[kind], tmp_path / name, run_name=name, **flags) == 0
+    runs, test = [tmp_path / name for name in probes], {"test_file": ROWS["test_file"]}
     flags = {"runs": runs, "method": "prior", "repeats": 1, "output_dir": tmp_path / "blend"}
     assert run_script(ensemble.main, **flags | test) == 0
     flags = {"ensemble": tmp_path / "blend", "input": ROWS["test_file"], "turns": "last"}
