@@ -185,7 +185,7 @@ def turn_states(
         def of_pass(batch: Sequence[np.ndarray], begin: int, end: int) -> dict[str, Tensor]:
             inputs = {name: value.to(encoder.device) for name, value in pad_turns(batch, pad).items()}
             with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-                embeddings = embed_turns(encoder, **inputs)
+                (embeddings,) = embed_turns(encoder, **inputs)
             output = below.pop()
             states = output[0] if isinstance(output, tuple) else output
             return {"states": states[inputs["attention_mask"].bool()].cpu(), "embeddings": embeddings.cpu()}
