@@ -111,9 +111,7 @@ class FrozenFeatures:
         """Features of rows, float32 (rows, features), by what `load` gave; None loads it for this call only."""
         model, rendered = self.load() if model is None else model, self.renderer.render(rows)
         passes, of_pass = self._passes(rows, rendered, model, self.layers)
-        found = [
-            of_pass(*one) for one in tqdm(passes, "features", unit="batch", disable=not self.show_progress)
-        ]
+        found = [of_pass(*one) for one in tqdm(passes, unit="batch", disable=not self.show_progress)]
         return self._join({name: torch.cat([one[name] for one in found]) for name in found[0]}, rendered)
 
     def extract_cached(
@@ -128,10 +126,6 @@ class FrozenFeatures:
         named = {number: part for number, part in enumerate(parts) if part}
         weights = [file_digest(path) for path in sorted(trained.glob("*.safetensors"))] if trained else []
         lowest, highest = self.layers[0], self.layers[-1]
-
-        @functools.cache
-        def frozen_layers() -> int:
-            return 0 if trained else cached_cut(data.rows, self.renderer, base, lowest, self.bf16)
 
         @functools.cache
         def source(layers: tuple[int, ...], cut: int) -> tuple[dict[int, Any], nn.Module, Any]:
@@ -150,7 +144,8 @@ class FrozenFeatures:
             name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
             spans = itertools.product(range(1, lowest + 1), range(highest, self.num_layers + 1))
             span = next((span for span in spans if (name(features=span) / INDEX).exists()), None)
-            cut = 0 if span else frozen_layers()
+            alone = trained or span or not limit_gb
+            cut = 0 if alone else cached_cut(data.rows, self.renderer, base, lowest, self.bf16)
             first, last = span or (lowest if trained else max(cut, 1), highest)
             layers = tuple(range(first, last + 1))
 
@@ -193,7 +188,7 @@ class FrozenFeatures:
     def _passes(
         self,
         rows: Sequence[Row],
-        rendered: Sequence[Any],
+        rendered: Sequence,
         model: nn.Module,
         layers: Sequence[int],
         states: Any = None,
@@ -207,8 +202,8 @@ class FrozenFeatures:
             try:
                 way = PackedBatches(branches=can_branch(model), states=states)
             except InputError:
-                problem = "this architecture's last token cannot be probed"
-                raise InputError(f"{self.base.name}: {problem}") from None
+                problem = f"{self.base.name}: this architecture's last token cannot be probed"
+                raise InputError(problem) from None
             batches = way.prediction_batches(rows, rendered)  # a dialogue's rows in one pass
             sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
 

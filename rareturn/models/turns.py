@@ -7,6 +7,7 @@ of a dialogue grows with its length and not with its square.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -316,10 +317,8 @@ def cached_cut(
     else:
         numbered, order = number_tokens(rendered)
         sequences = [numbered[index].input_ids for index in order]
-    known = (
-        cut for cut in range(top, 0, -1) if (cache_folder(base, sequences, bf16, cut=cut) / INDEX).exists()
-    )
-    return next(known, 0)
+    name = functools.partial(cache_folder, base, sequences, bf16)
+    return next((cut for cut in range(top, 0, -1) if (name(cut=cut) / INDEX).exists()), 0)
 
 
 def make_batches(
