@@ -123,17 +123,10 @@ def test_a_second_run_over_the_same_rows_computes_no_pass(kind, models, tmp_path
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_layers_that_training_left_in_the_cache_are_not_computed(kind, models, tmp_path, monkeypatch, caplog):
-    model, own = models[kind], {"pooling": "turns"} if kind == "encoder" else {}
+    model, own = models[kind], {"pooling": "turns", "tuning": "full"} if kind == "encoder" else {}
     flags = {"max_train_samples": 16, "num_train_epochs": 1, "lora_r": 4, "trainable_layers": 2} | own
-    assert (
-        run_script(
-            run_classification.main,
-            model_name_or_path=model,
-            output_dir=tmp_path / "trained",
-            **ROWS | flags,
-        )
-        == 0
-    )
+    flags |= {"model_name_or_path": model, "output_dir": tmp_path / "trained"}
+    assert run_script(run_classification.main, **ROWS | flags) == 0
     caplog.set_level("INFO")
     cut, seen, load = 2 if kind == "encoder" else 4, [], probing.load_classifier
     monkeypatch.setattr(
@@ -145,7 +138,7 @@ def test_layers_that_training_left_in_the_cache_are_not_computed(kind, models, t
         assert probe(model, tmp_path / name, layer=layer) == 0
         last = layer if isinstance(layer, int) else 6
         assert f"{cut} of {last} layers are in the cache" in caplog.text
-        assert kind == "encoder" or seen[-1].layers == (4, last)
+        assert kind == "encoder" or seen[-1].layers == (4, 6)
         assert probe(model, tmp_path / f"{name}-0", layer=layer, trunk_cache_gb=0) == 0
         assert seen[-1].layers is None
         found, expected = (read_run(tmp_path / there, require_test=True) for there in (name, f"{name}-0"))
@@ -189,5 +182,5 @@ def test_a_bundle_of_probes_predicts_what_its_runs_say(kind, models, tmp_path):
     ]
     with (tmp_path / "labels.jsonl").open() as lines:
         said = np.array([list(json.loads(line)["probabilities"].values()) for line in lines])
-    assert np.abs(of_runs[0] - of_runs[1]).max() > 0.1
+    assert np.abs(of_runs[0] - of_runs[1]).max() > 0.02
     np.testing.assert_allclose(said, np.mean(of_runs, axis=0), atol=1e-4)

@@ -110,7 +110,7 @@ class TurnClassifier(SegmentMeanClassifier):
         embeddings = []
         for begin, end, width in passes(attention_mask.sum(1).tolist()):
             ids, mask = input_ids[begin:end, :width], attention_mask[begin:end, :width]
-            embeddings.append(embed_turns(self.encoder, ids, mask))
+            embeddings += embed_turns(self.encoder, ids, mask)
         return gather_vectors(torch.cat(embeddings), members, starts, self.NUM_VECTORS)
 
 
@@ -128,23 +128,17 @@ def passes(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return found[::-1]
 
 
-def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Means over the tokens of turns, special ones included, as sentence-transformers has them: float32 (turns, hidden)."""
-    (means,) = embed_stacked(encoder, input_ids, attention_mask, 1)
-    return means
-
-
-def embed_stacked(
+def embed_turns(
     encoder: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    layers: int,
+    layers: int = 1,
     segment_ids: Tensor | None = None,
 ) -> list[Tensor]:
-    """`embed_turns` at each of so many layers, of an encoder after `layers.stack_outputs`.
+    """Means over the tokens of turns, special ones included, as sentence-transformers has them: float32 (turns, hidden).
 
-    Of pairs, whose `segment_ids` are 0 on the target, the mean over the target's tokens and then the maximum: float32
-    (pairs, 2 x hidden).
+    One for each of so many layers, of an encoder after `layers.stack_outputs`. Of pairs, whose `segment_ids` are 0 on the
+    target, the mean over the target's tokens and then the maximum: (pairs, 2 x hidden).
     """
     hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
     seen = attention_mask if segment_ids is None else attention_mask * (segment_ids == 0)

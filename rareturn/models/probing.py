@@ -30,7 +30,7 @@ from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
 from rareturn.files import file_digest, write_bytes
-from rareturn.models.heads import FloatHead, TrunkMemory, embed_stacked, gather_vectors
+from rareturn.models.heads import FloatHead, TrunkMemory, embed_turns, gather_vectors
 from rareturn.models.inference import place, predict_logits
 from rareturn.models.layers import default_layer, keep_layers, layer_list, stack_outputs
 from rareturn.models.loading import (
@@ -133,37 +133,33 @@ class FrozenFeatures:
         base = replace(self.base, pooling="turns") if self.is_encoder else self.base
         named = {number: part for number, part in enumerate(parts) if part}
         weights = [file_digest(path) for path in sorted(trained.glob("*.safetensors"))] if trained else []
+        lowest, highest = self.layers[0], self.layers[-1]
 
         @functools.cache
-        def lower_layers() -> int:
-            if trained or self.pairs:
-                return 0
-            return cached_cut(data.rows, self.renderer, base, self.layers[0], self.bf16)
-
-        @functools.cache
-        def source(layers: tuple[int, ...], cut: int) -> tuple[dict, nn.Module, Any]:
+        def source(layers: tuple[int, ...], cut: int) -> tuple[dict[int, Any], nn.Module, Any]:
             rendered, upper, states = render(named, data, self.renderer, base, cut, limit_gb, self.bf16)
-            return rendered, self.load(trained, layers, (cut, upper, states)), states
+            if states is not None:
+                logger.info(f"{cut} of {highest} layers are in the cache of frozen layers")
+            model = self.load(trained, layers, None if self.is_encoder else upper)
+            if self.is_encoder and states is not None:
+                TrunkMemory(model.base_model, layer_list(model.base_model)[:cut], states)
+            return rendered, model, states
 
         def of_part(number: int) -> np.ndarray:
-            rows = named[number]
-            if not limit_gb:
-                return self.extract(rows, source(self.layers, 0)[1])
-            rendered = self.renderer.render(rows)
+            rows, rendered = named[number], self.renderer.render(named[number])
             sequences = share_turns(rendered)[0] if self.by_turns else [row.input_ids for row in rendered]
             facts = {"weights": weights, "batch_size": self.batch_size, "parts": self.parts}
             name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
-            spans = itertools.product(
-                range(1, self.layers[0] + 1), range(self.layers[-1], self.num_layers + 1)
-            )
+            spans = itertools.product(range(1, lowest + 1), range(highest, self.num_layers + 1))
             span = next((span for span in spans if (name(features=span) / INDEX).exists()), None)
-            cut = 0 if span else lower_layers()
-            first, last = span or (self.layers[0] if trained else max(cut, 1), self.layers[-1])
+            alone = trained or span or self.pairs or not limit_gb
+            cut = 0 if alone else cached_cut(data.rows, self.renderer, base, lowest, self.bf16)
+            first, last = span or (lowest if trained else max(cut, 1), highest)
             layers = tuple(range(first, last + 1))
 
             def compute(folder: Path) -> None:
-                of_rows, model, states = source(layers, cut)
-                passes, of_pass = self._passes(rows, of_rows[number], model, layers, states)
+                of_parts, model, states = source(layers, cut)
+                passes, of_pass = self._passes(rows, of_parts[number], model, layers, states)
                 write_parts(folder, passes, 4 * self.hidden_size, of_pass)
 
             what = f"features of layers {first} to {last}: {len(rows):,} rows"
@@ -176,25 +172,15 @@ class FrozenFeatures:
 
         return [of_part(number) if part else None for number, part in enumerate(parts)]
 
-    def load(
-        self,
-        trained: Path | None = None,
-        layers: Sequence[int] = (),
-        trunk: tuple[int, Any, Any] = (0, None, None),
-    ) -> nn.Module:
+    def load(self, trained: Path | None = None, layers: Sequence[int] = (), base: Any = None) -> nn.Module:
         """The base, or the model in a folder that was trained from it, up to the last layer that is read.
 
-        `layers` are those that are read, if not the features'. A `trunk` has the number of layers whose output is known,
-        the base without them, and their output.
+        `layers` are those that are read, if not the features'; `base` stands for the whole one.
         """
         # The head that comes with it is not used, but these loaders know quantization and dtype.
-        what, (cut, upper, states) = (self.guide.names, self.tokenizer.pad_token_id), trunk
-        base = upper if cut and not self.is_encoder else self.base
+        what, base = (self.guide.names, self.tokenizer.pad_token_id), base or self.base
         model = load_classifier(base, *what) if trained is None else load_trained(base, trained, *what)
-        model = self.cut(place(model, base), layers)
-        if self.is_encoder and states is not None:
-            TrunkMemory(model.base_model, layer_list(model.base_model)[:cut], states)
-        return model
+        return self.cut(place(model, base), layers)
 
     def cut(self, model: nn.Module, layers: Sequence[int] = ()) -> nn.Module:
         """The classifier, in a PEFT model or on its own, without the layers after the last that is read."""
@@ -210,7 +196,7 @@ class FrozenFeatures:
     def _passes(
         self,
         rows: Sequence[Row],
-        rendered: Sequence[Any],
+        rendered: Sequence,
         model: nn.Module,
         layers: Sequence[int],
         states: Any = None,
@@ -228,8 +214,8 @@ class FrozenFeatures:
             try:
                 way = PackedBatches(branches=can_branch(model), states=states)
             except InputError:
-                problem = "this architecture's last token cannot be probed"
-                raise InputError(f"{self.base.name}: {problem}") from None
+                problem = f"{self.base.name}: this architecture's last token cannot be probed"
+                raise InputError(problem) from None
             batches = way.prediction_batches(rows, rendered)  # a dialogue's rows in one pass
             sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
 
@@ -241,7 +227,7 @@ class FrozenFeatures:
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
             with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
                 if self.is_encoder:
-                    outputs = embed_stacked(model.base_model, **inputs, layers=len(layers))
+                    outputs = embed_turns(model.base_model, **inputs, layers=len(layers))
                 else:
                     hidden = hidden_states(model.base_model, inputs).unflatten(0, (len(layers), -1))
                     outputs = hidden[:, inputs["row_positions"]]

@@ -137,7 +137,8 @@ def cached_parts(
     """
     what += f", {size / 1e9:.2f} GB"
     if size > limit_gb * 1e9:
-        logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is not kept")
+        if limit_gb:
+            logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is not kept")
         return None
     with _locked(folder, what):
         files = whole_parts(folder)

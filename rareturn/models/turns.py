@@ -7,6 +7,7 @@ of a dialogue grows with its length and not with its square.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -185,7 +186,7 @@ def turn_states(
         def of_pass(batch: Sequence[np.ndarray], begin: int, end: int) -> dict[str, Tensor]:
             inputs = {name: value.to(encoder.device) for name, value in pad_turns(batch, pad).items()}
             with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-                embeddings = embed_turns(encoder, **inputs)
+                (embeddings,) = embed_turns(encoder, **inputs)
             output = below.pop()
             states = output[0] if isinstance(output, tuple) else output
             return {"states": states[inputs["attention_mask"].bool()].cpu(), "embeddings": embeddings.cpu()}
@@ -316,10 +317,8 @@ def cached_cut(
     else:
         numbered, order = number_tokens(rendered)
         sequences = [numbered[index].input_ids for index in order]
-    known = (
-        cut for cut in range(top, 0, -1) if (cache_folder(base, sequences, bf16, cut=cut) / INDEX).exists()
-    )
-    return next(known, 0)
+    name = functools.partial(cache_folder, base, sequences, bf16)
+    return next((cut for cut in range(top, 0, -1) if (name(cut=cut) / INDEX).exists()), 0)
 
 
 def make_batches(
