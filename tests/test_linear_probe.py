@@ -604,7 +604,9 @@ def naive_features(kind: str, base: str, folder: Path, rows: list[Row]) -> np.nd
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapted_features_come_from_the_folds_own_model(kind, trained, encoder, decoder, few, tmp_path):
+def test_adapted_features_come_from_the_folds_own_model(
+    kind, trained, encoder, decoder, few, tmp_path, monkeypatch
+):
     is_encoder, run_dir = kind in ("encoder", "turns"), trained(kind)
     assert adapted(run_dir, tmp_path / "probe", **few) == 0
     made = read_run(tmp_path / "probe", require_test=True)
@@ -622,6 +624,8 @@ def test_adapted_features_come_from_the_folds_own_model(kind, trained, encoder, 
         assert np.ptp(held_out, axis=0).mean() > 1
         np.testing.assert_allclose(made.oof.take(np.flatnonzero(folds == fold)).logits, held_out, atol=0.02)
         np.testing.assert_allclose(made.test[fold].logits, logits[len(rows) :], atol=0.02)
+    monkeypatch.setattr(FrozenFeatures, "load", None)  # another head needs no pass of any of the models
+    assert adapted(run_dir, tmp_path / "again", **few, class_weights="none") == 0
 
 
 @pytest.mark.parametrize("kind", ["decoder", "turns"])
