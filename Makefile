@@ -1,11 +1,12 @@
 # make demo: the whole pipeline on the fictional corpus.  make app: a page over the demo's ensemble.  make test: the tests.
+# make best DATA=FOLDER: PsyDefConv's train.json and test.json to predictions, on two cores.
 # Each sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs
 
-.PHONY: setup demo app test soak quality style clean
+.PHONY: setup demo best app test soak quality style clean
 
 setup: $(VENV)/.installed
 
@@ -16,6 +17,9 @@ $(VENV)/.installed: requirements.txt
 
 demo: setup
 	$(BIN)/python scripts/system.py systems/demo.yaml
+
+best: setup
+	$(BIN)/python scripts/system.py systems/psydefconv-cpu.yaml
 
 app: $(VENV)/.app $(OUT)/demo/ensemble.json
 	$(BIN)/python app.py --bundle $(OUT)/demo --rows data/demo/train.json --compare $(OUT)/demo-probe

@@ -24,16 +24,23 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
+from rareturn.command_line import (
+    REQUIRED,
+    HubArguments,
+    LoaderArguments,
+    TrunkCacheArguments,
+    flag,
+    parse_arguments,
+    run,
+    start_logging,
+)
 from rareturn.data.folds import FoldDataArguments, RunData, read_run_data, write_folds
-from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import check_content, file_digest, write_json
 from rareturn.reports.cards import print_closing_table
@@ -51,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class ProbeArguments(FoldDataArguments):
+class ProbeArguments(LoaderArguments, TrunkCacheArguments, FoldDataArguments):
     """Rows, folds, the frozen model and the head."""
 
     _argument_group_name = "Probe"
@@ -64,16 +71,16 @@ class ProbeArguments(FoldDataArguments):
     )
     output_dir: str = flag(REQUIRED, "The run's folder.")
     run_name: str | None = flag(None, "Name of the run. Default: the output folder's name.")
-    model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
-    trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
-    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
-    quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
-    dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
-    attn_implementation: str | None = flag(None, "Attention kernel. Default: sdpa if there, else eager.")
     bf16: bool | None = flag(None, "bf16 autocast. Default: on a GPU, never on a CPU.")
     per_device_eval_batch_size: int = flag(32, "Turns in a forward pass of an encoder.")
-    layer: int | None = flag(
-        None, "Layer whose output is taken, from 1. Default: two thirds up; with --adapter the last."
+    layer: list[int] | None = flag(
+        None,
+        "Layer whose output is taken, from 1; of several the head sees all. Default: two thirds up; with --adapter the "
+        "last.",
+    )
+    pairs: bool = flag(
+        False,
+        "Let an encoder read target and context together, --max_seq_length tokens, in place of turn by turn.",
     )
     class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
         "balanced", "In the loss, from the fold's training rows: 1/n (best for a probe), 1/sqrt(n) or none."
@@ -91,6 +98,8 @@ class ProbeArguments(FoldDataArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}")
         self.C = sorted(set(self.C))
+        if self.layer:  # one is a number, as run.json had it before there were several
+            self.layer = self.layer[0] if len(set(self.layer)) == 1 else sorted(set(self.layer))
 
 
 def take_from_run(arguments: ProbeArguments) -> tuple[Run, list[Path], dict[str, Any]]:
@@ -126,7 +135,7 @@ def find_features(arguments: ProbeArguments, data: RunData, how: dict[str, Any])
         arguments.bf16 = arguments.dtype == "float32" and torch.cuda.is_available()
     how |= {name: getattr(arguments, name) for name in loading.LOADING if hasattr(arguments, name)}
     base = loading.find_base_model(arguments.model_name_or_path, arguments.model_revision, **how)
-    taken = {name: getattr(arguments, name) for name in ("layer", "window", "bf16")}
+    taken = {name: getattr(arguments, name) for name in ("layer", "window", "bf16", "pairs")}
     taken |= {"batch_size": arguments.per_device_eval_batch_size, "adapted": bool(arguments.adapter)}
     return probing.FrozenFeatures(base, data.guide, **taken)
 
@@ -145,14 +154,6 @@ def check_same_rows(run: Run, data: RunData, frozen: FrozenFeatures) -> None:
             raise InputError(f"--adapter {run.reference}: {what}: not those of these flags")
 
 
-def features_of(
-    frozen: FrozenFeatures, trained: Path | None, *parts: Sequence[Row]
-) -> list[np.ndarray | None]:
-    """Features of parts of the rows, None of an empty one; apart, so that a part's do not depend on the others."""
-    model = frozen.load(trained)
-    return [frozen.extract(rows, model) if rows else None for rows in parts]
-
-
 def fit_fold(
     arguments: ProbeArguments,
     frozen: FrozenFeatures,
@@ -167,7 +168,7 @@ def fit_fold(
     # Within an encoder's vectors directions keep their proportions. A decoder's coordinates are scaled one by one,
     # because a few of them are orders of magnitude larger than the rest.
     fitting = {"num_labels": len(frozen.guide.labels), "weights": arguments.class_weights}
-    fitting["block_size"] = features.shape[1] // len(frozen.parts) if frozen.is_encoder else 1
+    fitting["block_size"] = frozen.hidden_size if frozen.is_encoder else 1
     splits = probing.inner_folds(labels, groups, is_variant, arguments.seed)
     C, losses = probing.choose_C(features, labels, splits, arguments.C, **fitting)
     return probing.fit_head(features, labels, C=C, **fitting), losses
@@ -221,7 +222,7 @@ def main() -> None:
         return push_folds(run_dir, hub) if hub.push_to_hub else None
     if not trained:
         parts = rows * bool(untrained), data.test * bool(untested)
-        features, test_features = features_of(frozen, None, *parts)
+        features, test_features = frozen.extract_cached(parts, data, None, arguments.trunk_cache_gb)
         feature_seconds = round(time.perf_counter() - started, 1)
         logger.info(f"features after {feature_seconds} s")
 
@@ -235,7 +236,8 @@ def main() -> None:
         fold_started = time.perf_counter()
         if trained:
             parts = rows * (fold in untrained), data.test * (fold in untested)
-            features, test_features = features_of(frozen, places[fold], *parts)
+            what = parts, data, places[fold], arguments.trunk_cache_gb
+            features, test_features = frozen.extract_cached(*what)
         if fold in untrained:
             train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
             part = [values[train] for values in (features, labels, groups, is_variant)]

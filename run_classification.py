@@ -26,7 +26,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
+from rareturn.command_line import (
+    REQUIRED,
+    HubArguments,
+    LoaderArguments,
+    TrunkCacheArguments,
+    flag,
+    parse_arguments,
+    run,
+    start_logging,
+)
 from rareturn.data.folds import FoldDataArguments, limit_rows, read_run_data, write_folds
 from rareturn.errors import InputError
 from rareturn.files import disk_errors
@@ -66,14 +75,12 @@ class FoldArguments(FoldDataArguments):
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
+class ModelArguments(LoaderArguments, TrunkCacheArguments):
     """The base model, what of it is trained, and the loss."""
 
     _argument_group_name = "Model"
 
     model_name_or_path: str = flag(REQUIRED, "Base model: a Hub id or a folder.")
-    model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
-    trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
     head: Literal["classifier", "label_tokens"] = flag(
         "classifier",
         "classifier: a new linear head. label_tokens: no new head, the language model's own logits of the labels' "
@@ -89,18 +96,12 @@ class ModelArguments:
         "probe: start from a logistic head on what the head sees before training (--pooling turns, packed decoders).",
     )
     head_C: float = flag(10.0, "probe: its inverse L2 penalty. 10: what linear_probe.py chose on PsyDefConv.")
-    attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = flag(
         None, "Type of the unquantized weights. Default: bfloat16 with nf4, float32 otherwise."
     )
-    quantization: str = flag("none", "nf4 loads the base in 4 bits (QLoRA).", choices=["none", "nf4"])
-    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
     tuning: str = flag("lora", "lora: adapters and the head; full: all weights.", choices=["lora", "full"])
     trainable_layers: int | None = flag(
         None, "Layers that are trained, from the top; those below are computed once. Default: all."
-    )
-    trunk_cache_gb: float = flag(
-        20, "Disk for the frozen layers' output of all data sets, in GB; 0 computes it in every pass."
     )
     lora_r: int = flag(128, "Rank of the adapters. 128, as in the paper.")
     lora_alpha: int = flag(256, "Scale of the adapters. Twice the rank, as in the paper.")

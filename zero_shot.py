@@ -35,7 +35,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rareturn.command_line import REQUIRED, HubArguments, flag, parse_arguments, run, start_logging
+from rareturn.command_line import (
+    REQUIRED,
+    HubArguments,
+    LoaderArguments,
+    flag,
+    parse_arguments,
+    run,
+    start_logging,
+)
 from rareturn.data.folds import FoldDataArguments, RunData, read_run_data, write_folds
 from rareturn.data.label_guide import Label
 from rareturn.data.rendering import render_turn, window_start
@@ -58,7 +66,7 @@ SHOT_TURNS = 6  # of an example, its target included: eight examples then take a
 
 
 @dataclass(kw_only=True)
-class ZeroShotArguments(FoldDataArguments):
+class ZeroShotArguments(LoaderArguments, FoldDataArguments):
     """Rows, folds, the model and what it is asked."""
 
     _argument_group_name = "Prompted model"
@@ -83,12 +91,6 @@ class ZeroShotArguments(FoldDataArguments):
     max_seq_length: int = flag(
         1024, "Tokens of a row's turns, four bytes each; the oldest turns are cut first."
     )
-    model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
-    trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
-    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
-    quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
-    dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
-    attn_implementation: str | None = flag(None, "Attention kernel. Default: sdpa if there, else eager.")
     bf16: bool | None = flag(None, "bf16 autocast. Default: on a GPU, never on a CPU.")
     per_device_eval_batch_size: int = flag(8, "Rationales that a local model writes at a time.")
 

@@ -29,7 +29,7 @@ from rareturn.models import loading
 from rareturn.models.inference import place, predict_logits, segment_name
 from rareturn.models.loading import BaseModel, is_encoder
 from rareturn.models.packing import PackedBatches, accept_packed, can_branch
-from rareturn.models.probing import FrozenFeatures, LinearHead
+from rareturn.models.probing import PAIR_PARTS, FrozenFeatures, LinearHead
 from rareturn.models.training import RowBatches
 from rareturn.models.turns import TurnBatches, TurnRenderer, make_renderer, share_layers
 from rareturn.runs.bundle import Bundle, BundledRun, model_folders, read_bundle
@@ -98,6 +98,7 @@ class _ProbeVoter:
         if run.features is None:
             raise InputError(f"{run.name}: features: missing, so its heads cannot be applied")
         taken = {"layer": run.features.layer, "window": run.window.model_dump(), "bf16": run.loader.bf16}
+        taken["pairs"] = run.features.parts == list(PAIR_PARTS)
         self.frozen = FrozenFeatures(base, guide, **taken, batch_size=32, show_progress=False)
         self.renderer = self.frozen.renderer
         _check_prompt(run, self.renderer)
@@ -107,7 +108,8 @@ class _ProbeVoter:
         if not self.is_adapted:
             model = self.frozen.load()
             self.models: list[tuple[Any, str | None]] = [(model, None)] * len(folders)
-            self.turn_encoders = [model.base_model] * self.frozen.is_encoder
+            # Shared layers give the output of the last of them, which will not do where others are read too.
+            self.turn_encoders = [model.base_model] * (self.frozen.by_turns and len(self.frozen.layers) == 1)
             return
         bases, pad = _Bases(()), self.frozen.tokenizer.pad_token_id  # its own: their upper layers are cut off
         self.models = [bases.load_fold(base, folder, guide, pad) for folder in folders]

@@ -67,6 +67,27 @@ class HubArguments:
         return self.push_to_hub or self.push_only
 
 
+@dataclass
+class LoaderArguments:
+    """How a base model is loaded: the same flags in every script that loads one."""
+
+    model_revision: str | None = flag(None, "Branch, tag or commit of a Hub model.")
+    trust_remote_code: bool = flag(False, "Let a Hub model run its own Python code.")
+    gguf_file: str | None = flag(None, "GGUF file in that repo or folder to read weights and tokenizer from.")
+    quantization: str = flag("none", "nf4 loads the model in 4 bits.", choices=["none", "nf4"])
+    dtype: str = flag("float32", "Type of unquantized weights.", choices=["float32", "bfloat16", "float16"])
+    attn_implementation: str | None = flag(None, "Attention kernel: sdpa, eager, … Default: the fastest.")
+
+
+@dataclass
+class TrunkCacheArguments:
+    """The disk for what frozen layers give."""
+
+    trunk_cache_gb: float = flag(
+        20, "Disk for the frozen layers' output of all data sets, in GB; 0 computes it in every pass."
+    )
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it was written, one spelling a flag, and a default where it says something."""
 

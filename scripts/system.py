@@ -19,7 +19,7 @@ The file has these keys, of which `output` and `runs` must be there; ${NAME} in 
     augment     flags of augment.py
     runs        name: flags of the run, `config` for its recipe; `script: linear_probe.py` makes it a probe and `script:
                 zero_shot.py` a prompted model; `variants: true` trains on augment's rows, `model_name_or_path:
-                packaged:NAME` is a model of scripts/packaged_model.py
+                packaged:NAME` is a model of scripts/packaged_model.py, `needs` is text that --dry_run shows
     calibrate   flags of calibrate.py, `run` by its name here
     ensemble    flags of ensemble.py, over all runs in the order of the file
     predict     flags of predict.py
@@ -56,10 +56,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunOfSystem(BaseModel, extra="allow"):
-    """A run: its script, whether it trains on variants, and flags."""
+    """A run: its script, whether it trains on variants, what --dry_run says that it needs, and flags."""
 
     script: Literal["run_classification.py", "linear_probe.py", "zero_shot.py"] = "run_classification.py"
     variants: bool = False
+    needs: str | None = None
 
 
 class System(BaseModel, extra="forbid"):
@@ -87,6 +88,7 @@ class Stage:
     reads: list[Path] = field(default_factory=list)
     writes: list[Path] = field(default_factory=list)
     run: Path | None = None
+    needs: str | None = None
 
 
 def with_variables(content: Any, where: str) -> Any:
@@ -147,7 +149,7 @@ def make_stages(system: System, more: list[str]) -> list[Stage]:
             *([Path(start[1])] if start[0] != python else []),
         ]
         command = [*start, *words(flags), *more]
-        stages.append(Stage(name, command, reads, [folder / "run.json"], folder))
+        stages.append(Stage(name, command, reads, [folder / "run.json"], folder, of_run.needs))
     tables = [stage.run for stage in stages if stage.run]
     if system.calibrate is not None:
         name = system.calibrate.get("run")
@@ -257,7 +259,10 @@ def main() -> None:
     system.data |= {name: value for name, value in given if value}
     stages = make_stages(system, more)
     if arguments.dry_run:
-        print("\n".join(shown(stage.command) for stage in stages))
+        for stage in stages:
+            if stage.needs:
+                print(f"# {stage.name}: {stage.needs}")
+            print(shown(stage.command))
         return
     record = Path(f"{system.output}-system.json")
     done = read_json(record) if record.exists() else {}

@@ -18,6 +18,7 @@ os.environ |= {
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "XDG_CACHE_HOME": f"{_home.name}/cache",
     "RARETURN_BACKOFF_SECONDS": "0.02",
     "RARETURN_PUSH_SECONDS": "20",
     "OMP_NUM_THREADS": "1",  # tiny models, and a process with one thread may be forked

@@ -251,6 +251,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing(flags, line, encoder, tmp_path
 def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, capsys):
     assert run(encoder, tmp_path / "run", layer=4) == 2
     assert f"--layer 4: {encoder} has layers 1 to 3\n" in capsys.readouterr().err
+    assert run(decoder, tmp_path / "run", pairs="true") == 2
+    assert "--pairs: is for encoders; a decoder reads its context anyway\n" in capsys.readouterr().err
     assert run(decoder, tmp_path / "run", max_seq_length=100) == 2
     assert "max_seq_length 100 leaves" in capsys.readouterr().err
     records = json.loads(TRAIN.read_text(encoding="utf-8"))[:24]
@@ -333,6 +335,20 @@ def test_encoder_features_are_what_a_plain_loop_gives(encoder, demo):
     for row, found in zip(rows, features, strict=True):
         expected = naive_row(row, lambda text: naive_turn(text, model, tokenizer, 2))
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_pairs_give_the_target_as_it_stands_beside_its_context(encoder, demo):
+    rows, window = demo[:12], WINDOW | {"max_seq_length": 60}
+    model, tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+    features = frozen_features(encoder, layer=2, pairs=True, window=window).extract(rows)
+    assert features.shape == (12, 2 * 64)
+    rendered = Renderer(tokenizer, GUIDE, is_encoder=True, **window).render(rows)
+    assert any(row.segment_ids.any() for row in rendered)
+    for row, found in zip(rendered, features, strict=True):
+        with torch.no_grad():
+            outputs = model(torch.tensor(row.input_ids)[None].long(), output_hidden_states=True)
+        target = outputs.hidden_states[2][0, : int((row.segment_ids == 0).sum())]
+        np.testing.assert_allclose(found, torch.cat([target.mean(0), target.amax(0)]), atol=1e-4)
 
 
 def test_a_row_sees_its_window_only(encoder):
@@ -587,7 +603,9 @@ def naive_features(kind: str, base: str, folder: Path, rows: list[Row]) -> np.nd
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapted_features_come_from_the_folds_own_model(kind, trained, encoder, decoder, few, tmp_path):
+def test_adapted_features_come_from_the_folds_own_model(
+    kind, trained, encoder, decoder, few, tmp_path, monkeypatch
+):
     is_encoder, run_dir = kind in ("encoder", "turns"), trained(kind)
     assert adapted(run_dir, tmp_path / "probe", **few) == 0
     made = read_run(tmp_path / "probe", require_test=True)
@@ -605,6 +623,8 @@ def test_adapted_features_come_from_the_folds_own_model(kind, trained, encoder, 
         assert np.ptp(held_out, axis=0).mean() > 1
         np.testing.assert_allclose(made.oof.take(np.flatnonzero(folds == fold)).logits, held_out, atol=0.02)
         np.testing.assert_allclose(made.test[fold].logits, logits[len(rows) :], atol=0.02)
+    monkeypatch.setattr(FrozenFeatures, "load", None)  # another head needs no pass of any of the models
+    assert adapted(run_dir, tmp_path / "again", **few, class_weights="none") == 0
 
 
 @pytest.mark.parametrize("kind", ["decoder", "turns"])

@@ -114,6 +114,11 @@ class RunData:
     validation: list[Row] = field(default_factory=list)
     labels_named: bool | None = None  # of a table (`Source.named`)
 
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [*self.originals, *self.augmented, *self.validation, *self.test]
+
     def placed(self) -> list[tuple[Row, int]]:
         """Every row, variants too, with its fold: that of its source, or -1 where all models are trained on it."""
         rows, own = self.originals + self.augmented, {} if self.validation else self.folds

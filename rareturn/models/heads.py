@@ -110,7 +110,7 @@ class TurnClassifier(SegmentMeanClassifier):
         embeddings = []
         for begin, end, width in passes(attention_mask.sum(1).tolist()):
             ids, mask = input_ids[begin:end, :width], attention_mask[begin:end, :width]
-            embeddings.append(embed_turns(self.encoder, ids, mask))
+            embeddings += embed_turns(self.encoder, ids, mask)
         return gather_vectors(torch.cat(embeddings), members, starts, self.NUM_VECTORS)
 
 
@@ -128,11 +128,26 @@ def passes(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return found[::-1]
 
 
-def embed_turns(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Means over the tokens of turns, special ones included, as sentence-transformers has them: float32 (turns, hidden)."""
+def embed_turns(
+    encoder: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layers: int = 1,
+    segment_ids: Tensor | None = None,
+) -> list[Tensor]:
+    """Means over the tokens of turns, special ones included, as sentence-transformers has them: float32 (turns, hidden).
+
+    One for each of so many layers, of an encoder after `layers.stack_outputs`. Of pairs, whose `segment_ids` are 0 on the
+    target, the mean over the target's tokens and then the maximum: (pairs, 2 x hidden).
+    """
     hidden = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-    weight = attention_mask[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
+    seen = attention_mask if segment_ids is None else attention_mask * (segment_ids == 0)
+    weight, parts = seen[..., None], hidden.chunk(layers, dim=1)
+    means = [(part * weight).sum(1) / weight.sum(1) for part in parts]
+    if segment_ids is None:
+        return means
+    maxima = [part.masked_fill(weight == 0, -torch.inf).amax(1) for part in parts]
+    return [torch.cat(both, dim=1) for both in zip(means, maxima, strict=True)]
 
 
 def gather_vectors(embeddings: Tensor, members: Tensor, starts: Tensor, parts: int) -> Tensor:

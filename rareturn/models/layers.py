@@ -1,10 +1,12 @@
-"""A model's transformer layers: finding them, leaving some out, freezing the lower ones."""
+"""A model's transformer layers: finding them, leaving some out, reading several, freezing the lower ones."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rareturn.errors import InputError
@@ -53,6 +55,26 @@ def keep_layers(backbone: nn.Module, count: int) -> None:
     """Drop all transformer layers after the first `count`; what follows them (a decoder's last norm) stays."""
     if count < backbone.config.get_text_config().num_hidden_layers:
         del layer_list(backbone)[count:]
+
+
+def stack_outputs(backbone: nn.Module, numbers: Sequence[int]) -> None:
+    """Let the last hidden state be the outputs of several layers, one behind another along the tokens.
+
+    What follows the layers, such as a last norm, sees each of them. `numbers` count from 1 and go up; the last of them is
+    the last layer that there is.
+    """
+    layers, outputs = layer_list(backbone), []
+
+    def keep(layer: nn.Module, inputs: Any, output: Any) -> Any:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        if layer is not layers[numbers[-1] - 1]:
+            return None
+        stacked = torch.cat(outputs, dim=1)
+        outputs.clear()
+        return (stacked, *output[1:]) if isinstance(output, tuple) else stacked
+
+    for number in numbers:
+        layers[number - 1].register_forward_hook(keep)
 
 
 def default_layer(config: Any) -> int:

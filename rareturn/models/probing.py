@@ -1,17 +1,19 @@
 """Linear probes: features of rows from a frozen or a trained model, and a logistic head on them.
 
-Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row. Decoders: the
-hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
-or at a trained model's last layer.
+Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row; or the target's
+tokens as an encoder sees them beside their context. Decoders: the hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
+at a trained model's last layer, or at those that are asked for; what a pass comes by is kept on disk.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,18 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rareturn.data.folds import RunData
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rows import Row
 from rareturn.decisions.probabilities import OUT_OF_SCOPE_LOGIT, log_softmax
 from rareturn.errors import InputError
-from rareturn.files import write_bytes
-from rareturn.models.heads import FloatHead, embed_turns, gather_vectors
+from rareturn.files import file_digest, write_bytes
+from rareturn.models.heads import FloatHead, TrunkMemory, embed_turns, gather_vectors
 from rareturn.models.inference import place, predict_logits
-from rareturn.models.layers import default_layer, keep_layers
+from rareturn.models.layers import default_layer, keep_layers, layer_list, stack_outputs
 from rareturn.models.loading import (
     BaseModel,
     is_encoder,
@@ -38,15 +41,18 @@ from rareturn.models.loading import (
     load_tokenizer,
     load_trained,
 )
-from rareturn.models.packing import PackedBatches, can_branch, row_hidden_states
-from rareturn.models.training import class_weights
+from rareturn.models.packing import PackedBatches, can_branch, hidden_states
+from rareturn.models.training import RowBatches, class_weights
+from rareturn.models.trunk import INDEX, cache_folder, cached_parts, read_parts, write_parts
 from rareturn.models.turns import (
     PARTS,
     TurnBatches,
     TurnRenderer,
     TurnStates,
+    cached_cut,
     make_renderer,
     pad_turns,
+    render,
     share_turns,
 )
 
@@ -54,102 +60,194 @@ logger = logging.getLogger(__name__)
 
 HEAD_TENSORS = ("coef", "intercept", "mean", "scale")
 INNER_FOLDS = 3
+PAIR_PARTS = ("target_mean", "target_maximum")
 Splits = Iterable[tuple[np.ndarray, np.ndarray]]  # indices of rows to train on, and of rows to judge on
 
 
 @dataclass
 class FrozenFeatures:
-    """Features of rows from a frozen model.
+    """Features of rows from a frozen model: those of one layer, or of several, one behind another.
 
     An encoder gives four vectors a row (`turns.PARTS`): the target's embedding, the mean over the turns before it,
     the mean over the earlier turns of the target's speaker, and the last turn of another speaker; zeros where a row
     has no such turn. A turn's embedding is the mean over its tokens, special tokens included, as sentence-transformers
-    does it. A decoder gives the hidden state of the last token of the row's prompt.
+    does it. With `pairs` it reads the target together with its context, as run_classification.py has it by default, and
+    gives two vectors: the mean and the maximum over the target's tokens (the mean is late chunking, Günther et al. 2024,
+    arXiv 2409.04701). A decoder gives the hidden state of the last token of the row's prompt.
 
     Attributes:
-        layer: whose output is taken, counted from 1; later ones are not run. None: two thirds up, rounded, and the last
-            where the base is `adapted`, since training has shaped it for the labels.
-        window: `max_turns`, `max_seq_length` (an encoder's is per turn) and `window_stride` of DESIGN 4.
-        batch_size: turns in an encoder's forward pass.
+        layer: whose output is taken, counted from 1; those after the last are not run. None: two thirds up, rounded, and
+            the last where the base is `adapted`, since training has shaped it for the labels.
+        window: `max_turns`, `max_seq_length` (an encoder's is per turn, or per pair) and `window_stride` of DESIGN 4.
+        batch_size: turns, or pairs, in an encoder's forward pass.
     """
 
     base: BaseModel
     guide: LabelGuide
-    layer: int | None
+    layer: int | Sequence[int] | None
     window: Mapping[str, int]
     batch_size: int
     bf16: bool
     show_progress: bool = True
     adapted: bool = False  # models that were trained from the base stand in its place
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         config = load_config(self.base)
-        num_layers = config.get_text_config().num_hidden_layers
+        text = config.get_text_config()
+        self.hidden_size, self.num_layers = text.hidden_size, text.num_hidden_layers
         if self.base.pooling == "turns":  # a `TurnClassifier` has no others
-            num_layers = default_layer(config)
+            self.num_layers = default_layer(config)
         if self.layer is None:
-            self.layer = num_layers if self.adapted else default_layer(config)
-        if not 1 <= self.layer <= num_layers:
-            raise InputError(f"--layer {self.layer}: {self.base.name} has layers 1 to {num_layers}")
+            self.layer = self.num_layers if self.adapted else default_layer(config)
+        self.layers = (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
+        for layer in self.layers:
+            if not 1 <= layer <= self.num_layers:
+                raise InputError(f"--layer {layer}: {self.base.name} has layers 1 to {self.num_layers}")
         self.is_encoder, self.tokenizer = is_encoder(config), load_tokenizer(self.base)
-        if self.is_encoder:
+        self.by_turns = self.is_encoder and not self.pairs
+        if self.pairs and not self.is_encoder:
+            raise InputError("--pairs: is for encoders; a decoder reads its context anyway")
+        if self.by_turns:
             self.renderer, self.parts = TurnRenderer(self.base, self.tokenizer, self.window), PARTS
         else:
-            self.renderer = make_renderer(self.base, self.tokenizer, self.guide, self.window)
-            self.parts = ("last_token",)
+            base = replace(self.base, pooling="native")
+            self.renderer = make_renderer(base, self.tokenizer, self.guide, self.window)
+            self.parts = PAIR_PARTS if self.pairs else ("last_token",)
 
     def extract(self, rows: Sequence[Row], model: nn.Module | None = None) -> np.ndarray:
         """Features of rows, float32 (rows, features), by what `load` gave; None loads it for this call only."""
-        model = self.load() if model is None else model
-        rows_to_features = self._from_turns if self.is_encoder else self._from_prompts
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-            features = rows_to_features(rows, model)
-        if not np.isfinite(features).all():
-            raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
-        return features
+        model, rendered = self.load() if model is None else model, self.renderer.render(rows)
+        passes, of_pass = self._passes(rows, rendered, model, self.layers)
+        found = [of_pass(*one) for one in tqdm(passes, unit="batch", disable=not self.show_progress)]
+        return self._join({name: torch.cat([one[name] for one in found]) for name in found[0]}, rendered)
 
-    def load(self, trained: Path | None = None) -> nn.Module:
-        """The base, or the model in a folder that was trained from it, up to the layer whose output is taken."""
+    def extract_cached(
+        self, parts: Sequence[Sequence[Row]], data: RunData, trained: Path | None, limit_gb: float
+    ) -> list[np.ndarray | None]:
+        """`extract` of parts of a run's rows, each on its own; None of an empty one. See `trunk.cached_parts`.
+
+        A pass leaves the features of every layer that it comes by. Where run_classification.py has left the output of
+        frozen layers for the run's rows, these are not computed again.
+        """
+        base = replace(self.base, pooling="turns") if self.is_encoder else self.base
+        named = {number: part for number, part in enumerate(parts) if part}
+        weights = [file_digest(path) for path in sorted(trained.glob("*.safetensors"))] if trained else []
+        lowest, highest = self.layers[0], self.layers[-1]
+
+        @functools.cache
+        def source(layers: tuple[int, ...], cut: int) -> tuple[dict[int, Any], nn.Module, Any]:
+            rendered, upper, states = render(named, data, self.renderer, base, cut, limit_gb, self.bf16)
+            if states is not None:
+                logger.info(f"{cut} of {highest} layers are in the cache of frozen layers")
+            model = self.load(trained, layers, None if self.is_encoder else upper)
+            if self.is_encoder and states is not None:
+                TrunkMemory(model.base_model, layer_list(model.base_model)[:cut], states)
+            return rendered, model, states
+
+        def of_part(number: int) -> np.ndarray:
+            rows, rendered = named[number], self.renderer.render(named[number])
+            sequences = share_turns(rendered)[0] if self.by_turns else [row.input_ids for row in rendered]
+            facts = {"weights": weights, "batch_size": self.batch_size, "parts": self.parts}
+            name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
+            spans = itertools.product(range(1, lowest + 1), range(highest, self.num_layers + 1))
+            span = next((span for span in spans if (name(features=span) / INDEX).exists()), None)
+            alone = trained or span or self.pairs or not limit_gb
+            cut = 0 if alone else cached_cut(data.rows, self.renderer, base, lowest, self.bf16)
+            first, last = span or (lowest if trained else max(cut, 1), highest)
+            layers = tuple(range(first, last + 1))
+
+            def compute(folder: Path) -> None:
+                of_parts, model, states = source(layers, cut)
+                passes, of_pass = self._passes(rows, of_parts[number], model, layers, states)
+                write_parts(folder, passes, 4 * self.hidden_size, of_pass)
+
+            what = f"features of layers {first} to {last}: {len(rows):,} rows"
+            size = 4 * self.hidden_size * len(layers) * len(sequences) * (2 if self.pairs else 1)
+            files = cached_parts(name(features=(first, last)), what, size, limit_gb, compute)
+            if files is None:
+                return self.extract(rows, source(self.layers, 0)[1])
+            keys = [*map(str, self.layers), *([] if self.by_turns else ["rows"])]
+            return self._join(read_parts(files, keys), rendered)
+
+        return [of_part(number) if part else None for number, part in enumerate(parts)]
+
+    def load(self, trained: Path | None = None, layers: Sequence[int] = (), base: Any = None) -> nn.Module:
+        """The base, or the model in a folder that was trained from it, up to the last layer that is read.
+
+        `layers` are those that are read, if not the features'; `base` stands for the whole one.
+        """
         # The head that comes with it is not used, but these loaders know quantization and dtype.
-        what = self.guide.names, self.tokenizer.pad_token_id
-        model = (
-            load_classifier(self.base, *what) if trained is None else load_trained(self.base, trained, *what)
-        )
-        return self.cut(place(model, self.base))
+        what, base = (self.guide.names, self.tokenizer.pad_token_id), base or self.base
+        model = load_classifier(base, *what) if trained is None else load_trained(base, trained, *what)
+        return self.cut(place(model, base), layers)
 
-    def cut(self, model: nn.Module) -> nn.Module:
-        """The classifier, without its later layers, in a PEFT model or on its own."""
+    def cut(self, model: nn.Module, layers: Sequence[int] = ()) -> nn.Module:
+        """The classifier, in a PEFT model or on its own, without the layers after the last that is read."""
         classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
-        keep_layers(classifier.base_model, self.layer)
+        layers = layers or self.layers
+        if len(layers) > 1:
+            stack_outputs(classifier.base_model, layers)
+        keep_layers(classifier.base_model, layers[-1])
         if self.is_encoder:
-            classifier.base_model.config.num_hidden_layers = self.layer  # as `layer_list` finds them
+            classifier.base_model.config.num_hidden_layers = layers[-1]  # as `layer_list` finds them
         return classifier
 
-    def _from_turns(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
-        """An encoder's features: every distinct turn is embedded once, then averaged per row."""
-        turns, members, starts = share_turns(self.renderer.render(rows))
-        batches = [turns[at : at + self.batch_size] for at in range(0, len(turns), self.batch_size)]
-        embeddings = []
-        for batch in tqdm(batches, desc="turns", unit="batch", disable=not self.show_progress):
-            inputs = pad_turns(batch, self.tokenizer.pad_token_id)
-            inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            embeddings.append(embed_turns(model.base_model, **inputs).cpu())
-        return gather_vectors(torch.cat(embeddings), members, starts, len(PARTS)).numpy()
+    def _passes(
+        self,
+        rows: Sequence[Row],
+        rendered: Sequence,
+        model: nn.Module,
+        layers: Sequence[int],
+        states: Any = None,
+    ) -> tuple[list[tuple[Any, int, int]], Callable[..., dict[str, Tensor]]]:
+        """Forward passes, as `trunk.write_parts` takes them, and what gives the layers' outputs in one, by layer."""
+        if self.by_turns:
+            turns, *_ = share_turns(rendered)  # every distinct turn is embedded once
+            batches = [turns[at : at + self.batch_size] for at in range(0, len(turns), self.batch_size)]
+            sizes = [sum(map(len, batch)) for batch in batches]
+        elif self.pairs:
+            way = RowBatches(self.tokenizer.pad_token_id, 1, 1, self.batch_size, "segment_ids")
+            batches = way.prediction_batches(rows, rendered)
+            sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
+        else:
+            try:
+                way = PackedBatches(branches=can_branch(model), states=states)
+            except InputError:
+                problem = f"{self.base.name}: this architecture's last token cannot be probed"
+                raise InputError(problem) from None
+            batches = way.prediction_batches(rows, rendered)  # a dialogue's rows in one pass
+            sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
 
-    def _from_prompts(self, rows: Sequence[Row], model: nn.Module) -> np.ndarray:
-        """A decoder's features, a dialogue's rows in one pass."""
-        rendered = self.renderer.render(rows)
-        try:
-            branches = can_branch(model)
-        except InputError:
-            raise InputError(f"{self.base.name}: this architecture's last token cannot be probed") from None
-        way = PackedBatches(branches=branches)
-        batches = way.prediction_batches(rows, rendered)
-        features = np.zeros((len(rows), model.config.get_text_config().hidden_size), dtype=np.float32)
-        for batch in tqdm(batches, desc="rows", unit="batch", disable=not self.show_progress):
-            inputs = way.collate([rendered[index] for index in batch])
+        def of_pass(batch: Sequence[Any], begin: int, end: int) -> dict[str, Tensor]:
+            if self.by_turns:
+                inputs = pad_turns(batch, self.tokenizer.pad_token_id)
+            else:
+                inputs = way.collate([rendered[index] for index in batch])
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
-            features[batch] = row_hidden_states(model.base_model, inputs).float().cpu().numpy()
+            with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
+                if self.is_encoder:
+                    outputs = embed_turns(model.base_model, **inputs, layers=len(layers))
+                else:
+                    hidden = hidden_states(model.base_model, inputs).unflatten(0, (len(layers), -1))
+                    outputs = hidden[:, inputs["row_positions"]]
+            places = {} if self.by_turns else {"rows": torch.tensor(batch)}
+            return places | {str(n): output.float().cpu() for n, output in zip(layers, outputs, strict=True)}
+
+        ends = np.cumsum(sizes).tolist()
+        return list(zip(batches, [0, *ends[:-1]], ends, strict=True)), of_pass
+
+    def _join(self, outputs: dict[str, Tensor], rendered: Sequence[Any]) -> np.ndarray:
+        """Features of rows from the outputs of all passes."""
+        of_layers = [outputs[str(layer)] for layer in self.layers]
+        if self.by_turns:
+            _, members, starts = share_turns(rendered)
+            of_layers = [gather_vectors(vectors, members, starts, len(PARTS)) for vectors in of_layers]
+        else:
+            of_layers = [vectors[torch.argsort(outputs["rows"])] for vectors in of_layers]
+        features = torch.cat(of_layers, dim=1).numpy()
+        if not np.isfinite(features).all():
+            raise InputError(f"{self.base.name}: layer {self.layer} gives values that are not finite")
         return features
 
 

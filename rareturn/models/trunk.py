@@ -85,10 +85,10 @@ def number_tokens(rendered: Sequence[Rendered]) -> tuple[list[Rendered], list[in
 def trunk_states(
     rows: Sequence[Row], renderer: Renderer, base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
 ) -> tuple[list[Rendered], TrunkStates | None]:
-    """Rows, rendered, with `nodes`; and the output of the first `cut` layers for all of them, or None: `cached_parts`."""
+    """Rows, rendered, with `nodes`; and the output of the first `cut` layers for all of them, or None: `cached_trunk`."""
     numbered, order = number_tokens(renderer.render(rows))
     tokens = int(max(row.nodes[-1] for row in numbered)) + 1, sum(map(len, numbered))
-    files = cached_parts(
+    files = cached_trunk(
         [numbered[index].input_ids for index in order],
         tokens,
         (base, cut, bf16, limit_gb),
@@ -97,36 +97,49 @@ def trunk_states(
     return numbered, None if files is None else TrunkStates(files)
 
 
-def cached_parts(
-    sequences: Iterable[np.ndarray],
+def cached_trunk(
+    sequences: Sequence[np.ndarray],
     tokens: tuple[int, int],
     how: tuple[BaseModel, int, bool, float],
     compute: Callable[[Path], None],
 ) -> list[Path] | None:
-    """The files with the output of the first layers for token sequences, from the cache, or computed and left there.
-
-    One process computes while others wait; what a killed one had done is gone on from, what is damaged on the disk is
-    computed anew, and what was not used for longest makes room. None where it needs more than the limit: every pass
-    computes its trunk then.
+    """`cached_parts` with the output of the first layers for token sequences.
 
     Args:
         tokens: whose output it is, and how many they are without sharing.
         how: the base, its layers below the cut, bf16 autocast or not, and the limit in GB (10^9 bytes).
-        compute: `write_parts` of all files into a folder.
     """
     base, cut, bf16, limit_gb = how
     config = loading.load_config(base)
     width = getattr(config, "encoder", config).get_text_config().hidden_size
     size = tokens[0] * width * getattr(torch, base.dtype).itemsize
-    what = f"trunk of {cut} layers: {tokens[0]:,} tokens of {tokens[1]:,}, {size / 1e9:.2f} GB"
-    if size > limit_gb * 1e9:
-        logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is computed in every pass")
-        return None
-    facts = {"base": [base.name, base.revision, base.weights_digest], "cut": cut, "bf16": bf16, **base.loader}
+    what = f"trunk of {cut} layers: {tokens[0]:,} tokens of {tokens[1]:,}"
+    return cached_parts(cache_folder(base, sequences, bf16, cut=cut), what, size, limit_gb, compute)
+
+
+def cache_folder(base: BaseModel, sequences: Iterable[np.ndarray], bf16: bool, **facts: Any) -> Path:
+    """Where the cache has what a base makes of token sequences; `facts` tell what that is."""
+    facts |= {"base": [base.name, base.revision, base.weights_digest], "bf16": bf16, **base.loader}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little") + sequence.tobytes())
-    folder = cache_dir("trunk") / digest.hexdigest()[:32]
+    return cache_dir("trunk") / digest.hexdigest()[:32]
+
+
+def cached_parts(
+    folder: Path, what: str, size: int, limit_gb: float, compute: Callable[[Path], None]
+) -> list[Path] | None:
+    """The files in a folder of the cache; where they are not there, `compute` leaves them there by `write_parts`.
+
+    One process computes while others wait; what a killed one had done is gone on from, what is damaged on the disk is
+    computed anew, and what was not used for longest makes room. None where the `size`, in bytes, is above the limit, in
+    GB: nothing is kept then. `what` it is goes into the log.
+    """
+    what += f", {size / 1e9:.2f} GB"
+    if size > limit_gb * 1e9:
+        if limit_gb:
+            logger.warning(f"{what}: more than --trunk_cache_gb {limit_gb:g}, so it is not kept")
+        return None
     with _locked(folder, what):
         files = whole_parts(folder)
         if files is None:
@@ -208,7 +221,7 @@ def write_parts(
     """
     part_of = np.array([begin for _, begin, _ in passes]) // (PART_BYTES // width)
     index = {}
-    with tqdm(total=passes[-1][2], desc="trunk", unit="token") as bar:
+    with tqdm(total=passes[-1][2], desc="states", unit="token") as bar:
         for part in np.unique(part_of):
             path, found = folder / f"{part:05}.safetensors", []
             there = path.exists()
@@ -221,6 +234,16 @@ def write_parts(
                 write_bytes(path, safetensors.torch.save(whole))
             index[path.name] = file_digest(path)
     write_json(folder / INDEX, index)
+
+
+def read_parts(files: Sequence[Path], names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of the files that `write_parts` left, each whole."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in names:
+                found[name].append(file.get_tensor(name))
+    return {name: torch.cat(tensors) for name, tensors in found.items()}
 
 
 class Trunk:

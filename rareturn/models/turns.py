@@ -7,6 +7,7 @@ of a dialogue grows with its length and not with its square.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -35,7 +36,15 @@ from rareturn.models.layers import layer_list
 from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, upper_layers
 from rareturn.models.packing import PackedBatches, RowGroups
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
-from rareturn.models.trunk import TOKENS_PER_BATCH, cached_parts, trunk_states, write_parts
+from rareturn.models.trunk import (
+    INDEX,
+    TOKENS_PER_BATCH,
+    cache_folder,
+    cached_trunk,
+    number_tokens,
+    trunk_states,
+    write_parts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +170,7 @@ class TurnStates(dict[bytes, Tensor]):
 def turn_states(
     rows: Sequence[Row], renderer: TurnRenderer, base: BaseModel, cut: int, *, bf16: bool, limit_gb: float
 ) -> tuple[list[RenderedTurns], TurnStates | None]:
-    """Rows, rendered; and the output of the encoder's first `cut` layers for their turns, or None: `trunk.cached_parts`.
+    """Rows, rendered; and the output of the encoder's first `cut` layers for their turns, or None: `trunk.cached_trunk`.
 
     A turn does not depend on its dialogue: each distinct one is computed once for all folds, epochs, seeds and runs.
     """
@@ -177,7 +186,7 @@ def turn_states(
         def of_pass(batch: Sequence[np.ndarray], begin: int, end: int) -> dict[str, Tensor]:
             inputs = {name: value.to(encoder.device) for name, value in pad_turns(batch, pad).items()}
             with torch.inference_mode(), torch.autocast(encoder.device.type, torch.bfloat16, enabled=bf16):
-                embeddings = embed_turns(encoder, **inputs)
+                (embeddings,) = embed_turns(encoder, **inputs)
             output = below.pop()
             states = output[0] if isinstance(output, tuple) else output
             return {"states": states[inputs["attention_mask"].bool()].cpu(), "embeddings": embeddings.cpu()}
@@ -186,7 +195,7 @@ def turn_states(
         write_parts(folder, list(_in_passes(turns)), width, of_pass)
 
     tokens = sum(map(len, turns)), sum(map(len, rendered))
-    files = cached_parts(turns, tokens, (base, cut, bf16, limit_gb), compute)
+    files = cached_trunk(turns, tokens, (base, cut, bf16, limit_gb), compute)
     return rendered, None if files is None else TurnStates(turns, files)
 
 
@@ -290,12 +299,26 @@ def render(
     """Parts of the run's rows as tokens; where the layers below `cut` are computed beforehand, the rest and their states."""
     if not (cut and limit_gb):
         return {name: renderer.render(rows) for name, rows in parts.items()}, base, None
-    rows, by_turns = [*data.originals, *data.augmented, *data.validation, *data.test], base.pooling == "turns"
+    rows, by_turns = data.rows, base.pooling == "turns"
     compute = turn_states if by_turns else trunk_states
     of_rows, states = compute(rows, renderer, base, cut, bf16=bf16, limit_gb=limit_gb)
     place = {id(row): index for index, row in enumerate(rows)}
     rendered = {name: [of_rows[place[id(row)]] for row in part] for name, part in parts.items()}
     return rendered, base if states is None or by_turns else upper_layers(base, cut), states
+
+
+def cached_cut(
+    rows: Sequence[Row], renderer: Renderer | TurnRenderer, base: BaseModel, top: int, bf16: bool
+) -> int:
+    """The most layers, up to `top`, whose output `render` finds in the cache for all rows of a run; 0 where there are none."""
+    rendered = renderer.render(rows)
+    if base.pooling == "turns":
+        sequences, *_ = share_turns(rendered)
+    else:
+        numbered, order = number_tokens(rendered)
+        sequences = [numbered[index].input_ids for index in order]
+    name = functools.partial(cache_folder, base, sequences, bf16)
+    return next((cut for cut in range(top, 0, -1) if (name(cut=cut) / INDEX).exists()), 0)
 
 
 def make_batches(

@@ -77,9 +77,10 @@ class Window(Checked):
 
 
 class Features(Checked):
-    """What a linear probe reads: the output of one layer, counted from 1."""
+    """What a linear probe reads: the output of one layer, counted from 1, or of several; and of what."""
 
-    layer: int
+    layer: int | list[int]
+    parts: list[str]
 
 
 class BundledRun(WeightedRun):
