@@ -43,7 +43,14 @@ from rareturn.models.loading import (
 )
 from rareturn.models.packing import PackedBatches, can_branch, hidden_states
 from rareturn.models.training import RowBatches, class_weights
-from rareturn.models.trunk import INDEX, cache_folder, cached_parts, read_parts, write_parts
+from rareturn.models.trunk import (
+    INDEX,
+    TOKENS_PER_BATCH,
+    cache_folder,
+    cached_parts,
+    read_parts,
+    write_parts,
+)
 from rareturn.models.turns import (
     PARTS,
     TurnBatches,
@@ -212,7 +219,9 @@ class FrozenFeatures:
             sizes = [sum(len(rendered[index]) for index in batch) for batch in batches]
         else:
             try:
-                way = PackedBatches(branches=can_branch(model), states=states)
+                way = PackedBatches(
+                    branches=can_branch(model), states=states, tokens_per_batch=TOKENS_PER_BATCH
+                )
             except InputError:
                 problem = f"{self.base.name}: this architecture's last token cannot be probed"
                 raise InputError(problem) from None
