@@ -225,9 +225,7 @@ def systems_table(title: str, figures: Mapping[str, Mapping[str, Any]], method: 
 
     keys = [key for key in SYSTEM_TITLES if any(key in of for of in figures.values())]
     rows = [[name, *(cell(key, of.get(key)) for key in keys)] for name, of in figures.items()]
-    how = (
-        f"Rule: {method}, fitted on other dialogues (an ensemble's: its own); [95 % interval over dialogues]"
-    )
+    how = f"Rule: {method}, fitted on other dialogues (ensembles: their own); [95 % interval over dialogues]"
     return Table(title, ("system", *(SYSTEM_TITLES[key] for key in keys)), rows, f"{how}. {note}")
 
 
