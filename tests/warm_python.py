@@ -59,7 +59,7 @@ def warm_python(folder: Path) -> Iterator[str]:
         listener.bind(address)
         listener.listen(99)
         command = [sys.executable, __file__, str(listener.fileno())]
-        server = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=ROOT)
+        server = subprocess.Popen(command, pass_fds=[listener.fileno()], cwd=ROOT, stdin=subprocess.PIPE)
     executable.write_text(CLIENT.format(executable=sys.executable, address=address))
     executable.chmod(0o755)
     try:
@@ -78,8 +78,10 @@ def serve(listener: socket.socket) -> None:
     clients: dict[socket.socket, int] = {}  # its process
     ends: dict[int, tuple[socket.socket, int]] = {}  # a process's descriptor: its client, its number
     while True:
-        for ready in select.select([listener, *clients, *ends], [], [])[0]:
-            if ready is listener:
+        for ready in select.select([0, listener, *clients, *ends], [], [])[0]:
+            if ready == 0:  # pytest is gone
+                sys.exit()
+            elif ready is listener:
                 client, _ = listener.accept()
                 size, files, *_ = socket.recv_fds(client, 9, 3)
                 request = client.recv(int(size), socket.MSG_WAITALL) if size else b""
