@@ -156,8 +156,8 @@ class FrozenFeatures:
             rows, rendered = named[number], self.renderer.render(named[number])
             sequences = share_turns(rendered)[0] if self.by_turns else [row.input_ids for row in rendered]
             # How passes are cut belongs to it: what a killed process has left is gone on from.
-            size = self.batch_size if self.is_encoder else TOKENS_PER_BATCH
-            facts = {"weights": weights, "batch_size": size, "parts": self.parts}
+            per_pass = self.batch_size if self.is_encoder else TOKENS_PER_BATCH
+            facts = {"weights": weights, "batch_size": per_pass, "parts": self.parts}
             name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
             spans = itertools.product(range(1, lowest + 1), range(highest, self.num_layers + 1))
             span = next((span for span in spans if (name(features=span) / INDEX).exists()), None)
