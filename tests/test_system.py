@@ -44,7 +44,9 @@ def states(text: str) -> dict[str, str]:
 def test_every_system_prints_commands_that_can_be_typed(system_py: System, path: Path):
     done = system_py(path, "--dry_run", DATA="somewhere")
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("# ")]
+    assert ("# anchor: 4.2 GPU hours, 12.4 GB" in done.stdout) == (path.stem == "psydefconv-8b")
+    for line in commands:
         words = line.split()
         script = words[1] if words[0] == "python" else words[0]
         assert (ROOT / script).is_file()

@@ -3,7 +3,8 @@
 `python` (a fixture in `conftest.py`) is an executable. What it is told, it has the server do in a process of that
 process's own: with its words, folder, environment and files; signals go there, the exit status comes back. Modules that
 are imported know no variable of the new environment but those of the Hub and OMP_NUM_THREADS. SIGKILL ends the process
-soon after the executable: a test that kills reads what it writes to the end.
+soon after the executable: a test that kills reads what it writes to the end. Workers of joblib and multiprocessing, which inherit
+more than three files, are processes of the real interpreter.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ transformers.models.qwen3.modeling_qwen3 rareturn.classifier rareturn.models.pro
 """
 CLIENT = """#!{executable} -IS
 import json, os, signal, socket, sys
+if any("multiprocessing" in word or "loky" in word for word in sys.argv):
+    os.execv({executable!r}, [{executable!r}, *sys.argv[1:]])
 link = socket.socket(socket.AF_UNIX)
 link.connect({address!r})
 request = json.dumps([os.path.abspath(sys.argv[0]), sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
