@@ -19,7 +19,7 @@ import run_classification
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.rows import load_rows
 from rareturn.decisions.probabilities import softmax
-from rareturn.models import probing
+from rareturn.models import probing, trunk
 from rareturn.models.loading import find_base_model
 from rareturn.models.probing import FrozenFeatures
 from rareturn.runs.reading import read_run
@@ -119,6 +119,22 @@ def test_a_second_run_over_the_same_rows_computes_no_pass(kind, models, tmp_path
             probe(model, tmp_path / "other", **other)
     assert probe(model, tmp_path / "other", layer=[2, 7]) == 2
     assert f"--layer 7: {model} has layers 1 to 6\n" in capsys.readouterr().err
+
+
+def test_what_another_length_of_passes_left_is_not_gone_on_from(models, tmp_path, cache, monkeypatch):
+    """The parts of a killed process hold other rows than those that are computed now."""
+    monkeypatch.setattr(trunk, "PART_BYTES", 1 << 16)
+    for tokens in (400, 2000):
+        for module in (trunk, probing):
+            monkeypatch.setattr(module, "TOKENS_PER_BATCH", tokens)
+        assert probe(models["decoder"], tmp_path / f"cached-{tokens}") == 0
+        for folder in filter(Path.is_dir, cache.iterdir()):
+            parts = sorted(folder.glob("*.safetensors"))
+            for path in (folder / trunk.INDEX, *parts[1:]):
+                path.unlink(missing_ok=True)
+        assert len(parts) > 1
+    assert probe(models["decoder"], tmp_path / "uncached", trunk_cache_gb=0) == 0
+    assert made(tmp_path / "cached-2000") == made(tmp_path / "uncached")
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])

@@ -49,6 +49,7 @@ from rareturn.models.trunk import (
     cache_folder,
     cached_parts,
     read_parts,
+    sequences_digest,
     write_parts,
 )
 from rareturn.models.turns import (
@@ -139,26 +140,27 @@ class FrozenFeatures:
         """
         base = replace(self.base, pooling="turns") if self.is_encoder else self.base
         named = {number: part for number, part in enumerate(parts) if part}
+        rendered = {number: self.renderer.render(rows) for number, rows in named.items()}
         weights = [file_digest(path) for path in sorted(trained.glob("*.safetensors"))] if trained else []
         lowest, highest = self.layers[0], self.layers[-1]
 
         @functools.cache
         def source(layers: tuple[int, ...], cut: int) -> tuple[dict[int, Any], nn.Module, Any]:
-            rendered, upper, states = render(named, data, self.renderer, base, cut, limit_gb, self.bf16)
+            of_parts, upper, states = rendered, None, None
+            if cut:
+                of_parts, upper, states = render(named, data, self.renderer, base, cut, limit_gb, self.bf16)
             if states is not None:
                 logger.info(f"{cut} of {highest} layers are in the cache of frozen layers")
             model = self.load(trained, layers, None if self.is_encoder else upper)
             if self.is_encoder and states is not None:
                 TrunkMemory(model.base_model, layer_list(model.base_model)[:cut], states)
-            return rendered, model, states
+            return of_parts, model, states
 
         def of_part(number: int) -> np.ndarray:
-            rows, rendered = named[number], self.renderer.render(named[number])
-            sequences = share_turns(rendered)[0] if self.by_turns else [row.input_ids for row in rendered]
-            # How passes are cut belongs to it: what a killed process has left is gone on from.
-            per_pass = self.batch_size if self.is_encoder else TOKENS_PER_BATCH
-            facts = {"weights": weights, "batch_size": per_pass, "parts": self.parts}
-            name = functools.partial(cache_folder, self.base, sequences, self.bf16, **facts)
+            rows, own = named[number], rendered[number]
+            sequences = share_turns(own)[0] if self.by_turns else [row.input_ids for row in own]
+            facts = {"weights": weights, "batch_size": self.batch_size, "parts": self.parts}
+            name = functools.partial(cache_folder, self.base, sequences_digest(sequences), self.bf16, **facts)
             spans = itertools.product(range(1, lowest + 1), range(highest, self.num_layers + 1))
             span = next((span for span in spans if (name(features=span) / INDEX).exists()), None)
             alone = trained or span or self.pairs or not limit_gb
@@ -177,7 +179,7 @@ class FrozenFeatures:
             if files is None:
                 return self.extract(rows, source(self.layers, 0)[1])
             keys = [*map(str, self.layers), *([] if self.by_turns else ["rows"])]
-            return self._join(read_parts(files, keys), rendered)
+            return self._join(read_parts(files, keys), own)
 
         return [of_part(number) if part else None for number, part in enumerate(parts)]
 

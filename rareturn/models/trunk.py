@@ -114,16 +114,26 @@ def cached_trunk(
     width = getattr(config, "encoder", config).get_text_config().hidden_size
     size = tokens[0] * width * getattr(torch, base.dtype).itemsize
     what = f"trunk of {cut} layers: {tokens[0]:,} tokens of {tokens[1]:,}"
-    return cached_parts(cache_folder(base, sequences, bf16, cut=cut), what, size, limit_gb, compute)
+    folder = cache_folder(base, sequences_digest(sequences), bf16, cut=cut)
+    return cached_parts(folder, what, size, limit_gb, compute)
 
 
-def cache_folder(base: BaseModel, sequences: Iterable[np.ndarray], bf16: bool, **facts: Any) -> Path:
-    """Where the cache has what a base makes of token sequences; `facts` tell what that is."""
+def cache_folder(base: BaseModel, sequences: str, bf16: bool, **facts: Any) -> Path:
+    """Where the cache has what a base makes of token sequences (`sequences_digest`); `facts` tell what that is.
+
+    How it is cut into passes and files is one of them: `write_parts` goes on from files that it finds.
+    """
     facts |= {"base": [base.name, base.revision, base.weights_digest], "bf16": bf16, **base.loader}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    facts |= {"sequences": sequences, "cut_by": [TOKENS_PER_BATCH, PART_BYTES]}
+    return cache_dir("trunk") / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sequences_digest(sequences: Iterable[np.ndarray]) -> str:
+    """SHA-256 of token sequences in their order."""
+    digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8, "little") + sequence.tobytes())
-    return cache_dir("trunk") / digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
 def cached_parts(
@@ -217,6 +227,7 @@ def write_parts(
 ) -> None:
     """Write the parts that are not there yet and then the index, which makes the cache complete.
 
+    Parts that are there must be of the same passes: see `cache_folder`.
     A pass is what `compute` is given; its last two members are its first token and the first after it, of `width` bytes.
     """
     part_of = np.array([begin for _, begin, _ in passes]) // (PART_BYTES // width)

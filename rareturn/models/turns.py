@@ -42,6 +42,7 @@ from rareturn.models.trunk import (
     cache_folder,
     cached_trunk,
     number_tokens,
+    sequences_digest,
     trunk_states,
     write_parts,
 )
@@ -317,7 +318,7 @@ def cached_cut(
     else:
         numbered, order = number_tokens(rendered)
         sequences = [numbered[index].input_ids for index in order]
-    name = functools.partial(cache_folder, base, sequences, bf16)
+    name = functools.partial(cache_folder, base, sequences_digest(sequences), bf16)
     return next((cut for cut in range(top, 0, -1) if (name(cut=cut) / INDEX).exists()), 0)
 
 
