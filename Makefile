@@ -2,6 +2,7 @@
 # make best DATA=FOLDER: PsyDefConv's train.json and test.json to predictions, on two cores.
 # Each sets up .venv first.
 PYTHON ?= python3
+unexport PYTHON # what makes .venv; to the scripts it would be the interpreter to use in place of .venv's
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := outputs
