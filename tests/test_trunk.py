@@ -264,12 +264,13 @@ def test_two_folds_that_start_at_once(python: str, decoder: str, trained: Path, 
 
 def compute_slowly(model: str, folder: Path) -> None:
     """In a process of its own: compute the states of the demo corpus, a small part at a time."""
-    trunk.PART_BYTES = 1 << 17
     guide = load_label_guide(GUIDE)
     base = loading.find_base_model(model)
     rendered = Renderer(loading.load_tokenizer(base), guide, is_encoder=False, max_turns=6, window_stride=6)
     numbered, order = trunk.number_tokens(rendered.render(load_rows(TRAIN, guide)))
-    trunk.compute_states(numbered, order, base, 2, folder, bf16=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trunk, "PART_BYTES", 1 << 17)
+        trunk.compute_states(numbered, order, base, 2, folder, bf16=False)
 
 
 def test_a_killed_writer_s_parts_are_gone_on_from(decoder: str, tmp_path: Path):
