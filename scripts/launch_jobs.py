@@ -9,8 +9,9 @@
 A job mounts two volumes, both private. ORG/NAME-RUN, the run's model repo, holds the code: this checkout's package as a
 wheel, run_classification.py, the recipe. The bucket of the same name is the run's folder, shared by its folds, so that
 checkpoints outlive a job. The same command follows the jobs that run and starts those that are missing: a fold that is
-complete on the Hub is left alone, one that was killed resumes. Each fold pushes its own result. Training data and models
-must be on the Hub already: no row leaves this machine.
+complete on the Hub is left alone, one that was killed resumes. Each fold pushes its own result; when all have ended, they
+are fetched, so that OUTPUT_DIR is as if the folds had been trained here. Training data and models must be on the Hub
+already: no row leaves this machine.
 
 Logs: OUTPUT_DIR/logs/fold-K.log. Ctrl-C leaves the jobs running. Exit status: 0, 1 (a job failed), 2 (a mistake, or the Hub
 refuses), 130.
@@ -49,6 +50,7 @@ from rareturn.data.readers import HUB_FILE
 from rareturn.errors import InputError
 from rareturn.files import packaged
 from rareturn.runs.hub import Persistence, check_may_push, explain, push_files, resolve_revision
+from rareturn.runs.publish import fetch_folds
 from rareturn.runs.references import check_name, model_repo, table_repo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +237,7 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         if which:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
     if not (jobs or missing):
-        return
+        return None if arguments.dry_run else fetch_folds(Path(arguments.output_dir), folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]
     cost = f"${price:.2f}/h, {hours:g} h in all at most: ${hours * price:.2f}"
     print(f"{arguments.jobs}: {cost}, paid by {where[0]}")
@@ -264,7 +266,8 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         names = ", ".join(map(str, failed))
         print(f"launch_jobs.py: error: failed folds: {names}; see {logs}", file=sys.stderr)
         sys.exit(1)
-    print(f"pushed to {repos['dataset']}:{run}")
+    fetch_folds(Path(arguments.output_dir), folds, *where, run)
+    print(f"pushed to {repos['dataset']}:{run}, and fetched into {arguments.output_dir}")
 
 
 def main() -> None:

@@ -7,9 +7,10 @@
     python scripts/system.py systems/psydefconv-8b.yaml --dry_run
     python scripts/system.py systems/demo.yaml
 
-Flags behind the system go to every run; --label_guide, --train_file and --test_file, to every script that reads rows, and
---output stand for those of the file. A stage that is complete is skipped: its command was run to the end, what it wrote
+Flags behind the system go to every run; --label_guide, --train_file and --test_file, to every script that reads rows,
+--hub_namespace and --hub_name, to every script that pushes, and --output stand for those of the file. A stage that is complete is skipped: its command was run to the end, what it wrote
 is there, and what it reads has not changed since. So a system that was stopped is started again with the same command.
+With --jobs FLAVOR the folds of run_classification.py are trained on the Hub's machines, and all else is done here.
 Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 
 The file has these keys, of which `output` and `runs` must be there; ${NAME} in it is an environment variable:
@@ -114,8 +115,8 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def make_stages(system: System, more: list[str]) -> list[Stage]:
-    """The commands in their order; `more` are flags for every run."""
+def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
+    """The commands in their order; `more` are flags for every run, `jobs` those of `launch_folds.sh --jobs`."""
     python, output = os.environ.get("PYTHON") or sys.executable, system.output
     files = [
         Path(value) for name, value in system.data.items() if name.endswith(("_file", "guide")) and str(value)
@@ -135,13 +136,14 @@ def make_stages(system: System, more: list[str]) -> list[Stage]:
         if of_run.variants:
             if system.augment is None:
                 raise InputError(f"runs.{name}: variants: true, but there is no augment")
-            flags["augmented_file"] = str(augmented)
+            here, hub = str(augmented), "{hub_namespace}/{hub_name}-augmented:augmented.parquet"
+            flags["augmented_file"] = hub.format_map(system.hub) if jobs else here
         if of_run.script != "run_classification.py":
             start = [python, str(ROOT / of_run.script)]
         else:
             if "config" not in flags:
                 raise InputError(f"runs.{name}: config: missing; a recipe such as recipes/minilm/demo.yaml")
-            flags |= {"do_predict": True} if "test_file" in flags else {}
+            flags |= ({"do_predict": True} if "test_file" in flags else {}) | jobs
             start = [str(ROOT / "scripts/launch_folds.sh"), str(flags.pop("config"))]
         reads = [
             *files,
@@ -248,16 +250,25 @@ def main() -> None:
     )
     parser.add_argument("system", help="a YAML file, such as systems/demo.yaml")
     parser.add_argument("--dry_run", action="store_true", help="print the commands and run none")
-    for name in ("output", "label_guide", "train_file", "test_file"):
+    for name in ("output", "label_guide", "train_file", "test_file", "hub_namespace", "hub_name"):
         parser.add_argument(f"--{name}", help="in place of the file's")
+    parser.add_argument("--jobs", metavar="FLAVOR", help="train on the Hub's machines: hf jobs hardware")
+    parser.add_argument("--timeout", help="of a job: s, m, h or d; 12h unless given")
     arguments, more = parser.parse_known_args()
 
     content = with_variables(read_recipe(arguments.system), arguments.system)
     content |= {"output": arguments.output} if arguments.output else {}
     system = check_content(System, content, arguments.system)
-    given = ((name, getattr(arguments, name)) for name in ("label_guide", "train_file", "test_file"))
-    system.data |= {name: value for name, value in given if value}
-    stages = make_stages(system, more)
+    given = {name: value for name, value in vars(arguments).items() if value}
+    system.data |= {name: given[name] for name in ("label_guide", "train_file", "test_file") if name in given}
+    if names := {name: given[name] for name in ("hub_namespace", "hub_name") if name in given}:
+        system.hub |= {"push_to_hub": True, **names}
+    jobs = {name: given[name] for name in ("jobs", "timeout") if name in given}
+    if jobs and not {"hub_namespace", "hub_name"} <= {*system.hub}:
+        raise InputError(
+            "--jobs needs --hub_namespace and --hub_name: a job loads from the Hub and pushes there"
+        )
+    stages = make_stages(system, more, jobs)
     if arguments.dry_run:
         for stage in stages:
             if stage.needs:

@@ -126,7 +126,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
 
     # To the end
     assert launch() == 0
-    assert "pushed to org/sys-oof:small" in capfd.readouterr().out
+    assert "pushed to org/sys-oof:small, and fetched into outputs/small" in capfd.readouterr().out
     assert [job.stage for job in jobs.all.values()] == ["ERROR", "COMPLETED", "COMPLETED"]
     assert epochs(lost)[0] < 1 <= epochs(resumed)[0] and epochs(other)[0] < 1
     assert other.spec["command"] == [word.replace("--fold 0", "--fold 1") for word in lost.spec["command"]]
@@ -139,11 +139,41 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     folder = jobs.root / other.id
     assert (folder / "site/rareturn").is_dir() and not [*(folder / "work").iterdir()]
 
+    # The folds are here as if they had been trained here
+    here = Path("outputs/small")
+    for name in folds:
+        split, _, file = name.partition("-")
+        assert (here / split / file).read_bytes() == tables[f"data/small/{name}"]
+    pushed = {path for path in models if path.startswith("fold-1/")}
+    laid = {path.relative_to(here).as_posix(): path for path in here.glob("fold-1/**/*") if path.is_file()}
+    assert {path.replace("/adapter", "") for path in laid} == pushed and len(pushed) > 3
+    assert all(path.read_bytes() == models[name.replace("/adapter", "")] for name, path in laid.items())
+
     # Nothing is left to do
     asked = len(hub_here.requests)
     assert launch() == 0 and len(jobs.all) == 3
     assert capfd.readouterr().out == "fold 0, 1 of org/sys-small: complete on the Hub\n"
     assert {method for method, *_ in hub_here.requests[asked:]} == {"GET"}
+
+    # A system whose run was trained there: it is fetched, and the rest is done here
+    system = {"output": "outputs/all", "runs": {"small": {"config": str(place / "recipe.yaml")}}}
+    system["data"] = {"label_guide": RECIPE["label_guide"], "test_file": RECIPE["test_file"]}
+    system["ensemble"] = {"method": "prior", "repeats": 1}
+    system["runs"]["small"] |= {"run_name": "small"}
+    Path("system.yaml").write_text(yaml.safe_dump(system))
+    words = ("system.yaml", "--jobs", "l4x1", "--hub_namespace", "org", "--hub_name", "sys")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/system.py", *words],
+        env=hub_here.env | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(jobs.all) == 3 and "fold 0, 1 of org/sys-small: complete on the Hub" in done.stdout
+    bundle = json.loads(hub_here.files("org/sys")["ensemble.json"])
+    assert (
+        bundle["runs"][0]["model"]["repo_id"] == "org/sys-small" and Path("outputs/all/report.html").is_file()
+    )
 
     # The token is a secret
     secret = hub_here.writer.encode()

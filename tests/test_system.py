@@ -157,6 +157,19 @@ def test_a_mistake_is_one_line(system_py: System, tmp_path: Path, change: dict, 
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_jobs_train_and_all_else_is_done_here(system_py: System):
+    words = ("recipes/ladder/r5.yaml", "--dry_run", "--jobs", "l4x1", "--timeout", "6h")
+    done = system_py(*words)
+    assert done.returncode == 2 and "--jobs needs --hub_namespace and --hub_name" in done.stderr
+    lines = system_py(*words, "--hub_namespace", "org", "--hub_name", "sys").stdout.splitlines()
+    assert len(lines) == 4 and all(
+        "--push_to_hub --hub_namespace org --hub_name sys" in line for line in lines
+    )
+    trained = [line for line in lines if "launch_folds.sh" in line]
+    assert trained == [line for line in lines if line.endswith(" --jobs l4x1 --timeout 6h")]
+    assert all("--augmented_file org/sys-augmented:augmented.parquet" in line for line in trained)
+
+
 def test_a_stage_that_fails_ends_the_system_with_its_status(system_py: System, tmp_path: Path):
     content = {
         "output": str(tmp_path / "x"),

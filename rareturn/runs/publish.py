@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,8 +16,15 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
-from rareturn.files import packaged
-from rareturn.runs.folder import adapter_dir, fold_is_complete, read_run_info, table_path
+from rareturn.files import packaged, write_bytes
+from rareturn.runs.folder import (
+    adapter_dir,
+    check_same_run,
+    fold_is_complete,
+    metrics_path,
+    read_run_info,
+    table_path,
+)
 from rareturn.runs.hub import Content, add_to_collection, may_travel, pull_files, push_files
 from rareturn.runs.references import Reference, model_repo, table_repo
 
@@ -173,3 +182,34 @@ def pull_adapters(repo_id: str, folds: Sequence[str], *, revision: str | None = 
         if not any((folder / fold).glob("*.safetensors")):
             raise InputError(f"{repo_id}: {fold} holds no safetensors at {sha}")
     return folder, sha
+
+
+def fetch_folds(run_dir: Path, folds: Sequence[int], namespace: str, name: str, run: str) -> None:
+    """Lay out complete folds that were trained elsewhere as if they had been trained here: `push_fold` backwards.
+
+    Folds that are complete here stay. An InputError where the folder holds another run, or the Hub lacks a part.
+    """
+    folds = [fold for fold in folds if not fold_is_complete(run_dir, fold)]
+    if not folds:
+        return
+    repo_id = table_repo(namespace, name)
+    tables, _ = pull_run(f"{repo_id}:{run}", Reference(None, repo_id, run))
+    check_same_run(run_dir, read_run_info(tables))
+    models, _ = pull_adapters(model_repo(namespace, name, run), [f"fold-{fold}" for fold in folds])
+    for file in ("run.json", "folds.json"):
+        write_bytes(run_dir / file, (tables / file).read_bytes(), overwrite=False)
+    for fold in folds:
+        adapter, pushed = adapter_dir(run_dir, fold), models / f"fold-{fold}"
+        with tempfile.TemporaryDirectory(
+            dir=run_dir
+        ) as beside:  # a part of a model would pass for a whole one
+            copy = shutil.copytree(
+                pushed, Path(beside) / "adapter", ignore=shutil.ignore_patterns("metrics.json")
+            )
+            shutil.rmtree(adapter, ignore_errors=True)
+            adapter.parent.mkdir(exist_ok=True)
+            copy.rename(adapter)
+        for split in ("oof", "test"):
+            if (table := tables / f"{split}-fold-{fold}.parquet").is_file():
+                write_bytes(table_path(run_dir, split, fold), table.read_bytes())
+        write_bytes(metrics_path(run_dir, fold), (pushed / "metrics.json").read_bytes())  # last: complete
