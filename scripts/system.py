@@ -16,7 +16,7 @@ Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 The file has these keys, of which `output` and `runs` must be there; ${NAME} in it is an environment variable:
     output      what the names of all outputs begin with: OUTPUT-RUN/ for each run, OUTPUT/ for the ensemble, …
     jobs        folds at a time on a CPU
-    data        flags of every script that reads rows: label_guide, train_file, test_file, …
+    data        flags of every script that reads rows: label_guide, train_file, test_file, fold_groups, …
     augment     flags of augment.py
     runs        name: flags of the run, `config` for its recipe; `script: linear_probe.py` makes it a probe and `script:
                 zero_shot.py` a prompted model; `variants: true` trains on augment's rows, `model_name_or_path:
@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,6 +46,7 @@ from pydantic import BaseModel, Field
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import read_recipe, run
+from rareturn.data.rows import DataArguments
 from rareturn.errors import InputError
 from rareturn.files import check_content, read_json, write_json
 from rareturn.reports.tables import Table
@@ -115,6 +116,12 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def rows_flags(system: System, file: str) -> Flags:
+    """Of the flags in `data`, those of a script that reads this file and makes no folds."""
+    names = {file, *(item.name for item in fields(DataArguments))}
+    return {name: value for name, value in system.data.items() if name in names}
+
+
 def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
     """The commands in their order; `more` are flags for every run, `jobs` those of `launch_folds.sh --jobs`."""
     python, output = os.environ.get("PYTHON") or sys.executable, system.output
@@ -123,12 +130,9 @@ def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
     ]
     augmented, stages = Path(f"{output}-augmented.jsonl"), []
     if system.augment is not None:
-        known = {
-            key: value
-            for key, value in system.data.items()
-            if not key.endswith(("test_file", "validation_file"))
-        }
-        flags = known | system.augment | {"output_file": str(augmented)} | system.hub
+        flags = (
+            rows_flags(system, "train_file") | system.augment | {"output_file": str(augmented)} | system.hub
+        )
         stages.append(Stage("augment", [python, str(ROOT / "augment.py"), *words(flags)], files, [augmented]))
     for name, of_run in system.runs.items():
         folder, own = Path(f"{output}-{name}"), dict(of_run.model_extra or {})
@@ -162,14 +166,9 @@ def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
         command = [python, str(ROOT / "calibrate.py"), *words(flags)]
         stages.append(Stage("calibrate", command, [Path(f"{output}-{name}")], [decision]))
     if system.ensemble is not None:
-        known = {
-            key: value
-            for key, value in system.data.items()
-            if not key.endswith(("train_file", "validation_file"))
-        }
         flags = (
             {"runs": [str(folder) for folder in tables]}
-            | known
+            | rows_flags(system, "test_file")
             | system.ensemble
             | {"output_dir": output}
             | system.hub

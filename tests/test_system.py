@@ -65,6 +65,7 @@ def test_a_system_from_rows_to_predictions(system_py: System, tmp_path: Path):
             "label_guide": "data/demo/label_guide.yaml",
             "train_file": "data/demo/train.json",
             "test_file": "data/demo/test.json",
+            "fold_seed": 7,
         },
         "augment": {"labels": [2, 5], "k": 1},
         "runs": {
