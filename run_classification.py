@@ -244,8 +244,8 @@ def train_fold(trainer: Any, base: BaseModel, tokenizer: Any, saved: Path, check
         trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         if not all(bool(weight.isfinite().all()) for weight in trained):
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-            reason = "training diverged to weights that are not finite; lower --learning_rate"
-            raise InputError(f"{saved.parent}: {reason}")
+            reason = "training diverged to weights that are not finite"
+            raise InputError(f"{saved.parent}: {reason}; lower --learning_rate, in another --output_dir")
         state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
         if trainer.is_world_process_zero():
             save_trained(trainer.accelerator.unwrap_model(trainer.model), tokenizer, base, saved, state)
