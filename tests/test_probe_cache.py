@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,9 @@ def test_a_second_run_over_the_same_rows_computes_no_pass(kind, models, tmp_path
     for number, other in enumerate([*others, {"fold_groups": "none"}, {"layer": 2}]):
         assert probe(model, tmp_path / f"run-{number}", **other) == 0, other
         assert made(tmp_path / f"run-{number}") != made(tmp_path / "first")
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert probe(str(moved), tmp_path / "of-moved") == 0
+    assert made(tmp_path / "of-moved") == made(tmp_path / "first")
     assert probe(model, tmp_path / "layers", layer=[4, 2, 4]) == 0
     assert made(tmp_path / "layers") == made(tmp_path / "uncached-layers")
     assert read_run(tmp_path / "first").info["features"]["layer"] == 4

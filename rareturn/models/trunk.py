@@ -123,7 +123,8 @@ def cache_folder(base: BaseModel, sequences: str, bf16: bool, **facts: Any) -> P
 
     How it is cut into passes and files is one of them: `write_parts` goes on from files that it finds.
     """
-    facts |= {"base": [base.name, base.revision, base.weights_digest], "bf16": bf16, **base.loader}
+    weights = base.weights_digest  # of a folder, which may move
+    facts |= {"base": [weights or base.name, base.revision], "bf16": bf16, **base.loader}
     facts |= {"sequences": sequences, "cut_by": [TOKENS_PER_BATCH, PART_BYTES]}
     return cache_dir("trunk") / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
