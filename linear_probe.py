@@ -83,7 +83,8 @@ class ProbeArguments(LoaderArguments, TrunkCacheArguments, FoldDataArguments):
         "Let an encoder read target and context together, --max_seq_length tokens, in place of turn by turn.",
     )
     class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
-        "balanced", "In the loss, from the fold's training rows: 1/n (best for a probe), 1/sqrt(n) or none."
+        "balanced",
+        "In the loss, from the fold's training rows: 1/sqrt(n), 1/n (the best for a probe), or none.",
     )
     C: list[float] = flag([0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0], "Inverse L2 penalties to choose from.")
     seed: int = flag(42, "Seed of the inner folds that choose C.")

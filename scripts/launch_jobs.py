@@ -49,7 +49,7 @@ from rareturn.data.label_guide import load_label_guide
 from rareturn.data.readers import HUB_FILE
 from rareturn.errors import InputError
 from rareturn.files import packaged
-from rareturn.runs.hub import Persistence, check_may_push, explain, push_files, resolve_revision
+from rareturn.runs.hub import ASK_SECONDS, Persistence, check_may_push, explain, push_files, resolve_revision
 from rareturn.runs.publish import fetch_folds
 from rareturn.runs.references import check_name, model_repo, table_repo
 
@@ -152,7 +152,7 @@ def as_command(job: dict[str, Any]) -> str:
 
 def find_price(flavor: str) -> float:
     """Dollars an hour of a machine, as the Hub lists it; an InputError for one that a fold cannot use."""
-    kinds = {kind.name: kind for kind in Persistence().call(HfApi().list_jobs_hardware)}
+    kinds = {kind.name: kind for kind in Persistence(ASK_SECONDS).call(HfApi().list_jobs_hardware)}
     if flavor not in kinds:
         raise InputError(f"--jobs {flavor}: not one of the Hub's machines: {', '.join(kinds)}")
     kind = kinds[flavor]
@@ -217,9 +217,9 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
     where, guide = (settings["hub_namespace"], settings["hub_name"]), settings.get("label_guide")
     run = check_name(settings.get("run_name") or Path(arguments.output_dir).resolve().name, "--run_name")
     repos = {"model": model_repo(*where, run), "dataset": table_repo(*where)}
+    price = find_price(arguments.jobs)  # first: where the Hub does not answer, this ends it
     for repo_type, repo in repos.items():
         check_may_push(repo, repo_type)
-    price = find_price(arguments.jobs)
     if guide:
         load_label_guide(guide)
     for found in [HUB_FILE.fullmatch(settings[name]) for name in ROWS if settings.get(name)]:
@@ -239,8 +239,8 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
     if not (jobs or missing):
         return None if arguments.dry_run else fetch_folds(Path(arguments.output_dir), folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]
-    cost = f"${price:.2f}/h, {hours:g} h in all at most: ${hours * price:.2f}"
-    print(f"{arguments.jobs}: {cost}, paid by {where[0]}")
+    most = f"at most {len(missing)} x {arguments.timeout}: ${hours * price:.2f}"
+    print(f"{arguments.jobs}: ${price:.2f}/h, {most}, paid by {where[0]}")
 
     # Start
     try:

@@ -163,7 +163,7 @@ def main() -> None:
     # Data
     records = list(read_records(arguments.table))
     if not records or not isinstance(records[0], dict):
-        raise InputError(f"{arguments.table}: no table of utterances")
+        raise InputError(f"{arguments.table}: {'no table of utterances' if records else 'holds no rows'}")
     given = {field: getattr(arguments, f"{field}_column") for field in TABLE_FIELDS}
     columns = find_columns(list(records[0]), given, arguments.table)
     found = count_labels(records, columns, arguments.no_label, arguments.table)

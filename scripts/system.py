@@ -101,7 +101,7 @@ def with_variables(content: Any, where: str) -> Any:
         return [with_variables(value, where) for value in content]
     text = os.path.expandvars(content) if isinstance(content, str) else content
     if isinstance(text, str) and "${" in text:
-        raise InputError(f"{where}: {text}: set this environment variable")
+        raise InputError(f"{where}: {text}: set the environment variable {text.split('${')[1].split('}')[0]}")
     return text
 
 

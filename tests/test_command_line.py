@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -33,6 +34,18 @@ def test_a_path_through_a_file_is_one_line(tmp_path: Path):
     assert line.startswith("augment.py: error: ") and str(tmp_path / "file") in line
     assert "Traceback" not in ended.stderr
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_package_in_another_project_does_not_take_its_commit(tmp_path: Path):
+    """Installed below a checkout of something else, as in its virtual environment."""
+    shutil.copytree(ROOT / "rareturn", tmp_path / "venv/rareturn")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    code = "from rareturn.command_line import provenance; print(provenance()['git_commit'])"
+    env = {name: value for name, value in os.environ.items() if name != "RARETURN_COMMIT"}
+    how = {"cwd": tmp_path / "venv", "env": env, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **how).stdout == "None\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

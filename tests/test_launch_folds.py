@@ -40,7 +40,7 @@ time.sleep(float(os.environ.get("NAP", "0")))
 print("training with", flags)
 if fold in os.environ.get("FAIL", "").split():
     print("the loss is not finite", file=sys.stderr)
-    sys.exit(3)
+    sys.exit(int(os.environ.get("STATUS", "3")))
 seen = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "threads": os.environ.get("OMP_NUM_THREADS"), "flags": flags}
 with open(metrics, "w") as file:
     json.dump({"eval": {"macro_f1_positive": 0.25 + int(fold) / 100}, "began": began, "ended": time.time(), **seen}, file)
@@ -153,6 +153,18 @@ def test_a_mistake_in_the_recipe_is_said_before_any_fold_starts(place: Path, pyt
         line
         == "run_classification.py: error: recipe.yaml: unknown key 'max_seq_len'; did you mean 'max_seq_length'?"
     )
+
+
+def test_mistakes_in_the_flags_are_status_2_and_other_failures_1(place: Path) -> None:
+    assert launch(place, FAIL="0 1 2", STATUS="2").returncode == 2
+    assert launch(place, FAIL="0 1 2").returncode == 1
+
+
+def test_help(tmp_path: Path) -> None:
+    for flag in ("-h", "--help"):
+        done = subprocess.run([LAUNCHER, flag], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr
+        assert done.stdout.startswith("All folds of a run") and "SCRIPT" in done.stdout.splitlines()[-1]
 
 
 def alive(pid: int) -> bool:

@@ -80,7 +80,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     # What would be sent, and nothing sent
     assert launch("--dry_run") == 0
     said = capfd.readouterr().out
-    assert "l4x1: $0.80/h, 3 h in all at most: $2.39, paid by org" in said
+    assert "l4x1: $0.80/h, at most 2 x 90m: $2.39, paid by org" in said
     commands = [line for line in said.splitlines() if line.startswith("hf jobs run")]
     assert len(commands) == 2 and set(hub_here.repos) == before and not jobs.all
     assert {method for method, *_ in hub_here.requests} == {"GET"}

@@ -146,7 +146,7 @@ def test_a_system_from_rows_to_predictions(system_py: System, tmp_path: Path):
         ({"runs": {"a b": {}}}, "runs.a b"),
         (
             {"data": {"train_file": "${NOWHERE_SET}/train.csv"}},
-            "data: train_file: ${NOWHERE_SET}/train.csv: set this",
+            "data: train_file: ${NOWHERE_SET}/train.csv: set the environment variable NOWHERE_SET",
         ),
     ],
 )
