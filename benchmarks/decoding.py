@@ -288,7 +288,8 @@ def simulate(arguments: BenchmarkArguments) -> dict[str, Any]:
     """Coverage of the interval and optimism of the cross-fitted score against the fitted rule's score on fresh rows.
 
     Each draw is a table of 200 dialogues (about 1,800 rows); the fresh rows are 100,000 dialogues of the same model,
-    enough that the truth is known to .001. "auto or argmax" is what `choose` keeps of the two. The truth is the score on them of the very rule that was fitted to the whole table.
+    enough that the truth is known to .001. "auto or argmax" is what `choose` keeps of the two. The truth is the score on
+    them of the very rule that was fitted to the whole table.
     """
     generator = np.random.default_rng(arguments.seed)
     fresh_logits, fresh_labels, _ = draw_rows(generator, 100_000, arguments.prior)

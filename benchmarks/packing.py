@@ -10,9 +10,10 @@ A GPU, Qwen3-8B's true shape with random NF4 weights (speed does not depend on t
 The baseline is the paper's own loop, written down from its description: a row a sequence in random order, padded to the
 batch's longest, 2 rows x 8 accumulation steps, gradient checkpointing. Beside it the best unpacked settings (rows in buckets
 of like length, padded, or end to end without padding), packed rows, and packed rows that train the top third of the layers
-on the output of the others, which is computed once. A step has 16 rows on average everywhere. The settings take turns, an epoch each, for several rounds; a
-CPU's time is the processor's, not the wall's, so that a shared machine favours none. A whole run is added up from its
-parts: five folds of ten epochs on four fifths of the rows, every row predicted once and, where it is cut, the trunk once.
+on the output of the others, which is computed once. A step has 16 rows on average everywhere. The settings take turns, an
+epoch each, for several rounds; a CPU's time is the processor's, not the wall's, so that a shared machine favours none. A
+whole run is added up from its parts: five folds of ten epochs on four fifths of the rows, every row predicted once and,
+where it is cut, the trunk once.
 """
 
 # ruff: noqa: E402

@@ -7,9 +7,10 @@
     python scripts/system.py systems/psydefconv-8b.yaml --dry_run
     python scripts/system.py systems/demo.yaml
 
-Flags behind the system go to every run; --label_guide, --train_file and --test_file, to every script that reads rows,
---hub_namespace and --hub_name, to every script that pushes, and --output stand for those of the file. A stage that is complete is skipped: its command was run to the end, what it wrote
-is there, and what it reads has not changed since. So a system that was stopped is started again with the same command.
+Flags behind the system go to every run. Some stand for those of the file: --output; --label_guide, --train_file and
+--test_file, for every script that reads rows; --hub_namespace and --hub_name, for every script that pushes. A stage that is
+complete is skipped: its command was run to the end, what it wrote is there, and what it reads has not changed since. So a
+system that was stopped is started again with the same command.
 With --jobs FLAVOR the folds of run_classification.py are trained on the Hub's machines, and all else is done here.
 Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 

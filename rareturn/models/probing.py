@@ -1,8 +1,9 @@
 """Linear probes: features of rows from a frozen or a trained model, and a logistic head on them.
 
 Encoders: mean-pooled embeddings of single turns, each distinct turn encoded once, put together per row; or the target's
-tokens as an encoder sees them beside their context. Decoders: the hidden state of the rendered prompt's last token, a dialogue's rows in one pass. Both are taken at `default_layer`,
-at a trained model's last layer, or at those that are asked for; what a pass comes by is kept on disk.
+tokens as an encoder sees them beside their context. Decoders: the hidden state of the rendered prompt's last token, a
+dialogue's rows in one pass. Both are taken at `default_layer`, at a trained model's last layer, or at those that are asked
+for; the layers that a pass computes on the way are kept on disk.
 """
 
 from __future__ import annotations
