@@ -42,6 +42,7 @@ from rareturn.models.heads import TrunkMemory
 from rareturn.models.inference import segment_name
 from rareturn.models.layers import freeze_trunk, layer_list
 from rareturn.models.loading import (
+    add_lora,
     find_base_model,
     load_classifier,
     load_tokenizer,
@@ -66,6 +67,9 @@ class ScriptArguments:
     model_name_or_path: str = flag("sentence-transformers/all-MiniLM-L6-v2", "Encoder: a Hub id or a folder.")
     num_dialogues: int | None = flag(None, "Dialogues to take, drawn by the seed. Default: all.")
     trainable_layers: list[int] = flag([4, 2, 1], "Settings with turns: layers trained, from the top.")
+    lora_r: int | None = flag(
+        None, "Rank of adapters on all products of these layers. Default: trained whole."
+    )
     repeats: int = flag(3, "Rounds; medians are reported, and three leave out an outlier.")
     seed: int = flag(42, "Of the heads and the order.")
     output: str = flag("turns.json", "JSON file for all figures.")
@@ -95,6 +99,9 @@ class Setting:
             self.batches = TurnBatches(
                 ROWS_PER_STEP, 1, TOKENS_PER_BATCH, arguments.repeats + 1, pad_token_id=tokenizer.pad_token_id
             )
+            if arguments.lora_r:
+                targets = ["query", "key", "value", "dense"]
+                self.model = add_lora(self.model, arguments.lora_r, 2 * arguments.lora_r, 0.0, targets, cut)
         self.rows, self.labels = rows, torch.tensor([row.label for row in rows])
         self.plan = self.batches.plan(rows, self.rendered, arguments.seed)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
