@@ -84,7 +84,7 @@ class ProbeArguments(LoaderArguments, TrunkCacheArguments, FoldDataArguments):
     )
     class_weights: Literal["none", "inverse_sqrt", "balanced"] = flag(
         "balanced",
-        "In the loss, from the fold's training rows: 1/sqrt(n), 1/n (the best for a probe), or none.",
+        "In the loss, from the fold's training rows. balanced: 1/n, the best for a probe; inverse_sqrt: 1/sqrt(n).",
     )
     C: list[float] = flag([0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0], "Inverse L2 penalties to choose from.")
     seed: int = flag(42, "Seed of the inner folds that choose C.")

@@ -221,15 +221,11 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 def provenance() -> dict[str, Any]:
     """How this process was started: `command` (without tokens), versions of `packages`, the project's `git_commit`."""
     words = [os.path.basename(sys.argv[0]), *without_secrets(sys.argv[1:])]
-    root = (
-        Path(__file__).resolve().parent.parent
-    )  # installed, it lies in no checkout, or in that of another project
-    git = (
-        ["git", "-C", str(root), "rev-parse", "HEAD"]
-        if (root / ".git").exists() and shutil.which("git")
-        else []
-    )
-    commit = subprocess.run(git, capture_output=True, text=True, check=False) if git else None
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    # Installed, the package lies in no checkout, or in that of another project.
+    has_commit = (root / ".git").exists() and shutil.which("git")
+    commit = subprocess.run(git, capture_output=True, text=True, check=False) if has_commit else None
     return {
         "command": shlex.join(words),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES.split()},

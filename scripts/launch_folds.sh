@@ -9,8 +9,8 @@
 #
 # With --jobs each fold is a Job on the Hub, on a machine of that flavor: scripts/launch_jobs.py.
 # Flags behind the recipe go to every fold. `fold: K` in the recipe, or --fold K, launches that fold alone.
-# Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a mistake in the recipe or the flags), 129, 130 or 143
-# (stopped).
+# Logs: OUTPUT_DIR/logs/fold-K.log. Exit status: 0, 1 (a fold failed), 2 (a mistake in the recipe or the flags, or every fold
+# that failed says that the user can mend it), 129, 130 or 143 (stopped).
 #
 # Environment:
 #   GPUS    the GPUs to use, "0 1 2". Default: CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists. Empty: the CPU.
@@ -28,10 +28,12 @@ die() {
 }
 
 [ $# -gt 0 ] || die "usage: $name RECIPE [flags of run_classification.py]"
-if [[ $1 =~ ^(-h|--help)$ ]]; then
-    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
-    exit 0
-fi
+for word in "$@"; do
+    if [[ $word =~ ^(-h|--help)$ ]]; then
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+        exit 0
+    fi
+done
 recipe=$1
 shift
 if [ -z "${PYTHON:-}" ]; then
@@ -111,7 +113,7 @@ done
 mkdir -p "$output_dir/logs" || die "$output_dir: cannot be written"
 stamps=$(mktemp -d) || exit 1
 metric=score                           # the name of what a fold's metrics hold
-failure=2                              # the exit status where folds fail: 2 if all of them report a mistake
+failure=2                              # the exit status where folds fail: 2 if all that fail end so
 pid_in=() fold_in=()                  # by the slot's position
 began=() seconds=() status=() score=() # by fold
 

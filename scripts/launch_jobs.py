@@ -46,11 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rareturn.command_line import provenance, read_recipe, start_logging, without_secrets
 from rareturn.command_line import run as run_script
 from rareturn.data.label_guide import load_label_guide
-from rareturn.data.readers import HUB_FILE
+from rareturn.data.readers import HUB_FILE, check_on_hub
 from rareturn.errors import InputError
 from rareturn.files import packaged
+from rareturn.runs.folder import fold_is_complete
 from rareturn.runs.hub import ASK_SECONDS, Persistence, check_may_push, explain, push_files, resolve_revision
-from rareturn.runs.publish import fetch_folds
+from rareturn.runs.publish import fetch_folds, pull_same_run
 from rareturn.runs.references import check_name, model_repo, table_repo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,11 @@ def read_settings(recipe: str, flags: list[str]) -> dict[str, Any]:
     for name in NEEDED:
         if not settings.get(name):
             raise InputError(f"--{name} is missing: a job loads from the Hub and pushes there")
-    for name in (*ROWS, "model_name_or_path"):
-        source = settings.get(name)
-        if source and (Path(source).exists() or (name in ROWS and not HUB_FILE.fullmatch(source))):
-            advice = "a job reads from the Hub only, and whether data may go there is for you to say"
-            raise InputError(f"--{name} {source}: on this machine: {advice}")
+    for name in ROWS:
+        if settings.get(name):
+            check_on_hub(name, settings[name])
+    if Path(model := settings["model_name_or_path"]).exists():
+        raise InputError(f"--model_name_or_path {model}: on this machine: a job loads from the Hub")
     return settings
 
 
@@ -173,6 +174,24 @@ def complete_on_hub(repos: dict[str, str], run: str, folds: range, splits: list[
     return [fold for fold in folds if {path.format(fold) for path in paths} <= there]
 
 
+def check_folder(
+    output_dir: Path, own: list[int], complete: list[int], where: tuple[str, str], run: str
+) -> None:
+    """Refuse, before anything is paid for, a folder in which the run could not be laid out.
+
+    `own` are the folds that are complete in it, `complete` those on the Hub.
+    """
+    if (output_dir / "run.json").exists():
+        if unshared := [str(fold) for fold in own if fold not in complete]:
+            names = ", ".join(unshared)
+            raise InputError(
+                f"{output_dir}: fold {names} is complete here and not on the Hub: push it (--push_only)"
+            )
+        if not complete:
+            raise InputError(f"{output_dir}: holds a run that is not on the Hub; name another --output_dir")
+        pull_same_run(output_dir, *where, run)
+
+
 def keep_log(job: JobInfo, path: Path) -> None:
     """Write a job's log to a file as it grows, until the job ends."""
     with open(path, "w", encoding="utf-8") as file, contextlib.suppress(*FAILURES):
@@ -236,8 +255,11 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
     for what, which in (("complete on the Hub", complete), ("running", [*jobs]), ("to start", missing)):
         if which:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
+    output_dir = Path(arguments.output_dir)
+    own = [fold for fold in folds if fold_is_complete(output_dir, fold)]
+    check_folder(output_dir, own, complete, where, run)
     if not (jobs or missing):
-        return None if arguments.dry_run else fetch_folds(Path(arguments.output_dir), folds, *where, run)
+        return None if arguments.dry_run else fetch_folds(output_dir, folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]
     most = f"at most {len(missing)} x {arguments.timeout}: ${hours * price:.2f}"
     print(f"{arguments.jobs}: ${price:.2f}/h, {most}, paid by {where[0]}")
@@ -257,17 +279,18 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
                 Persistence().call(HfApi().create_bucket, repo, private=True, exist_ok=True)
         for fold, job in wanted.items():  # not repeated: a lost answer would be paid twice
             jobs[fold] = HfApi().run_job(**job, secrets={"HF_TOKEN": get_token()})
-        failed = follow(jobs, logs := Path(arguments.output_dir) / "logs")
+        failed = follow(jobs, logs := output_dir / "logs")
     except KeyboardInterrupt:
         cancel = [f"hf jobs cancel {job.owner.name}/{job.id}" for job in jobs.values()]
         print("\nThe same command follows the jobs. To stop them:", *cancel, sep="\n  ", file=sys.stderr)
         raise
+    if done := [fold for fold in folds if fold not in failed]:
+        fetch_folds(output_dir, done, *where, run)
     if failed:
         names = ", ".join(map(str, failed))
         print(f"launch_jobs.py: error: failed folds: {names}; see {logs}", file=sys.stderr)
         sys.exit(1)
-    fetch_folds(Path(arguments.output_dir), folds, *where, run)
-    print(f"pushed to {repos['dataset']}:{run}, and fetched into {arguments.output_dir}")
+    print(f"pushed to {repos['dataset']}:{run}, and fetched into {output_dir}")
 
 
 def main() -> None:

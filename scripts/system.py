@@ -11,7 +11,8 @@ Flags behind the system go to every run. Some stand for those of the file: --out
 --test_file, for every script that reads rows; --hub_namespace and --hub_name, for every script that pushes. A stage that is
 complete is skipped: its command was run to the end, what it wrote is there, and what it reads has not changed since. So a
 system that was stopped is started again with the same command.
-With --jobs FLAVOR the folds of run_classification.py are trained on the Hub's machines, and all else is done here.
+With --jobs FLAVOR the folds of run_classification.py are trained on the Hub's machines, all else is done here, and all of it
+is pushed.
 Environment: that of scripts/launch_folds.sh (GPUS, JOBS, PYTHON).
 
 The file has these keys, of which `output` and `runs` must be there; ${NAME} in it is an environment variable:
@@ -47,6 +48,7 @@ from pydantic import BaseModel, Field
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import read_recipe, run
+from rareturn.data.readers import check_on_hub
 from rareturn.data.rows import DataArguments
 from rareturn.errors import InputError
 from rareturn.files import check_content, read_json, write_json
@@ -121,6 +123,21 @@ def rows_flags(system: System, file: str) -> Flags:
     """Of the flags in `data`, those of a script that reads this file and makes no folds."""
     names = {file, *(item.name for item in fields(DataArguments))}
     return {name: value for name, value in system.data.items() if name in names}
+
+
+def check_jobs(system: System, jobs: Flags) -> None:
+    """Refuse, before the first stage pushes anything, what no job could do."""
+    if "jobs" not in jobs:
+        raise InputError("--timeout is that of a job: --jobs is missing")
+    if not {"hub_namespace", "hub_name"} <= {*system.hub}:
+        raise InputError("--jobs needs --hub_namespace and --hub_name, where jobs load from and push to")
+    for name, source in system.data.items():
+        if name.endswith("_file"):
+            check_on_hub(name, str(source))
+    for name, of_run in system.runs.items():
+        model = str((of_run.model_extra or {}).get("model_name_or_path", ""))
+        if of_run.script == "run_classification.py" and model.startswith(PACKAGED):
+            raise InputError(f"runs.{name}: {model}: on this machine: a job loads from the Hub")
 
 
 def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
@@ -261,13 +278,11 @@ def main() -> None:
     system = check_content(System, content, arguments.system)
     given = {name: value for name, value in vars(arguments).items() if value}
     system.data |= {name: given[name] for name in ("label_guide", "train_file", "test_file") if name in given}
-    if names := {name: given[name] for name in ("hub_namespace", "hub_name") if name in given}:
-        system.hub |= {"push_to_hub": True, **names}
+    system.hub |= {name: given[name] for name in ("hub_namespace", "hub_name") if name in given}
     jobs = {name: given[name] for name in ("jobs", "timeout") if name in given}
-    if jobs and not {"hub_namespace", "hub_name"} <= {*system.hub}:
-        raise InputError(
-            "--jobs needs --hub_namespace and --hub_name: a job loads from the Hub and pushes there"
-        )
+    if jobs:
+        check_jobs(system, jobs)
+        system.hub["push_to_hub"] = True
     stages = make_stages(system, more, jobs)
     if arguments.dry_run:
         for stage in stages:

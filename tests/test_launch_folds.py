@@ -40,7 +40,7 @@ time.sleep(float(os.environ.get("NAP", "0")))
 print("training with", flags)
 if fold in os.environ.get("FAIL", "").split():
     print("the loss is not finite", file=sys.stderr)
-    sys.exit(int(os.environ.get("STATUS", "3")))
+    sys.exit(int(os.environ.get("STATUS_" + fold, "3")))
 seen = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "threads": os.environ.get("OMP_NUM_THREADS"), "flags": flags}
 with open(metrics, "w") as file:
     json.dump({"eval": {"macro_f1_positive": 0.25 + int(fold) / 100}, "began": began, "ended": time.time(), **seen}, file)
@@ -156,13 +156,13 @@ def test_a_mistake_in_the_recipe_is_said_before_any_fold_starts(place: Path, pyt
 
 
 def test_mistakes_in_the_flags_are_status_2_and_other_failures_1(place: Path) -> None:
-    assert launch(place, FAIL="0 1 2", STATUS="2").returncode == 2
-    assert launch(place, FAIL="0 1 2").returncode == 1
+    assert launch(place, FAIL="0 1", STATUS_0="2", STATUS_1="2").returncode == 2
+    assert launch(place, FAIL="0 1", STATUS_0="3", STATUS_1="2").returncode == 1
 
 
 def test_help(tmp_path: Path) -> None:
-    for flag in ("-h", "--help"):
-        done = subprocess.run([LAUNCHER, flag], cwd=tmp_path, capture_output=True, text=True)
+    for words in (["-h"], ["recipe.yaml", "--help"]):
+        done = subprocess.run([LAUNCHER, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr
         assert done.stdout.startswith("All folds of a run") and "SCRIPT" in done.stdout.splitlines()[-1]
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     assert capfd.readouterr().out == "fold 0, 1 of org/sys-small: complete on the Hub\n"
     assert {method for method, *_ in hub_here.requests[asked:]} == {"GET"}
 
+    # What is missing here is fetched; a folder that holds another run is refused before anything is paid for
+    (here / "test/fold-1.parquet").unlink()
+    shutil.rmtree(here / "fold-0")
+    assert launch() == 0 and len(jobs.all) == 3
+    assert (here / "test/fold-1.parquet").read_bytes() == tables["data/small/test-fold-1.parquet"]
+    assert (here / "fold-0/metrics.json").read_bytes() == models["fold-0/metrics.json"]
+    ours = (here / "run.json").read_bytes()
+    theirs = json.loads(ours)
+    theirs["identity"] |= {"digest": "0", "flags": theirs["identity"]["flags"] | {"num_train_epochs": 9}}
+    (here / "run.json").write_text(json.dumps(theirs))
+    capfd.readouterr()
+    assert launch() == 2 and "--num_train_epochs: 9 there, 4" in capfd.readouterr().err
+    (here / "run.json").write_bytes(ours)
+
     # A system whose run was trained there: it is fetched, and the rest is done here
     system = {"output": "outputs/all", "runs": {"small": {"config": str(place / "recipe.yaml")}}}
     system["data"] = {"label_guide": RECIPE["label_guide"], "test_file": RECIPE["test_file"]}
@@ -210,6 +225,19 @@ def test_mistakes_are_one_line_and_send_nothing(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"launch_jobs.py: error: {problem}")
     assert not hub_here.jobs.all and {method for method, *_ in hub_here.requests} <= {"GET"}
+
+
+def test_a_run_of_this_machine_is_not_paid_for_again(hub_here: HubServer, place: Path, capsys) -> None:
+    here = Path("outputs/small")
+    for name in ("run.json", "oof/fold-1.parquet", "fold-1/metrics.json"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).touch()
+    assert launch() == 2 and not hub_here.jobs.all
+    problem = "outputs/small: fold 1 is complete here and not on the Hub: push it (--push_only)"
+    assert problem in capsys.readouterr().err
+    (here / "fold-1/metrics.json").unlink()
+    assert launch() == 2 and not hub_here.jobs.all
+    assert "outputs/small: holds a run that is not on the Hub" in capsys.readouterr().err
 
 
 def test_a_token_that_may_only_read_and_a_hub_that_refuses(

@@ -162,9 +162,13 @@ def test_jobs_train_and_all_else_is_done_here(system_py: System):
     words = ("recipes/ladder/r5.yaml", "--dry_run", "--jobs", "l4x1", "--timeout", "6h")
     done = system_py(*words)
     assert done.returncode == 2 and "--jobs needs --hub_namespace and --hub_name" in done.stderr
+    done = system_py("recipes/ladder/r5.yaml", "--dry_run", "--timeout", "6h")
+    assert done.returncode == 2 and "--jobs is missing" in done.stderr
+    done = system_py("systems/demo.yaml", *words[1:], "--hub_namespace", "org", "--hub_name", "sys")
+    assert done.returncode == 2 and "--train_file data/demo/train.json: on this machine" in done.stderr
     lines = system_py(*words, "--hub_namespace", "org", "--hub_name", "sys").stdout.splitlines()
     assert len(lines) == 4 and all(
-        "--push_to_hub --hub_namespace org --hub_name sys" in line for line in lines
+        "--hub_namespace org --hub_name sys --push_to_hub" in line for line in lines
     )
     trained = [line for line in lines if "launch_folds.sh" in line]
     assert trained == [line for line in lines if line.endswith(" --jobs l4x1 --timeout 6h")]

@@ -20,6 +20,13 @@ MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
+def check_on_hub(flag: str, source: str) -> None:
+    """An InputError for rows that a job on the Hub's machines could not read."""
+    if Path(source).exists() or not HUB_FILE.fullmatch(source):
+        advice = "a job reads from the Hub only, and whether data may go there is for you to say"
+        raise InputError(f"--{flag} {source}: on this machine: {advice}")
+
+
 def read_records(source: str, split: str = "train") -> Iterable[Any]:
     """Raw records of a source. Reading is lazy: iterating, too, may raise an InputError.
 

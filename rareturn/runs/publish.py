@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,7 +15,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from rareturn.data.folds import read_folds
 from rareturn.errors import InputError
-from rareturn.files import packaged, write_bytes
+from rareturn.files import disk_errors, packaged, write_bytes
 from rareturn.runs.folder import (
     adapter_dir,
     check_same_run,
@@ -184,32 +183,39 @@ def pull_adapters(repo_id: str, folds: Sequence[str], *, revision: str | None = 
     return folder, sha
 
 
-def fetch_folds(run_dir: Path, folds: Sequence[int], namespace: str, name: str, run: str) -> None:
-    """Lay out complete folds that were trained elsewhere as if they had been trained here: `push_fold` backwards.
-
-    Folds that are complete here stay. An InputError where the folder holds another run, or the Hub lacks a part.
-    """
-    folds = [fold for fold in folds if not fold_is_complete(run_dir, fold)]
-    if not folds:
-        return
+def pull_same_run(run_dir: Path, namespace: str, name: str, run: str) -> Path:
+    """`pull_run`'s folder of a pushed run; an InputError where `run_dir` holds another one."""
     repo_id = table_repo(namespace, name)
     tables, _ = pull_run(f"{repo_id}:{run}", Reference(None, repo_id, run))
     check_same_run(run_dir, read_run_info(tables))
-    models, _ = pull_adapters(model_repo(namespace, name, run), [f"fold-{fold}" for fold in folds])
-    for file in ("run.json", "folds.json"):
-        write_bytes(run_dir / file, (tables / file).read_bytes(), overwrite=False)
-    for fold in folds:
-        adapter, pushed = adapter_dir(run_dir, fold), models / f"fold-{fold}"
-        with tempfile.TemporaryDirectory(
-            dir=run_dir
-        ) as beside:  # a part of a model would pass for a whole one
-            copy = shutil.copytree(
-                pushed, Path(beside) / "adapter", ignore=shutil.ignore_patterns("metrics.json")
-            )
-            shutil.rmtree(adapter, ignore_errors=True)
-            adapter.parent.mkdir(exist_ok=True)
-            copy.rename(adapter)
-        for split in ("oof", "test"):
-            if (table := tables / f"{split}-fold-{fold}.parquet").is_file():
-                write_bytes(table_path(run_dir, split, fold), table.read_bytes())
-        write_bytes(metrics_path(run_dir, fold), (pushed / "metrics.json").read_bytes())  # last: complete
+    return tables
+
+
+def fetch_folds(run_dir: Path, folds: Sequence[int], namespace: str, name: str, run: str) -> None:
+    """Lay out complete folds that were trained elsewhere as if they had been trained here: `push_fold` backwards.
+
+    Of folds that are complete here, only their test tables are fetched. An InputError where the folder holds another run,
+    the Hub lacks a part, or the disk is full.
+    """
+    tables, models = pull_same_run(run_dir, namespace, name, run), model_repo(namespace, name, run)
+    if missing := [fold for fold in folds if not fold_is_complete(run_dir, fold)]:
+        pushed, _ = pull_adapters(models, [f"fold-{fold}" for fold in missing])
+        paths = [pushed / f"fold-{fold}/metrics.json" for fold in missing]
+        paths += [tables / f"oof-fold-{fold}.parquet" for fold in missing] + [tables / "folds.json"]
+        if gone := [path.name for path in paths if not path.is_file()]:
+            raise InputError(f"{models}: {gone[0]} of its run is not on the Hub; push the run again")
+    with disk_errors(run_dir):
+        for file in ("run.json", "folds.json"):
+            write_bytes(run_dir / file, (tables / file).read_bytes(), overwrite=False)
+        for fold in folds:
+            if (table := tables / f"test-fold-{fold}.parquet").is_file():
+                write_bytes(table_path(run_dir, "test", fold), table.read_bytes())
+        for fold in missing:
+            adapter, source = adapter_dir(run_dir, fold), pushed / f"fold-{fold}"
+            beside = adapter.with_name(".adapter")  # a part of a model would pass for a whole one
+            for path in (beside, adapter):
+                shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(source, beside, ignore=shutil.ignore_patterns("metrics.json"))
+            beside.rename(adapter)
+            write_bytes(table_path(run_dir, "oof", fold), (tables / f"oof-fold-{fold}.parquet").read_bytes())
+            write_bytes(metrics_path(run_dir, fold), (source / "metrics.json").read_bytes())  # last: complete
