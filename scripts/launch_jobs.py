@@ -179,7 +179,7 @@ def check_folder(
 ) -> None:
     """Refuse, before anything is paid for, a folder in which the run could not be laid out.
 
-    `own` are the folds that are complete in it, `complete` those on the Hub.
+    `own` are the folds that are complete in it, `complete` those on the Hub, test tables aside.
     """
     if (output_dir / "run.json").exists():
         if unshared := [str(fold) for fold in own if fold not in complete]:
@@ -257,7 +257,7 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
     output_dir = Path(arguments.output_dir)
     own = [fold for fold in folds if fold_is_complete(output_dir, fold)]
-    check_folder(output_dir, own, complete, where, run)
+    check_folder(output_dir, own, complete_on_hub(repos, run, folds, ["oof"]), where, run)
     if not (jobs or missing):
         return None if arguments.dry_run else fetch_folds(output_dir, folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]

@@ -170,6 +170,12 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     assert launch() == 2 and "--num_train_epochs: 9 there, 4" in capfd.readouterr().err
     (here / "run.json").write_bytes(ours)
 
+    # A fold whose test table is still to be made is not taken for one of this machine alone
+    newest = hub_here.repos["dataset", "org/sys-oof"].commits[-1].files
+    made = newest.pop("data/small/test-fold-0.parquet")
+    assert launch("--dry_run") == 0 and "fold 0 of org/sys-small: to start" in capfd.readouterr().out
+    newest["data/small/test-fold-0.parquet"] = made
+
     # A system whose run was trained there: it is fetched, and the rest is done here
     system = {"output": "outputs/all", "runs": {"small": {"config": str(place / "recipe.yaml")}}}
     system["data"] = {"label_guide": RECIPE["label_guide"], "test_file": RECIPE["test_file"]}
