@@ -45,21 +45,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import provenance, read_recipe, start_logging, without_secrets
 from rareturn.command_line import run as run_script
+from rareturn.data.folds import FoldDataArguments
 from rareturn.data.label_guide import load_label_guide
 from rareturn.data.readers import HUB_FILE, check_on_hub
 from rareturn.errors import InputError
 from rareturn.files import packaged
-from rareturn.runs.folder import fold_is_complete
+from rareturn.runs.folder import fold_is_complete, read_run_info
 from rareturn.runs.hub import ASK_SECONDS, Persistence, check_may_push, explain, push_files, resolve_revision
-from rareturn.runs.publish import fetch_folds, pull_same_run
-from rareturn.runs.references import check_name, model_repo, table_repo
+from rareturn.runs.publish import fetch_folds, pull_run, pull_same_run
+from rareturn.runs.references import check_name, model_repo, parse_reference, table_repo
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "python:3.11"  # torch's wheels bring CUDA
 CODE, OUTPUTS = "/job", "/outputs"  # where the volumes are mounted
 ROWS = ("train_file", "augmented_file", "validation_file", "test_file")
 NEEDED = ("hub_namespace", "hub_name", "model_name_or_path")
-READ = (*NEEDED, *ROWS, "run_name", "label_guide", "model_revision", "do_predict")
+SPLIT = ("num_folds", "fold_seed", "fold_groups")
+READ = (*NEEDED, *ROWS, *SPLIT, "run_name", "label_guide", "model_revision", "do_predict")
 HOURS = {"s": 1 / 3600, "m": 1 / 60, "h": 1, "d": 24}  # of --timeout, as `run_job` reads it
 PER_HOUR = {"second": 3600, "minute": 60, "hour": 1}  # of a price's unit
 RUNNING = ("SCHEDULING", "RUNNING")
@@ -174,6 +176,17 @@ def complete_on_hub(repos: dict[str, str], run: str, folds: range, splits: list[
     return [fold for fold in folds if {path.format(fold) for path in paths} <= there]
 
 
+def check_split(settings: dict[str, Any], reference: str) -> None:
+    """Refuse other folds than those of the run that is on the Hub: their jobs would end at once."""
+    info = read_run_info(pull_run(reference, parse_reference(reference))[0])
+    asked = {name: settings.get(name, getattr(FoldDataArguments, name)) for name in SPLIT}
+    asked |= {"num_folds": 1} if settings.get("validation_file") else {}
+    for name, value in asked.items():
+        if str(value) != str(info[name]):
+            there = f"--{name}: {info[name]} there, {value} asked for"
+            raise InputError(f"{reference}: {there}; use another --run_name")
+
+
 def check_folder(
     output_dir: Path, own: list[int], complete: list[int], where: tuple[str, str], run: str
 ) -> None:
@@ -257,7 +270,9 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
     output_dir = Path(arguments.output_dir)
     own = [fold for fold in folds if fold_is_complete(output_dir, fold)]
-    check_folder(output_dir, own, complete_on_hub(repos, run, folds, ["oof"]), where, run)
+    if trained := complete_on_hub(repos, run, folds, ["oof"]):
+        check_split(settings, f"{repos['dataset']}:{run}")
+    check_folder(output_dir, own, trained, where, run)
     if not (jobs or missing):
         return None if arguments.dry_run else fetch_folds(output_dir, folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]

@@ -5,7 +5,7 @@
 """Rank runs and ensembles by their out-of-fold rows, with intervals and paired differences to the best.
 
     python scripts/leaderboard.py outputs/anchor outputs/seed-a team-b/psydefdetect-oof:anchor --output_dir outputs/board
-    python scripts/leaderboard.py outputs/demo-probe outputs/demo --labels data/demo/test.json
+    python scripts/leaderboard.py outputs/demo-probe outputs/demo --labels GOLD.json
 
 A run is decided by a rule that is fitted here and cross-fitted, an output folder of ensemble.py by its own decision, cross-fitted.
 Of two systems the rows are shown on which they differ. Test rows are scored if --labels has their labels: by the mean of the

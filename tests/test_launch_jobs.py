@@ -170,6 +170,12 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
     assert launch() == 2 and "--num_train_epochs: 9 there, 4" in capfd.readouterr().err
     (here / "run.json").write_bytes(ours)
 
+    assert launch("--num_folds", "3", end=3) == 2 and len(jobs.all) == 3
+    assert (
+        "org/sys-oof:small: --num_folds: 2 there, 3 asked for; use another --run_name"
+        in capfd.readouterr().err
+    )
+
     # A fold whose test table is still to be made is not taken for one of this machine alone
     newest = hub_here.repos["dataset", "org/sys-oof"].commits[-1].files
     made = newest.pop("data/small/test-fold-0.parquet")

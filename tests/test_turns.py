@@ -253,6 +253,24 @@ def test_a_dialogue_over_the_budget_is_split(encoder):
 # ------------------------------------------------------------------------------------------------------------- the script
 
 
+def test_pairs_are_cut_to_the_positions_that_an_encoder_has(tmp_path: Path, caplog):
+    """1,024 tokens are the default, and most encoders have positions for 512."""
+    model = make_tiny_encoder(tmp_path / "encoder", max_position_embeddings=40)
+    flags = {
+        "train_file": "data/demo/train.json",
+        "label_guide": "data/demo/label_guide.yaml",
+        "num_folds": 2,
+    }
+    flags |= {"model_name_or_path": model, "pairs": True, "C": 1}
+    assert run_script(linear_probe.main, **flags, output_dir=tmp_path / "default") == 0
+    assert f"{model} takes 40 tokens: rows are cut there" in caplog.text
+    caplog.clear()
+    assert run_script(linear_probe.main, **flags, output_dir=tmp_path / "forty", max_seq_length=40) == 0
+    assert "rows are cut" not in caplog.text
+    one, other = (read_table(tmp_path / name / "oof/fold-0.parquet") for name in ("default", "forty"))
+    np.testing.assert_array_equal(one.logits, other.logits)
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_a_saved_model_gives_the_oof_logits(encoder, demo, tmp_path, tuning, capsys):
     lora = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from rareturn.data.rendering import Rendered
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
 from rareturn.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
 Step = list[list[int]]  # a step's micro-batches, each a list of indices into the data set
@@ -276,6 +279,9 @@ class StopOnSigterm(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopping:
+            logger.info(
+                f"stopped at step {state.global_step}, checkpoint saved; the same command goes on there"
+            )
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # who ends first has the others killed: not before the seal is set
             sys.exit(143)

@@ -70,12 +70,8 @@ class TurnRenderer:
     fingerprint = None  # there is no prompt
 
     def __init__(self, base: BaseModel, tokenizer: Any, window: Mapping[str, int]):
-        config = load_config(base)
-        config = getattr(config, "encoder", config)  # a trained `TurnClassifier`'s
-        with torch.device("meta"):
-            encoder = AutoModel.from_config(config, trust_remote_code=base.trust_remote_code)
         self.tokenizer, self.max_turns = tokenizer, window["max_turns"]
-        self.limit = min(window["max_seq_length"], position_limit(encoder), tokenizer.model_max_length)
+        self.limit = min(window["max_seq_length"], token_limit(base, tokenizer))
 
     def render(self, rows: Sequence[Row]) -> list[RenderedTurns]:
         """The rows in turns, in their order; each distinct turn is tokenized once. Warns how many turns were cut."""
@@ -109,7 +105,19 @@ def make_renderer(
     if base.head == "label_tokens":
         label_tokens(tokenizer, len(guide.labels))  # refused here, before a large model is loaded
         cue = LABEL_CUE
+    if encoder and window["max_seq_length"] > (limit := token_limit(base, tokenizer)):
+        logger.warning(f"{base.name} takes {limit} tokens: rows are cut there, not at --max_seq_length")
+        window = {**window, "max_seq_length": limit}
     return Renderer(tokenizer, guide, is_encoder=encoder, cue=cue, **window)
+
+
+def token_limit(base: BaseModel, tokenizer: Any) -> int:
+    """Tokens that an encoder takes at a time."""
+    config = load_config(base)
+    config = getattr(config, "encoder", config)  # a trained `TurnClassifier`'s
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config, trust_remote_code=base.trust_remote_code)
+    return min(position_limit(encoder), tokenizer.model_max_length)
 
 
 def position_limit(backbone: nn.Module) -> int:
