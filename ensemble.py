@@ -300,13 +300,15 @@ def main() -> None:
         problem = "holds a prediction of another call; give its kind of --test_file, or another --output_dir"
         raise InputError(f"{output_dir}: {problem}")
     models = [find_models(run, output_dir) for run in runs]
+    if hub.wanted:
+        for run, model in zip(runs, models, strict=True):  # refused before the minutes of fitting
+            part = {key: getattr(run, key) for key in ("name", "reference", "revision")}
+            part |= {"base_model": run.info["base_model"], "model": model}
+            refer_to_hub(part, hub.hub_namespace, name)
 
     # Decide
     outcome = fit_system(arguments, runs, logits, truth)
     bundle = bundle_content(name, outcome.rule, runs, models)
-    if hub.wanted:
-        for part in bundle["runs"]:
-            refer_to_hub(part, hub.hub_namespace, name)  # refused before anything is written
 
     # Evaluate
     metrics = measure(runs, logits, outcome, truth)
