@@ -50,9 +50,9 @@ from rareturn.data.label_guide import load_label_guide
 from rareturn.data.readers import HUB_FILE, check_on_hub
 from rareturn.errors import InputError
 from rareturn.files import packaged
-from rareturn.runs.folder import fold_is_complete, read_run_info
+from rareturn.runs.folder import check_same_run, fold_is_complete, read_run_info
 from rareturn.runs.hub import ASK_SECONDS, Persistence, check_may_push, explain, push_files, resolve_revision
-from rareturn.runs.publish import fetch_folds, pull_run, pull_same_run
+from rareturn.runs.publish import fetch_folds, pull_run
 from rareturn.runs.references import check_name, model_repo, parse_reference, table_repo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,45 +164,46 @@ def find_price(flavor: str) -> float:
     return kind.unit_cost_usd * PER_HOUR[kind.unit_label]
 
 
-def complete_on_hub(repos: dict[str, str], run: str, folds: range, splits: list[str]) -> list[int]:
-    """The folds of which the Hub holds model, tables and run (`publish.push_fold`, `push_run`); `repos`: type to id."""
+def files_on_hub(repos: dict[str, str]) -> set[str]:
+    """The files of all these repos (type to id); none of one that is missing."""
     there: set[str] = set()
     for repo_type, repo in repos.items():
         with contextlib.suppress(errors.RepositoryNotFoundError):
             there |= {*Persistence().call(HfApi().list_repo_files, repo, repo_type=repo_type)}
+    return there
+
+
+def complete_on_hub(there: set[str], run: str, folds: range, splits: list[str]) -> list[int]:
+    """The folds whose model, tables and run are among the Hub's files (`publish.push_fold`, `push_run`)."""
     if not {"run.json", f"data/{run}/run.json"} <= there:
         return []
     paths = ["fold-{0}/metrics.json", *(f"data/{run}/{split}-fold-{{0}}.parquet" for split in splits)]
     return [fold for fold in folds if {path.format(fold) for path in paths} <= there]
 
 
-def check_split(settings: dict[str, Any], reference: str) -> None:
-    """Refuse other folds than those of the run that is on the Hub: their jobs would end at once."""
-    info = read_run_info(pull_run(reference, parse_reference(reference))[0])
-    asked = {name: settings.get(name, getattr(FoldDataArguments, name)) for name in SPLIT}
-    asked |= {"num_folds": 1} if settings.get("validation_file") else {}
-    for name, value in asked.items():
-        if str(value) != str(info[name]):
-            there = f"--{name}: {info[name]} there, {value} asked for"
-            raise InputError(f"{reference}: {there}; use another --run_name")
-
-
-def check_folder(
-    output_dir: Path, own: list[int], complete: list[int], where: tuple[str, str], run: str
+def check_same(
+    settings: dict[str, Any], output_dir: Path, own: list[int], trained: list[int], reference: str
 ) -> None:
-    """Refuse, before anything is paid for, a folder in which the run could not be laid out.
+    """Refuse, before anything is paid for, a run on the Hub or in `output_dir` that is not the one asked for.
 
-    `own` are the folds that are complete in it, `complete` those on the Hub, test tables aside.
+    `own` are the folds that are complete in the folder, `trained` those on the Hub, test tables aside.
     """
-    if (output_dir / "run.json").exists():
-        if unshared := [str(fold) for fold in own if fold not in complete]:
-            names = ", ".join(unshared)
-            raise InputError(
-                f"{output_dir}: fold {names} is complete here and not on the Hub: push it (--push_only)"
-            )
-        if not complete:
-            raise InputError(f"{output_dir}: holds a run that is not on the Hub; name another --output_dir")
-        pull_same_run(output_dir, *where, run)
+    is_here, info = (output_dir / "run.json").exists(), None
+    if trained:  # jobs of other folds would end at once
+        info = read_run_info(pull_run(reference, parse_reference(reference))[0])
+        asked = {name: settings.get(name, getattr(FoldDataArguments, name)) for name in SPLIT}
+        asked |= {"num_folds": 1} if settings.get("validation_file") else {}
+        for name, value in asked.items():
+            if str(value) != str(info[name]):
+                there = f"--{name}: {info[name]} there, {value} asked for"
+                raise InputError(f"{reference}: {there}; use another --run_name")
+    if is_here and (unshared := [str(fold) for fold in own if fold not in trained]):
+        what = f"fold {', '.join(unshared)} is complete here and not on the Hub"
+        raise InputError(f"{output_dir}: {what}: push it (--push_only)")
+    if is_here and not info:
+        raise InputError(f"{output_dir}: holds a run that is not on the Hub; name another --output_dir")
+    if is_here:
+        check_same_run(output_dir, info)
 
 
 def keep_log(job: JobInfo, path: Path) -> None:
@@ -263,16 +264,16 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
     splits = ["oof", "test"] if str(settings.get("do_predict")).lower() == "true" else ["oof"]
     listed = HfApi().list_jobs(labels={"run": label_of(repo)}, status=list(RUNNING), namespace=where[0])
     jobs = {int(job.labels["fold"]): job for job in listed if int(job.labels["fold"]) in folds}
-    complete = [fold for fold in complete_on_hub(repos, run, folds, splits) if fold not in jobs]
+    there = files_on_hub(repos)
+    complete = [fold for fold in complete_on_hub(there, run, folds, splits) if fold not in jobs]
     missing = [fold for fold in folds if fold not in (*jobs, *complete)]
     for what, which in (("complete on the Hub", complete), ("running", [*jobs]), ("to start", missing)):
         if which:
             print(f"fold {', '.join(map(str, which))} of {repo}: {what}")
     output_dir = Path(arguments.output_dir)
     own = [fold for fold in folds if fold_is_complete(output_dir, fold)]
-    if trained := complete_on_hub(repos, run, folds, ["oof"]):
-        check_split(settings, f"{repos['dataset']}:{run}")
-    check_folder(output_dir, own, trained, where, run)
+    trained = complete_on_hub(there, run, folds, ["oof"])
+    check_same(settings, output_dir, own, trained, f"{repos['dataset']}:{run}")
     if not (jobs or missing):
         return None if arguments.dry_run else fetch_folds(output_dir, folds, *where, run)
     hours = len(missing) * float(match[1]) * HOURS[match[2]]

@@ -183,21 +183,15 @@ def pull_adapters(repo_id: str, folds: Sequence[str], *, revision: str | None = 
     return folder, sha
 
 
-def pull_same_run(run_dir: Path, namespace: str, name: str, run: str) -> Path:
-    """`pull_run`'s folder of a pushed run; an InputError where `run_dir` holds another one."""
-    repo_id = table_repo(namespace, name)
-    tables, _ = pull_run(f"{repo_id}:{run}", Reference(None, repo_id, run))
-    check_same_run(run_dir, read_run_info(tables))
-    return tables
-
-
 def fetch_folds(run_dir: Path, folds: Sequence[int], namespace: str, name: str, run: str) -> None:
     """Lay out complete folds that were trained elsewhere as if they had been trained here: `push_fold` backwards.
 
     Of folds that are complete here, only their test tables are fetched. An InputError where the folder holds another run,
     the Hub lacks a part, or the disk is full.
     """
-    tables, models = pull_same_run(run_dir, namespace, name, run), model_repo(namespace, name, run)
+    repo_id, models = table_repo(namespace, name), model_repo(namespace, name, run)
+    tables, _ = pull_run(f"{repo_id}:{run}", Reference(None, repo_id, run))
+    check_same_run(run_dir, read_run_info(tables))
     if missing := [fold for fold in folds if not fold_is_complete(run_dir, fold)]:
         pushed, _ = pull_adapters(models, [f"fold-{fold}" for fold in missing])
         paths = [pushed / f"fold-{fold}/metrics.json" for fold in missing]
