@@ -283,8 +283,6 @@ def main() -> None:
         check_may_push(repo_id)
     if not arguments.runs:
         raise InputError("--runs: name one or more")
-    if twice := [name for name in arguments.runs if arguments.runs.count(name) > 1]:
-        raise InputError(f"--runs: {twice[0]} is named twice")
 
     # Data
     runs = [read_run(reference, require_test=bool(arguments.test_file)) for reference in arguments.runs]

@@ -155,13 +155,27 @@ def check_same_rows(run: Run, data: RunData, frozen: FrozenFeatures) -> None:
             raise InputError(f"--adapter {run.reference}: {what}: not those of these flags")
 
 
+def extract_rows(
+    frozen: FrozenFeatures, data: RunData, place: Path | None, limit_gb: float, trained: bool, tested: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Features of the rows that are `placed` and of test rows, where they are needed, by the base or the model in `place`.
+
+    The cache has files of their own for each part, so that a corpus with other extra rows is not computed again.
+    """
+    parts = [part * trained for part in (data.originals + data.augmented, data.validation, data.extra)]
+    parts.append(data.test * tested)
+    *found, test = frozen.extract_cached(parts, data, place, limit_gb)
+    found = [features for features in found if features is not None]
+    return np.concatenate(found) if found else None, test
+
+
 def fit_fold(
     arguments: ProbeArguments,
     frozen: FrozenFeatures,
     features: np.ndarray,
     labels: np.ndarray,
     groups: np.ndarray,
-    is_variant: np.ndarray,
+    judged: np.ndarray,
 ) -> tuple[LinearHead, dict[float, float]]:
     """The head of a fold's training rows, and the log losses among which its C was the least."""
     from rareturn.models import probing
@@ -170,7 +184,7 @@ def fit_fold(
     # because a few of them are orders of magnitude larger than the rest.
     fitting = {"num_labels": len(frozen.guide.labels), "weights": arguments.class_weights}
     fitting["block_size"] = frozen.hidden_size if frozen.is_encoder else 1
-    splits = probing.inner_folds(labels, groups, is_variant, arguments.seed)
+    splits = probing.inner_folds(labels, groups, judged, arguments.seed)
     C, losses = probing.choose_C(features, labels, splits, arguments.C, **fitting)
     return probing.fit_head(features, labels, C=C, **fitting), losses
 
@@ -200,7 +214,7 @@ def main() -> None:
     # Data
     trained, places, how = take_from_run(arguments) if arguments.adapter else (None, [], {})
     data = read_run_data(arguments, run_dir)
-    rows, fold_of = zip(*data.placed(), strict=True)
+    rows, fold_of, judged = zip(*data.placed(), strict=True)
 
     # Model
     frozen = find_features(arguments, data, how)
@@ -221,27 +235,25 @@ def main() -> None:
         logger.info(f"{run_dir} is complete: nothing to train")
         print_closing_table(run_dir, info, "C")
         return push_folds(run_dir, hub) if hub.push_to_hub else None
+    limit = arguments.trunk_cache_gb
     if not trained:
-        parts = rows * bool(untrained), data.test * bool(untested)
-        features, test_features = frozen.extract_cached(parts, data, None, arguments.trunk_cache_gb)
+        features, test_features = extract_rows(frozen, data, None, limit, bool(untrained), bool(untested))
         feature_seconds = round(time.perf_counter() - started, 1)
         logger.info(f"features after {feature_seconds} s")
 
     # Train, evaluate, save
     labels = np.array([row.label for row in rows])
     groups = np.array([row.dialogue_id for row in rows])
-    is_variant = np.array([row.augmented_from is not None for row in rows])
-    fold_of = np.array(fold_of)
+    fold_of, judged = np.array(fold_of), np.array(judged)
     for fold in sorted({*untrained, *untested}):
         head_path = folder.metrics_path(run_dir, fold).with_name("head.safetensors")
         fold_started = time.perf_counter()
         if trained:
-            parts = rows * (fold in untrained), data.test * (fold in untested)
-            what = parts, data, places[fold], arguments.trunk_cache_gb
-            features, test_features = frozen.extract_cached(*what)
+            needed = fold in untrained, fold in untested
+            features, test_features = extract_rows(frozen, data, places[fold], limit, *needed)
         if fold in untrained:
             train = np.flatnonzero((fold_of != fold) & np.isin(labels, data.scope))
-            part = [values[train] for values in (features, labels, groups, is_variant)]
+            part = [values[train] for values in (features, labels, groups, judged)]
             head, losses = fit_fold(arguments, frozen, *part)
             # The first thing written, so that a mistake in the input leaves no folder behind.
             write_folds(run_dir, data.folds, **arguments.split)
@@ -256,7 +268,7 @@ def main() -> None:
             table = make_table(data.test, fold, head.logits(test_features))
             write_table(folder.table_path(run_dir, "test", fold), table)
         if fold in untrained:
-            held_out = np.flatnonzero((fold_of == fold) & ~is_variant)
+            held_out = np.flatnonzero((fold_of == fold) & judged)
             table = make_table([rows[index] for index in held_out], fold, head.logits(features[held_out]))
             write_table(folder.table_path(run_dir, "oof", fold), table)
             inner = {f"{value:g}": loss for value, loss in losses.items()}

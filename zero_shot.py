@@ -100,8 +100,9 @@ class ZeroShotArguments(LoaderArguments, FoldDataArguments):
             raise ValueError(
                 "give --model_name_or_path for a local model, or --model for one behind --base_url"
             )
-        if self.augmented_file:
-            raise ValueError("--augmented_file: nothing is trained; leave it out")
+        for name in ("augmented_file", "extra_train_file"):
+            if getattr(self, name):
+                raise ValueError(f"--{name}: nothing is trained; leave it out")
         if self.model_name_or_path and self.samples > 1:
             raise ValueError("--samples: a local model gives log-probabilities; leave it out")
         least_of = {"max_turns": 1, "window_stride": 1, "max_seq_length": 8, "samples": 1, "shots": 0}

@@ -47,7 +47,7 @@ from rareturn.command_line import provenance, read_recipe, start_logging, withou
 from rareturn.command_line import run as run_script
 from rareturn.data.folds import FoldDataArguments
 from rareturn.data.label_guide import load_label_guide
-from rareturn.data.readers import HUB_FILE, check_on_hub
+from rareturn.data.readers import HUB_FILE, check_on_hub, is_packaged
 from rareturn.errors import InputError
 from rareturn.files import packaged
 from rareturn.runs.folder import check_same_run, fold_is_complete, read_run_info
@@ -58,7 +58,7 @@ from rareturn.runs.references import check_name, model_repo, parse_reference, ta
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "python:3.11"  # torch's wheels bring CUDA
 CODE, OUTPUTS = "/job", "/outputs"  # where the volumes are mounted
-ROWS = ("train_file", "augmented_file", "validation_file", "test_file")
+ROWS = ("train_file", "augmented_file", "extra_train_file", "validation_file", "test_file")
 NEEDED = ("hub_namespace", "hub_name", "model_name_or_path")
 SPLIT = ("num_folds", "fold_seed", "fold_groups")
 READ = (*NEEDED, *ROWS, *SPLIT, "run_name", "label_guide", "model_revision", "do_predict")
@@ -255,7 +255,8 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         check_may_push(repo, repo_type)
     if guide:
         load_label_guide(guide)
-    for found in [HUB_FILE.fullmatch(settings[name]) for name in ROWS if settings.get(name)]:
+    sources = [settings[name] for name in ROWS if settings.get(name)]
+    for found in [HUB_FILE.fullmatch(source) for source in sources if not is_packaged(source)]:
         resolve_revision(found["repo"], repo_type="dataset", revision=found["revision"])
     resolve_revision(settings["model_name_or_path"], revision=settings.get("model_revision"))
 

@@ -119,6 +119,11 @@ def words(flags: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def files_of(flags: Flags) -> list[Path]:
+    """The rows and the guide that flags name."""
+    return [Path(str(value)) for name, value in flags.items() if name.endswith(("_file", "guide"))]
+
+
 def rows_flags(system: System, file: str) -> Flags:
     """Of the flags in `data`, those of a script that reads this file and makes no folds."""
     names = {file, *(item.name for item in fields(DataArguments))}
@@ -143,9 +148,7 @@ def check_jobs(system: System, jobs: Flags) -> None:
 def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
     """The commands in their order; `more` are flags for every run, `jobs` those of `launch_folds.sh --jobs`."""
     python, output = os.environ.get("PYTHON") or sys.executable, system.output
-    files = [
-        Path(value) for name, value in system.data.items() if name.endswith(("_file", "guide")) and str(value)
-    ]
+    files = files_of(system.data)
     augmented, stages = Path(f"{output}-augmented.jsonl"), []
     if system.augment is not None:
         flags = (
@@ -167,11 +170,8 @@ def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
                 raise InputError(f"runs.{name}: config: missing; a recipe such as recipes/minilm/demo.yaml")
             flags |= ({"do_predict": True} if "test_file" in flags else {}) | jobs
             start = [str(ROOT / "scripts/launch_folds.sh"), str(flags.pop("config"))]
-        reads = [
-            *files,
-            *([augmented] if of_run.variants else []),
-            *([Path(start[1])] if start[0] != python else []),
-        ]
+        reads = [*files_of(system.data | own), *([augmented] if of_run.variants else [])]
+        reads += [Path(start[1])] if start[0] != python else []
         command = [*start, *words(flags), *more]
         stages.append(Stage(name, command, reads, [folder / "run.json"], folder, of_run.needs))
     tables = [stage.run for stage in stages if stage.run]

@@ -402,7 +402,8 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
         (["--runs", "a", "nowhere"], "nowhere: no such run"),
         (["--runs"], "expected at least one argument"),
         (["--weights", "1"], "--runs: name one or more"),
-        (["--runs", "a", "b", "a"], "--runs: a is named twice"),
+        (["--runs", "a", "b", "a"], "a: has the logits of a; a run counts once"),
+        (["--runs", "a", "copy"], "copy: has the logits of a; a run counts once"),
         (["--runs", "a", "--decision", "wrong.json"], "wrong.json: label_names"),
         (["--runs", "a", "--decision", "test.json"], "test.json: Input should be a valid dictionary"),
         (["--runs", "a", "--label_guide", "label_guides/dmrs.yaml"], "label guide: labels"),
@@ -417,6 +418,7 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
     ],
 )
 def test_mistakes_get_one_line_and_leave_nothing(place: Path, capsys, words: list[str], message: str):
+    shutil.copytree("a", "copy")
     Path("wrong.json").write_text(json.dumps(write_decision({"label_names": ["x", "y", "z"]})))
     assert call(*words, "--test_file", "test.json", "--output_dir", "out") == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

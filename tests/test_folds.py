@@ -21,6 +21,7 @@ from rareturn.data.folds import (
     write_folds,
 )
 from rareturn.data.label_guide import load_label_guide
+from rareturn.data.readers import check_on_hub
 from rareturn.data.rendering import Renderer
 from rareturn.data.rows import Row, Turn, load_rows
 from rareturn.errors import InputError
@@ -49,7 +50,8 @@ def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups
     folds = assign_folds(demo, 5, fold_seed, fold_groups)
     assert folds == assign_folds(demo, 5, fold_seed, fold_groups)
     variants = with_variants(demo)
-    data = RunData(GUIDE, demo, variants, [], folds, list(range(9)))
+    extra = [Row(f"extra{label}", f"extra{label}", (Turn("x", "seeker"),), label) for label in range(9)]
+    data = RunData(GUIDE, demo, variants, [], folds, list(range(9)), extra=extra)
     check_folds(demo, folds, 5, fold_groups)
     held_out = [row.id for fold in range(5) for row in data.held_out_part(fold)]
     assert Counter(held_out) == Counter(row.id for row in demo)
@@ -58,6 +60,8 @@ def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups
         train, judged = data.training_part(fold), data.held_out_part(fold)
         judged_ids = {row.id for row in judged}
         assert not judged_ids & {row.augmented_from or row.id for row in train}
+        assert train[-9:] == extra
+        train = train[:-9]
         assert {row.label for row in train} == set(range(9))
         assert all(row.augmented_from is None for row in judged)
         if fold_groups == "dialogue":
@@ -66,6 +70,18 @@ def test_folds_cover_every_row_once_and_no_variant_crosses_one(demo, fold_groups
         shares = sum(row.label == 7 for row in judged) / len(judged)
         assert abs(shares - 109 / 230) < 0.12  # stratified as far as whole dialogues allow
     assert set(trained_on.values()) == {4} and len(trained_on) == len(demo + variants)
+
+
+def test_the_examples_of_the_guide_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "label_guides/dmrs_examples.csv"
+    check_on_hub("extra_train_file", name)  # a job has them in the package
+    rows = load_rows(name, GUIDE)
+    assert min(Counter(row.label for row in rows).values()) > 70 and {row.label for row in rows} == set(
+        range(9)
+    )
+    assert len({row.turns for row in rows}) == len(rows) == len({row.dialogue_id for row in rows})
+    assert all([turn.speaker for turn in row.turns] == ["supporter", "seeker"] for row in rows)
 
 
 def test_another_fold_seed_gives_other_folds(demo):

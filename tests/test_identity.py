@@ -150,6 +150,7 @@ def mutations(kind: str, place: Path) -> list[tuple[str, Callable[[random.Random
             "--train_file",
         ),
         ("augmented_file", one_of(place / "augmented.json"), "--augmented_file"),
+        ("extra_train_file", one_of("label_guides/dmrs_examples.csv"), "--extra_train_file"),
         ("model_name_or_path", one_of(place / "other-encoder"), "weights of --model_name_or_path"),
         ("label_guide", one_of(place / "guide.yaml"), "--label_guide"),
     ]

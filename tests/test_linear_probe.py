@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -220,6 +221,46 @@ def test_variants_are_trained_on_where_their_source_is_and_nowhere_judged(encode
         metrics = read_json(metrics_path(tmp_path / "run", fold))
         sources = [row["augmented_from"] for row in variants if made.folds[row["augmented_from"]] != fold]
         assert metrics["train_rows"] == (made.oof.fold != fold).sum() + len(sources)
+
+
+def test_extra_rows_train_every_fold_and_leave_the_rest_in_the_cache(
+    encoder, tmp_path, demo, monkeypatch, caplog
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO)
+    examples = tmp_path / "examples.csv"
+    lines = [
+        f"e{number},supporter,How so?,\ne{number},seeker,Because {number},{number % 9}"
+        for number in range(18)
+    ]
+    examples.write_text("\n".join(["dialogue_id,speaker,text,label", *lines]) + "\n")
+    assert run(encoder, tmp_path / "plain", C=[1]) == 0
+    computed = [text for text in caplog.messages if "computed once" in text]
+    assert any(f": {len(demo)} rows" in text for text in computed)
+    caplog.clear()
+    assert run(encoder, tmp_path / "extra", extra_train_file=examples, C=[1]) == 0
+    computed = [text for text in caplog.messages if "computed once" in text]
+    assert len(computed) == 1 and ": 18 rows" in computed[0]
+    plain, made = read_run(tmp_path / "plain"), read_run(tmp_path / "extra")
+    assert made.folds == plain.folds and made.oof.id == plain.oof.id
+    # The head of fold 1 by hand: the features of its training rows and of all examples.
+    rows = [row for row in demo if made.folds[row.id] != 1] + load_rows(str(examples), GUIDE)
+    assert read_json(metrics_path(tmp_path / "extra", 1))["train_rows"] == len(rows)
+    frozen = frozen_features(encoder)
+    labels = np.array([row.label for row in rows])
+    options = {"num_labels": 9, "block_size": frozen.hidden_size, "weights": "balanced"}
+    expected = fit_head(frozen.extract(rows), labels, C=1.0, **options)
+    head = LinearHead.load(tmp_path / "extra/fold-1/head.safetensors")
+    np.testing.assert_allclose(head.coef, expected.coef, atol=1e-4)
+
+
+def test_extra_rows_of_a_dialogue_that_is_judged_are_refused(encoder, tmp_path, demo, capsys):
+    examples, name = tmp_path / "examples.csv", demo[0].dialogue_id
+    examples.write_text(f"dialogue_id,speaker,text,label\n{name},seeker,Fine.,3\nnew,seeker,Fine.,3\n")
+    assert run(encoder, tmp_path / "run", extra_train_file=examples) == 2
+    why = "is in another file of this run too; extra rows are of other dialogues"
+    assert capsys.readouterr().err == f"linear_probe.py: error: {examples}: dialogue {name!r} {why}\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -475,10 +516,10 @@ def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
     groups = np.repeat([f"d{number}" for number in range(40)], 6)
     labels = np.repeat(rng.integers(2, size=40), 6)
     features = np.repeat(rng.normal(size=(40, 60)), 6, axis=0).astype(np.float32)
-    is_variant = np.zeros(240, dtype=bool)
+    may_judge = np.ones(240, dtype=bool)
     options = {"num_labels": 2, "block_size": 60, "weights": "none"}
     candidates = [0.01, 1.0, 100.0, 10_000.0]
-    splits = list(inner_folds(labels, groups, is_variant, 0))
+    splits = list(inner_folds(labels, groups, may_judge, 0))
     best, losses = choose_C(features, labels, splits, candidates, **options)
     assert best == 0.01
     assert list(losses) == [0.01, 1.0]  # the first that is worse ends the search
@@ -487,23 +528,23 @@ def test_C_is_chosen_on_dialogues_that_the_head_has_not_seen():
         assert not set(groups[train]) & set(groups[judged])
     # Rows split without regard to dialogues would have chosen the loosest head.
     alone = np.array([f"r{number}" for number in range(240)])
-    best, _ = choose_C(features, labels, inner_folds(labels, alone, is_variant, 0), candidates, **options)
+    best, _ = choose_C(features, labels, inner_folds(labels, alone, may_judge, 0), candidates, **options)
     assert best >= 100
     assert choose_C(features, labels, splits, [3.0], **options) == (3.0, {})
 
 
-def test_variants_and_unknown_labels_are_not_judged():
+def test_rows_that_only_train_and_unknown_labels_are_not_judged():
     groups = np.repeat([f"d{number}" for number in range(9)], 4)
     labels = np.tile([0, 0, 1, 1], 9)
     labels[:4] = 2  # a label of one dialogue only
-    is_variant = np.tile([False, True], 18)
+    may_judge = np.tile([True, False], 18)
     judged_rows = []
-    for train, judged in inner_folds(labels, groups, is_variant, 0):
-        assert is_variant[train].any()
+    for train, judged in inner_folds(labels, groups, may_judge, 0):
+        assert not may_judge[train].all()
         judged_rows += judged.tolist()
-    assert sorted(judged_rows) == [row for row in range(4, 36) if not is_variant[row]]
+    assert sorted(judged_rows) == [row for row in range(4, 36) if may_judge[row]]
     with pytest.raises(InputError, match=r"2 training dialogues are too few .*give one --C"):
-        list(inner_folds(labels[:8], groups[:8], is_variant[:8], 0))
+        list(inner_folds(labels[:8], groups[:8], may_judge[:8], 0))
 
 
 def test_a_head_file_that_is_none(tmp_path):

@@ -265,7 +265,9 @@ def test_a_killed_fold_resumes_to_the_same_bytes_and_a_complete_one_is_skipped(
     assert (killed / "fold-0/metrics.json").stat().st_mtime_ns == stamp
 
 
-def test_augmented_rows_train_only_where_their_source_does(encoder: str, tmp_path: Path, run):
+def test_augmented_rows_train_only_where_their_source_does_and_extra_rows_everywhere(
+    encoder: str, tmp_path: Path, run
+):
     rows = json.loads(Path(TRAIN).read_text())
     variants = []
     for row in rows:
@@ -275,7 +277,9 @@ def test_augmented_rows_train_only_where_their_source_does(encoder: str, tmp_pat
             variants.append(row | copy | {"current_text": "Well, " + row["current_text"]})
     file = tmp_path / "augmented.jsonl"
     file.write_text("\n".join(map(json.dumps, variants)))
+    (tmp_path / "extra.csv").write_text("dialogue_id,speaker,text,label\na,seeker,Fine.,3\nb,seeker,So?,5\n")
     flags = {
+        "extra_train_file": tmp_path / "extra.csv",
         "tuning": "full",
         "augmented_file": file,
         "max_seq_length": 32,
@@ -289,7 +293,7 @@ def test_augmented_rows_train_only_where_their_source_does(encoder: str, tmp_pat
     trained = sum(fold != 0 for fold in folds.values()) + sum(
         folds[row["augmented_from"]] != 0 for row in variants
     )
-    assert metrics["train_rows"] == trained
+    assert metrics["train_rows"] == trained + 2
     table = read_table(tmp_path / "run/oof/fold-0.parquet")
     assert sorted(table.id) == sorted(row_id for row_id, fold in folds.items() if fold == 0)
 

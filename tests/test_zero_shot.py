@@ -222,6 +222,7 @@ def test_local_models_that_cannot_be_asked(chat_model, corpus, tmp_path: Path, c
         ({"model_name_or_path": base, "samples": 2}, "--samples: a local model gives log-probabilities"),
         ({"model_name_or_path": base, "shots": -1}, "--shots must be 0 or more, not -1"),
         ({"model_name_or_path": base, "augmented_file": "a.jsonl"}, "nothing is trained"),
+        ({"model_name_or_path": base, "extra_train_file": "a.csv"}, "--extra_train_file: nothing is trained"),
         (
             {"model_name_or_path": base, "prompt": tmp_path / "no.jinja"},
             "no.jinja: cannot be read as a prompt",

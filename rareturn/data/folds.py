@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validator
@@ -29,7 +29,6 @@ from rareturn.files import check_content, read_json, write_json
 logger = logging.getLogger(__name__)
 
 FoldGroups = Literal["dialogue", "none"]
-FOLD_GROUPS = get_args(FoldGroups)
 
 
 class FoldsFile(BaseModel):
@@ -59,6 +58,11 @@ class FoldDataArguments(DataArguments):
 
     train_file: str | None = flag(None, "Labelled rows: file, folder or Hub data ORG/NAME[:path][@revision].")
     augmented_file: str | None = flag(None, "Variants by augment.py; trained on only where the source is.")
+    extra_train_file: str | None = flag(
+        None,
+        "Labelled rows of other dialogues, such as written examples of rare labels: every fold is trained on them, none "
+        "is judged on them.",
+    )
     validation_file: str | None = flag(
         None,
         "Labelled rows to hold out, of a corpus with a split of its own: one model, fold 0, trained on all of "
@@ -112,26 +116,30 @@ class RunData:
     folds: dict[str, int]
     scope: list[int]
     validation: list[Row] = field(default_factory=list)
+    extra: list[Row] = field(default_factory=list)
     labels_named: bool | None = None  # of a table (`Source.named`)
 
     @property
     def rows(self) -> list[Row]:
         """All of them."""
-        return [*self.originals, *self.augmented, *self.validation, *self.test]
+        return [*self.originals, *self.augmented, *self.validation, *self.extra, *self.test]
 
-    def placed(self) -> list[tuple[Row, int]]:
-        """Every row, variants too, with its fold: that of its source, or -1 where all models are trained on it."""
-        rows, own = self.originals + self.augmented, {} if self.validation else self.folds
-        trained = [(row, own.get(row.augmented_from or row.id, -1)) for row in rows]
-        return trained + [(row, self.folds[row.id]) for row in self.validation]
+    def placed(self) -> list[tuple[Row, int, bool]]:
+        """Every row but test rows, in this order; its fold, a variant that of its source, or -1 where all models are
+        trained on it; and whether it may be judged, as variants and extra rows never are."""
+        own = {} if self.validation else self.folds
+        originals = [(row, own.get(row.id, -1), True) for row in self.originals]
+        variants = [(row, own.get(row.augmented_from, -1), False) for row in self.augmented]
+        validation = [(row, self.folds[row.id], True) for row in self.validation]
+        return originals + variants + validation + [(row, -1, False) for row in self.extra]
 
     def training_part(self, fold: int) -> list[Row]:
-        """What a fold's model is trained on, within the scope: other folds' originals, and variants of those."""
-        return [row for row, own in self.placed() if own != fold and row.label in self.scope]
+        """What a fold's model is trained on, within the scope: other folds' originals, their variants, extra rows."""
+        return [row for row, own, _ in self.placed() if own != fold and row.label in self.scope]
 
     def held_out_part(self, fold: int) -> list[Row]:
-        """The rows that a fold's model is judged on, of all labels; no variants."""
-        return [row for row, own in self.placed() if own == fold and row.augmented_from is None]
+        """The rows that a fold's model is judged on, of all labels."""
+        return [row for row, own, judged in self.placed() if own == fold and judged]
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says of the rows (DESIGN 6)."""
@@ -161,12 +169,19 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         raise InputError(*(f"{arguments.train_file}: {name}: {misplaced}" for name in variants))
     augmented = load_rows(arguments.augmented_file, guide, columns=columns, sources_of_augmented=originals)
     validation = load_source(arguments.validation_file, guide, columns=columns, split="validation")
+    extra = load_source(arguments.extra_train_file, guide, columns=columns)
     test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
-    for path, other in ((arguments.validation_file, validation), (arguments.test_file, test)):
+    files = arguments.validation_file, arguments.extra_train_file, arguments.test_file
+    for path, other in zip(files, (validation, extra, test), strict=True):
         if {train.named, other.named} == {True, False}:
             kinds = "names, but numbers" if other.named else "numbers, but names"
             raise InputError(f"{path}: {other.columns['label']}: {kinds} in {arguments.train_file}")
-    validation, test, by_dialogue = validation.rows, test.rows, arguments.fold_groups == "dialogue"
+    validation, extra, test = validation.rows, extra.rows, test.rows
+    by_dialogue = arguments.fold_groups == "dialogue"
+    elsewhere = {row.dialogue_id for row in originals + validation + test}
+    if shared := sorted(elsewhere & {row.dialogue_id for row in extra}):
+        why = "is in another file of this run too; extra rows are of other dialogues"
+        raise InputError(*(f"{arguments.extra_train_file}: dialogue {name!r} {why}" for name in shared))
     check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
     check_apart(arguments.test_file, test, arguments.train_file, originals)
     check_apart(arguments.test_file, test, arguments.validation_file, validation)
@@ -184,7 +199,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
         folds, where = assign_folds(originals, **split), "folds"
     held_out, trained = (validation, originals) if validation else (originals, ())
     check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained)
-    return RunData(guide, originals, augmented, test, folds, scope, validation, train.named)
+    return RunData(guide, originals, augmented, test, folds, scope, validation, extra, train.named)
 
 
 def check_apart(

@@ -26,9 +26,7 @@ class Source:
     """The rows of a source, and how it puts them."""
 
     rows: list[Row]
-    columns: dict[str, str] | None = (
-        None  # of each of a table's fields; None for rows that hold their own turns
-    )
+    columns: dict[str, str] | None = None  # of a table's fields; None for rows that hold their own turns
     named: bool | None = None  # whether a table's labels are names, not numbers; None where no line has one
 
 

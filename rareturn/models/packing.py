@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,9 +28,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from rareturn.data.rendering import Rendered
 from rareturn.data.rows import Row
 from rareturn.errors import InputError
-from rareturn.models.inference import segment_name
-from rareturn.models.loading import BaseModel, is_encoder, load_config
-from rareturn.models.training import Batch, FoldTrainingArguments, Plan, RowBatches, Step, row_draws
+from rareturn.models.training import Batch, FoldTrainingArguments, Plan, Step, row_draws
 
 logger = logging.getLogger(__name__)
 
@@ -398,21 +395,3 @@ def decide_packing(arguments: Any, training: FoldTrainingArguments, encoder: boo
     if arguments.pack_dialogues and arguments.rows_per_batch is None:
         arguments.rows_per_batch = training.train_batch_size * training.gradient_accumulation_steps
         training.gradient_accumulation_steps = 1
-
-
-def make_batches(
-    arguments: Any,
-    training: FoldTrainingArguments,
-    model: Any,
-    base: BaseModel,
-    tokenizer: Any,
-    states: Any = None,
-) -> RowBatches | PackedBatches:
-    """How rows become forward passes: a dialogue at a time, or rows of like length."""
-    passes = training.gradient_accumulation_steps * training.world_size
-    if arguments.pack_dialogues:
-        budget = arguments.rows_per_batch * passes, passes, arguments.tokens_per_batch
-        return PackedBatches(*budget, math.ceil(training.num_train_epochs), can_branch(model), states)
-    segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
-    sizes = training.train_batch_size * passes, passes, training.per_device_eval_batch_size
-    return RowBatches(tokenizer.pad_token_id, *sizes, segments)

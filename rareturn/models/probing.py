@@ -339,12 +339,9 @@ def fit_head(
     return LinearHead(all_coef, all_intercept, mean, scale, float(C))
 
 
-def inner_folds(labels: np.ndarray, groups: Sequence[str], is_variant: np.ndarray, seed: int) -> Splits:
-    """Training rows split by dialogue.
-
-    Variants are trained on with their dialogue and never judged. Nor is a row whose label is not trained on, since no
-    value of C can help it.
-    """
+def inner_folds(labels: np.ndarray, groups: Sequence[str], judged: np.ndarray, seed: int) -> Splits:
+    """Training rows split by dialogue; the second part of each holds those alone that may be `judged`, and not a row
+    whose label is not trained on, since no value of C can help it."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     count = len(set(groups))
@@ -353,8 +350,8 @@ def inner_folds(labels: np.ndarray, groups: Sequence[str], is_variant: np.ndarra
     splitter = StratifiedGroupKFold(INNER_FOLDS, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        for train, judged in splitter.split(labels, labels, groups):
-            yield train, judged[~is_variant[judged] & np.isin(labels[judged], labels[train])]
+        for train, other in splitter.split(labels, labels, groups):
+            yield train, other[judged[other] & np.isin(labels[other], labels[train])]
 
 
 def choose_C(

@@ -28,13 +28,12 @@ from rareturn.data.folds import RunData
 from rareturn.data.label_guide import LabelGuide
 from rareturn.data.rendering import LABEL_CUE, Renderer, fold_whitespace
 from rareturn.data.rows import Row
-from rareturn.models import packing
 from rareturn.models.heads import TrunkMemory, embed_turns, gather_vectors
-from rareturn.models.inference import place
+from rareturn.models.inference import place, segment_name
 from rareturn.models.label_tokens import label_tokens
 from rareturn.models.layers import layer_list
 from rareturn.models.loading import BaseModel, is_encoder, load_classifier, load_config, upper_layers
-from rareturn.models.packing import PackedBatches, RowGroups
+from rareturn.models.packing import PackedBatches, RowGroups, can_branch
 from rareturn.models.training import Batch, FoldTrainingArguments, RowBatches
 from rareturn.models.trunk import (
     INDEX,
@@ -338,9 +337,13 @@ def make_batches(
     tokenizer: Any,
     states: Any = None,
 ) -> RowBatches | PackedBatches:
-    """How rows become forward passes: turn by turn, or as `packing.make_batches` decides."""
-    if base.pooling != "turns":
-        return packing.make_batches(arguments, training, model, base, tokenizer, states)
+    """How rows become forward passes: turn by turn, a dialogue at a time, or rows of like length."""
     passes = training.gradient_accumulation_steps * training.world_size
-    sizes = training.train_batch_size * passes, passes, arguments.tokens_per_batch
-    return TurnBatches(*sizes, math.ceil(training.num_train_epochs), pad_token_id=tokenizer.pad_token_id)
+    sizes, epochs = (training.train_batch_size * passes, passes), math.ceil(training.num_train_epochs)
+    if base.pooling == "turns":
+        return TurnBatches(*sizes, arguments.tokens_per_batch, epochs, pad_token_id=tokenizer.pad_token_id)
+    if arguments.pack_dialogues:
+        budget = arguments.rows_per_batch * passes, passes, arguments.tokens_per_batch
+        return PackedBatches(*budget, epochs, can_branch(model), states)
+    segments = segment_name(base, tokenizer) if is_encoder(load_config(base)) else None
+    return RowBatches(tokenizer.pad_token_id, *sizes, training.per_device_eval_batch_size, segments)

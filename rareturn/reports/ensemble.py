@@ -63,8 +63,8 @@ def make_tables(runs: Sequence[Run], outcome: Outcome, metrics: Mapping[str, Any
     of_runs = []
     for name, run, weight in zip(display_names(runs), runs, outcome.rule.weights, strict=True):
         base, revision = run.info["base_model"].rstrip("/").split("/")[-1], (run.revision or "folder")[:12]
-        of_runs.append([name, f"{weight:.3f}", base, revision, score_text(metrics["runs"][name], metric)])
-    header = ("run", "weight", "base model", "revision", f"{score_titles(metric)[metric]}, argmax")
+        of_runs.append([name, revision, f"{weight:.3f}", base, score_text(metrics["runs"][name], metric)])
+    header = ("run", "revision", "weight", "base model", f"{score_titles(metric)[metric]}, argmax")
     tables = {
         "scores": score_table(metrics),
         "per class": per_class_table(label_names, rows_per_class(runs[0].truth()), metrics),

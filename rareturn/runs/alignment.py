@@ -53,7 +53,13 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
     for run in runs:
         check_shared(run.reference, run.info, first.reference, first.info)
         check_logits(run.oof.logits, run.reference)
-        aligned.append(run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)])
+        logits = run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)]
+        twice = (
+            other for other, theirs in zip(runs, aligned, strict=False) if np.array_equal(theirs, logits)
+        )
+        if other := next(twice, None):
+            raise InputError(f"{run.reference}: has the logits of {other.reference}; a run counts once")
+        aligned.append(logits)
     return aligned
 
 

@@ -32,7 +32,7 @@ FREE_FLAGS = """
 """
 # What these name is compared by its content, so that a file may move.
 BY_CONTENT = """
-    train_file augmented_file validation_file test_file label_guide label_scope model_name_or_path model_revision adapter
+    train_file augmented_file extra_train_file validation_file test_file label_guide label_scope model_name_or_path model_revision adapter
     prompt
 """
 PARTS = {
@@ -40,6 +40,7 @@ PARTS = {
     "rows": "the rows of --train_file, or of --validation_file",
     "folds": "the fold of each row",
     "augmented": "the rows of --augmented_file",
+    "extra": "the rows of --extra_train_file",
     "label_scope": "--label_scope",
     "base_model": "--model_name_or_path",
     "base_revision": "--model_revision",
@@ -110,6 +111,7 @@ def describe_run(
         "prompt": facts["prompt_fingerprint"],
         "processes": processes,
     }
+    parts |= {"extra": rows_digest(data.extra)} if data.extra else {}
     parts |= {"adapter": facts["adapter"]} if "adapter" in facts else {}
     return {
         "name": name,
