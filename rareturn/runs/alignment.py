@@ -54,11 +54,9 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
         check_shared(run.reference, run.info, first.reference, first.info)
         check_logits(run.oof.logits, run.reference)
         logits = run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)]
-        twice = (
-            other for other, theirs in zip(runs, aligned, strict=False) if np.array_equal(theirs, logits)
-        )
-        if other := next(twice, None):
-            raise InputError(f"{run.reference}: has the logits of {other.reference}; a run counts once")
+        for other, theirs in zip(runs, aligned, strict=False):
+            if other.name == run.name and np.array_equal(theirs, logits):
+                raise InputError(f"{run.reference}: the same run as {other.reference}; it counts once")
         aligned.append(logits)
     return aligned
 
