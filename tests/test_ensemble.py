@@ -515,6 +515,7 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     assert call(*GIVEN, "--test_file", "test.json", "--output_dir", "early", *push) == 2
     said = capsys.readouterr().err
     assert "a: others cannot load an ensemble of a run that is not on the Hub" in said
+    assert said.endswith("under another name it is ORG/NAME-oof:RUN in --runs\n")
     assert "cross-fitting" not in said  # nothing was fitted before
     assert not Path("early").exists()
     for run in "ab":

@@ -308,14 +308,16 @@ def test_mistakes_found_after_the_model_is_known(encoder, decoder, tmp_path, cap
     read_run(tmp_path / "run")
 
 
-def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys):
+def test_a_run_is_pushed_and_read_back(encoder, tmp_path, hub_here, capsys, caplog):
     where = {"hub_namespace": "lab", "hub_name": "sys"}
     assert run(encoder, tmp_path / "probe", **where, push_only="true") == 2
     assert "no fold is complete, so there is nothing to push" in capsys.readouterr().err
     assert run(encoder, tmp_path / "probe", test_file=TEST) == 0
     # Neither rows nor a model are needed, and it does not matter what this machine would compute with.
     absent = {"train_file": tmp_path / "absent.json", "bf16": True}
+    caplog.clear()
     assert run("./absent", tmp_path / "probe", **absent, **where, push_only="true") == 0
+    assert "others can blend its tables, but not load its models" in caplog.text
     pulled = read_run("lab/sys-oof:probe", require_test=True)
     local = read_run(tmp_path / "probe")
     np.testing.assert_array_equal(pulled.oof.logits, local.oof.logits)

@@ -102,9 +102,9 @@ class BaseModel:
         if self.revision is not None or not Path(self.path).is_dir():
             return None
         kinds = (".safetensors", ".gguf", ".json", ".txt", ".model", ".py")
-        paths = (
-            path for path in sorted(Path(self.path).iterdir()) if path.suffix in kinds and path.is_file()
-        )
+        paths = [
+            path for path in sorted(Path(self.path).glob("*.*")) if path.suffix in kinds and path.is_file()
+        ]
         digests = json.dumps({path.name: file_digest(path) for path in paths})
         return hashlib.sha256(digests.encode()).hexdigest()
 

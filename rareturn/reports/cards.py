@@ -132,9 +132,7 @@ def eval_results(
     if not (test and dataset and HUB_ID.fullmatch(dataset)):
         return {}
     metric, stage = test["metric"], "decision" if "decision" in test else "argmax"
-    rows = (
-        f"{test['rows']} labelled rows of {test['dialogues']} dialogues, on which nothing was tuned or chosen"
-    )
+    rows = f"{test['rows']} labelled rows of {test['dialogues']} dialogues, which tuned and chose nothing"
     entry = EvalResultEntry(
         dataset_id=dataset,
         task_id="default",

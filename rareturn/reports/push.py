@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from rareturn.runs.folder import complete_folds, read_run_info
 from rareturn.runs.hub import check_may_push
 from rareturn.runs.publish import push_fold, push_run
 from rareturn.runs.references import model_repo, table_repo
+
+logger = logging.getLogger(__name__)
 
 
 def check_push(hub: HubArguments, run: str) -> None:
@@ -28,6 +31,9 @@ def push_folds(run_dir: Path, hub: HubArguments, folds: Sequence[int] | None = N
     if not folds:
         raise InputError(f"{run_dir}: no fold is complete, so there is nothing to push")
     where, private = (hub.hub_namespace, hub.hub_name), hub.hub_private_repo
+    if Path(info["base_model"]).is_dir():
+        what = "others can blend its tables, but not load its models"
+        logger.warning(f"{run_dir}: its base model is a folder of this machine: {what}")
     shas: dict[str, str] = {}
     for fold in folds:
         shas |= push_fold(run_dir, fold, *where, private=private)

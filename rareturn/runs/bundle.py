@@ -132,12 +132,9 @@ def read_bundle(reference: str) -> tuple[Bundle, Path]:
         check_revision(match["revision"], reference)
         folder, _ = pull_files(match["repo"], ["ensemble.json"], revision=match["revision"])
     if not (folder / "ensemble.json").is_file():
-        of_run = (
-            "; it is a run: make an ensemble of it, ensemble.py --runs"
-            if (folder / "run.json").is_file()
-            else ""
-        )
-        raise InputError(f"{reference}: holds no ensemble.json{of_run}")
+        is_run = (folder / "run.json").is_file()
+        advice = "; it is a run: make an ensemble of it, ensemble.py --runs" if is_run else ""
+        raise InputError(f"{reference}: holds no ensemble.json{advice}")
     where, lines = f"{reference}: ensemble.json", []
     bundle = check_content(Bundle, read_json(folder / "ensemble.json"), where)
     for place, run in enumerate(bundle.runs):
@@ -240,16 +237,16 @@ def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str
 
     An InputError for a run that others could not load, because it or its base is only on this disk.
     """
+    where = f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub"
+    if is_local_base(part["base_model"]):
+        raise InputError(f"{where}: its base model is a folder, {part['base_model']}")
+    if part["revision"] is not None:
+        return dict(part)
     try:
-        if is_local_base(part["base_model"]):
-            raise InputError(f"its base model is a folder, {part['base_model']}")
-        if part["revision"] is not None:
-            return dict(part)
         info, tables = read_json(Path(part["reference"]) / "run.json"), table_repo(namespace, name)
         found = _hub_models(model_repo(namespace, name, part["name"]), info, part["reference"])
         revision = resolve_revision(tables, repo_type="dataset")
         model = part["model"] and {**found, **part["model"], "revision": found["revision"]}
         return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
     except InputError as error:
-        where = f"{part['reference']}: others cannot load an ensemble of a run that is not on the Hub"
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{where}: {error}; under another name it is ORG/NAME-oof:RUN in --runs") from None
