@@ -137,8 +137,8 @@ def test_sizes():
     files = [ROOT / name for name in SCRIPTS] + PACKAGE + sorted((ROOT / "metrics").rglob("*.py"))
     # 8,000 for the house of issue 9; what came since: trunk, turns, tables, metrics, given splits, variants by a model (1,600);
     # prompted models, label tokens, adapted features, losses, the leaderboard (1,400); the app, tracking, SIGTERM, cards (900);
-    # a probe's cache, several layers, pairs (250). The scripts/ folder, jobs among it, is not counted.
-    assert sum(map(lines_of, files)) <= 12400
+    # a probe's cache, several layers, pairs (250); extra rows (50). The scripts/ folder, jobs among it, is not counted.
+    assert sum(map(lines_of, files)) <= 12450
     assert not [path.name for path in files if lines_of(path) > 450]
     assert not [name for name in SCRIPTS if lines_of(ROOT / name) > 380]
     for name in SCRIPTS:

@@ -258,8 +258,14 @@ def test_extra_rows_of_a_dialogue_that_is_judged_are_refused(encoder, tmp_path, 
     examples, name = tmp_path / "examples.csv", demo[0].dialogue_id
     examples.write_text(f"dialogue_id,speaker,text,label\n{name},seeker,Fine.,3\nnew,seeker,Fine.,3\n")
     assert run(encoder, tmp_path / "run", extra_train_file=examples) == 2
-    why = "is in another file of this run too; extra rows are of other dialogues"
+    why = "is in another file too; extra rows are of other dialogues"
     assert capsys.readouterr().err == f"linear_probe.py: error: {examples}: dialogue {name!r} {why}\n"
+    # Rows of the corpus under other ids; a short text may well be said twice.
+    text = next(row.turns[-1].text for row in demo if len(row.turns[-1].text) > 60)
+    lines = ["dialogue_id,speaker,text,label", f"new,seeker,{demo[0].turns[-1].text[:9]},3"]
+    examples.write_text("\n".join([*lines, f'newer,seeker,"{text.upper()}",3', ""]))
+    assert run(encoder, tmp_path / "run", extra_train_file=examples) == 2
+    assert f"{examples}: row 'newer/0' says what row " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -21,13 +21,14 @@ import numpy as np
 from pydantic import BaseModel, Field, StrictInt, ValidationInfo, field_validator
 
 from rareturn.command_line import flag
-from rareturn.data.label_guide import LabelGuide, find_metric, load_label_guide
+from rareturn.data.label_guide import LabelGuide, find_metric, fold_whitespace, load_label_guide
 from rareturn.data.rows import DataArguments, Row, Turn, data_fingerprint, load_rows, load_source
 from rareturn.errors import InputError, first_line
 from rareturn.files import check_content, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+REPEATED = 40  # characters of a text that two people do not say by chance
 FoldGroups = Literal["dialogue", "none"]
 
 
@@ -60,8 +61,8 @@ class FoldDataArguments(DataArguments):
     augmented_file: str | None = flag(None, "Variants by augment.py; trained on only where the source is.")
     extra_train_file: str | None = flag(
         None,
-        "Labelled rows of other dialogues, such as written examples of rare labels: every fold is trained on them, none "
-        "is judged on them.",
+        "Labelled rows of other dialogues, such as written examples of rare labels, in the columns of --train_file: "
+        "every fold is trained on them, none is judged on them.",
     )
     validation_file: str | None = flag(
         None,
@@ -178,10 +179,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
             raise InputError(f"{path}: {other.columns['label']}: {kinds} in {arguments.train_file}")
     validation, extra, test = validation.rows, extra.rows, test.rows
     by_dialogue = arguments.fold_groups == "dialogue"
-    elsewhere = {row.dialogue_id for row in originals + validation + test}
-    if shared := sorted(elsewhere & {row.dialogue_id for row in extra}):
-        why = "is in another file of this run too; extra rows are of other dialogues"
-        raise InputError(*(f"{arguments.extra_train_file}: dialogue {name!r} {why}" for name in shared))
+    check_new(arguments.extra_train_file, extra, originals + validation + test)
     check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
     check_apart(arguments.test_file, test, arguments.train_file, originals)
     check_apart(arguments.test_file, test, arguments.validation_file, validation)
@@ -200,6 +198,25 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     held_out, trained = (validation, originals) if validation else (originals, ())
     check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained)
     return RunData(guide, originals, augmented, test, folds, scope, validation, extra, train.named)
+
+
+def check_new(source: str | None, rows: Sequence[Row], others: Sequence[Row]) -> None:
+    """Refuse extra rows of a dialogue that another file has, by its id, or with a long text that a row there has."""
+
+    def said(row: Row) -> str:
+        return fold_whitespace(row.turns[-1].text).casefold()
+
+    dialogues, texts = {row.dialogue_id for row in others}, {said(row): row.id for row in others}
+    for row in rows:
+        if row.dialogue_id in dialogues:
+            problem = f"dialogue {row.dialogue_id!r} is in another file too"
+        elif len(said(row)) >= REPEATED and said(row) in texts:
+            problem = f"row {row.id!r} says what row {texts[said(row)]!r} of another file says"
+        else:
+            continue
+        raise InputError(f"{source}: {problem}; extra rows are of other dialogues")
+    if rows:
+        logger.info(f"{source}: {len(rows)} rows, on which every fold is trained")
 
 
 def check_apart(
