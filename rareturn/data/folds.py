@@ -172,8 +172,7 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     validation = load_source(arguments.validation_file, guide, columns=columns, split="validation")
     extra = load_source(arguments.extra_train_file, guide, columns=columns)
     test = load_source(arguments.test_file, guide, columns=columns, require_labels=False)
-    files = arguments.validation_file, arguments.extra_train_file, arguments.test_file
-    for path, other in zip(files, (validation, extra, test), strict=True):
+    for path, other in ((arguments.validation_file, validation), (arguments.test_file, test)):
         if {train.named, other.named} == {True, False}:
             kinds = "names, but numbers" if other.named else "numbers, but names"
             raise InputError(f"{path}: {other.columns['label']}: {kinds} in {arguments.train_file}")
