@@ -22,6 +22,7 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from rareturn.data.label_guide import find_metric
 from rareturn.decisions import cross_fitting
 from rareturn.decisions.cross_fitting import (
+    MIN_GAIN,
     Recipe,
     _simplest_within_one_error,
     choose,
@@ -510,6 +511,14 @@ def test_a_method_asked_for_by_name_is_kept_and_a_winner_too():
     rule = fit_rule(recipe, *data)
     kept, cross_fitted, reason = choose(recipe, rule, fitted, *data)
     assert kept is rule and cross_fitted is fitted and "scores above argmax" in reason
+
+
+def test_a_gain_that_chance_gives_the_better_of_two_is_none():
+    recipe, rule, fitted, data = fitted_auto()
+    argmax = score(losing_table()[1], losing_table()[0].argmax(1), 4, [0, 1, 2])
+    for gain, kept in ((MIN_GAIN * 0.9, "argmax"), (MIN_GAIN * 1.1, rule.method)):
+        close = dataclasses.replace(fitted, metrics=fitted.metrics | {"macro_f1_positive": argmax + gain})
+        assert choose(recipe, rule, close, *data)[0].method == kept
 
 
 def test_the_number_of_processes_changes_nothing():
