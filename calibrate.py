@@ -11,7 +11,7 @@ The paper's search alone, seconds on the fictional corpus (made by `make demo`):
 
 The table has one row a method: its score on the rows that it was fitted on, its cross-fitted score (fitted on some
 dialogues, scored on the others) with a 95 % interval, by how much the first flatters (optimism), and the seconds of
-one fit. Argmax is kept where `auto` does not beat it.
+one fit. Argmax is kept where `auto` gains no more than .002.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class CalibrationArguments:
     method: str = flag(
         "auto",
         "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best method, "
-        "and argmax where that does not beat it. argmax: no bias. vector: vector scaling. expected: the score that the "
+        "and argmax where that gains no more than .002. argmax: no bias. vector: vector scaling. expected: the score that the "
         "probabilities expect. prior: one strength times the log prior. smooth: half way from expected to the score "
         "itself. exact: the score itself, by coordinate ascent. random: the best of --num_vectors, as in the paper.",
         choices=["auto", *METHODS],

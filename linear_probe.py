@@ -144,11 +144,13 @@ def find_features(arguments: ProbeArguments, data: RunData, how: dict[str, Any])
 def check_same_rows(run: Run, data: RunData, frozen: FrozenFeatures) -> None:
     """Refuse a run with other rows, folds or prompts: its models may have seen what they are to be judged on."""
     rows = (run.info.get("identity") or {}).get("rows")
+    extra = (run.info.get("identity") or {}).get("extra")
     prompt = None if frozen.is_encoder else frozen.renderer.fingerprint
     for what, there, here in (
         ("label_names", run.label_names, data.guide.names),
         ("folds", run.folds, data.folds),
         ("rows", rows, rows and rows_digest(data.originals + data.validation)),
+        ("--extra_train_file", extra, rows_digest(data.extra) if data.extra else None),
         ("prompt", prompt and run.info["prompt_fingerprint"], prompt),
     ):
         if there != here:
@@ -166,7 +168,7 @@ def extract_rows(
     parts.append(data.test * tested)
     *found, test = frozen.extract_cached(parts, data, place, limit_gb)
     found = [features for features in found if features is not None]
-    return np.concatenate(found) if found else None, test
+    return np.concatenate(found) if len(found) > 1 else next(iter(found), None), test
 
 
 def fit_fold(

@@ -51,7 +51,7 @@ from rareturn.command_line import read_recipe, run
 from rareturn.data.readers import check_on_hub
 from rareturn.data.rows import DataArguments
 from rareturn.errors import InputError
-from rareturn.files import check_content, read_json, write_json
+from rareturn.files import check_content, packaged, read_json, write_json
 from rareturn.reports.tables import Table
 
 Value = bool | int | float | str | list[int | float | str]
@@ -120,8 +120,9 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 
 def files_of(flags: Flags) -> list[Path]:
-    """The rows and the guide that flags name."""
-    return [Path(str(value)) for name, value in flags.items() if name.endswith(("_file", "guide"))]
+    """The rows and the guide that flags name, those of the package where it has them."""
+    paths = [Path(str(value)) for name, value in flags.items() if name.endswith(("_file", "guide"))]
+    return [path if path.exists() else packaged(path) for path in paths]
 
 
 def rows_flags(system: System, file: str) -> Flags:
@@ -158,6 +159,8 @@ def make_stages(system: System, more: list[str], jobs: Flags) -> list[Stage]:
     for name, of_run in system.runs.items():
         folder, own = Path(f"{output}-{name}"), dict(of_run.model_extra or {})
         flags = system.data | own | {"output_dir": str(folder)} | system.hub
+        if of_run.script == "zero_shot.py":  # which trains on nothing
+            flags.pop("extra_train_file", None)
         if of_run.variants:
             if system.augment is None:
                 raise InputError(f"runs.{name}: variants: true, but there is no augment")

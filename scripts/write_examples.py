@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rareturn.command_line import flag, parse_arguments, run, start_logging
 from rareturn.data.dialogues import text_problem
-from rareturn.data.label_guide import ANY, LabelGuide, fold_whitespace, load_label_guide
+from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_guide
 from rareturn.data.readers import DELIMITERS
 from rareturn.data.rows import DataArguments
 from rareturn.data.utterances import table_bytes, table_columns
@@ -52,7 +52,9 @@ class ExampleArguments:
     _argument_group_name = "Examples"
 
     output_file: str = flag("examples.csv", "Where the table goes: .csv or .tsv.")
-    number: int = flag(80, "Examples of each label, at least; the reference task's own have 74 to 104.")
+    number: int = flag(
+        80, "Examples to ask for, of each label; label_guides/dmrs_examples.csv has 74 to 104."
+    )
     about: str | None = flag(
         None, "What the conversations are, in a few words: they are for a classifier of such."
     )
@@ -66,16 +68,9 @@ class ExampleArguments:
             raise ValueError(f"--output_file must end with .csv or .tsv, not {self.output_file}")
 
 
-def two_speakers(guide: LabelGuide) -> tuple[str, str]:
-    """Who speaks first and who answers, whose turn is the example."""
-    names = ["A", "B"] if guide.speakers == ANY else list(guide.speakers)
-    target = next((name for name in guide.targets if name != ANY), names[-1])
-    return next((name for name in names if name != target), target), target
-
-
 def make_prompts(guide: LabelGuide, number: int, about: str | None) -> list[tuple[int, str]]:
     """Label and prompt of each request for `number` examples."""
-    first, target = two_speakers(guide)
+    first, target = guide.example_speakers
     parts = {"guide": guide, "number": number, "about": about, "first": first, "target": target}
     template = prompt_template("examples")
     wanted = itertools.product(guide.labels, STYLES)
@@ -83,7 +78,8 @@ def make_prompts(guide: LabelGuide, number: int, about: str | None) -> list[tupl
 
 
 def pairs_in(answer: str) -> list[tuple[str, str]]:
-    """The pairs of texts in an answer, whatever stands around them, also where it was cut off."""
+    """The pairs of texts in an answer, whatever stands around them, also where it was cut off; not its thoughts."""
+    answer = answer.rpartition("</think>")[2]
     decoder, found, end = json.JSONDecoder(strict=False), [], 0
     while begins := re.compile(r'\[\s*"').search(answer, end):
         try:
@@ -99,7 +95,7 @@ def make_table(
     found: Mapping[int, Sequence[tuple[str, str]]], guide: LabelGuide, columns: Mapping[str, str]
 ) -> list[dict]:
     """The pairs of each label as lines of a table; the label stands by the second."""
-    speakers, records = two_speakers(guide), []
+    speakers, records = guide.example_speakers, []
     for label, pairs in found.items():
         for number, pair in enumerate(pairs, 1):
             for turn, text in enumerate(pair, 1):
@@ -108,7 +104,7 @@ def make_table(
                     "turn": turn,
                     "speaker": speakers[turn - 1],
                 }
-                cells |= {"text": text.strip(), "label": guide.names[label] if turn == 2 else ""}
+                cells |= {"text": fold_whitespace(text), "label": guide.names[label] if turn == 2 else ""}
                 records.append({columns[name]: cell for name, cell in cells.items()})
     return records
 
@@ -117,7 +113,7 @@ def main() -> None:
     arguments, endpoint, data = parse_arguments((ExampleArguments, Endpoint, DataArguments), __doc__)
     start_logging()
     guide = load_label_guide(data.label_guide)
-    samples = math.ceil(arguments.number / (PER_ANSWER * len(STYLES)))
+    samples = math.ceil(arguments.number / (PER_ANSWER * len(STYLES))) if arguments.llm else 1
     prompts = make_prompts(guide, math.ceil(arguments.number / (samples * len(STYLES))), arguments.about)
     if not arguments.llm:
         return print(*(prompt for _, prompt in prompts), sep=f"\n\n{'-' * 100}\n\n")
@@ -136,8 +132,8 @@ def main() -> None:
             folded = fold_whitespace(pair[1]).casefold()
             found[label] += [pair] * (folded not in seen)
             seen.add(folded)
-    if not seen:
-        raise InputError(f"{endpoint.host}: no answer holds a pair of texts")
+    if lacking := [guide.names[label] for label, pairs in found.items() if not pairs]:
+        raise InputError(f"{endpoint.host}: no pair of texts in the answers for {', '.join(lacking)}")
     table = make_table(found, guide, table_columns(data.columns, guide))
     write_bytes(arguments.output_file, table_bytes(table, Path(arguments.output_file).suffix))
     counts = [(f"{label} {guide.names[label]}", str(len(pairs))) for label, pairs in found.items()]

@@ -402,8 +402,8 @@ def test_runs_that_disagree_are_refused(place: Path, capsys, case: str):
         (["--runs", "a", "nowhere"], "nowhere: no such run"),
         (["--runs"], "expected at least one argument"),
         (["--weights", "1"], "--runs: name one or more"),
-        (["--runs", "a", "b", "a"], "a: the same run as a; it counts once"),
-        (["--runs", "a", "copy"], "copy: the same run as a; it counts once"),
+        (["--runs", "a", "b", "a"], "a: the same run as a; leave one out"),
+        (["--runs", "a", "copy"], "copy: the same run as a; leave one out"),
         (["--runs", "a", "--decision", "wrong.json"], "wrong.json: label_names"),
         (["--runs", "a", "--decision", "test.json"], "test.json: Input should be a valid dictionary"),
         (["--runs", "a", "--label_guide", "label_guides/dmrs.yaml"], "label guide: labels"),
@@ -515,7 +515,7 @@ def test_hub_runs_and_a_published_bundle(place: Path, hub_here, capsys):
     assert call(*GIVEN, "--test_file", "test.json", "--output_dir", "early", *push) == 2
     said = capsys.readouterr().err
     assert "a: others cannot load an ensemble of a run that is not on the Hub" in said
-    assert said.endswith("under another name it is ORG/NAME-oof:RUN in --runs\n")
+    assert said.endswith("; if it was pushed under another name, give ORG/NAME-oof:RUN in --runs\n")
     assert "cross-fitting" not in said  # nothing was fitted before
     assert not Path("early").exists()
     for run in "ab":

@@ -151,6 +151,8 @@ def test_a_class_that_no_training_part_has():
         "folds: all rows of label 8 are in fold 0: nothing to train on",
         "folds: all rows of label 1 are in fold 1: nothing to train on",
     ]
+    extra = [Row("x", "d9", turns, 8), Row("y", "d9", turns, 1)]
+    check_folds(rows, {"a": 0, "b": 1, "c": 1}, 2, "dialogue", extra=extra)
 
 
 @pytest.mark.parametrize(

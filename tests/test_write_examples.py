@@ -72,16 +72,22 @@ def test_from_a_guide_to_rows_that_a_probe_is_trained_on(tmp_path: Path, capsys)
     flags = {"model_name_or_path": encoder, "label_guide": GERMAN / "label_guide.yaml", "num_folds": 3}
     flags |= {"train_file": GERMAN / "train.csv", "extra_train_file": output, "C": 1}
     assert run_script(linear_probe.main, **flags, output_dir=tmp_path / "probe") == 0
-    assert not {row.id for row in rows} & set(read_run(tmp_path / "probe").oof.id)
+    oof = read_run(tmp_path / "probe").oof
+    assert not {row.id for row in rows} & set(oof.id)
+    metrics = json.loads((tmp_path / "probe/fold-0/metrics.json").read_text())
+    assert metrics["train_rows"] == len(rows) + (oof.fold != 0).sum()
 
 
 def test_an_answer_that_was_cut_off_and_one_without_pairs(tmp_path: Path, capsys):
     whole = json.dumps([["a", "b"], ["c", "d"], ["e", ""], ["f"], ["g", "h", "i"], ["k", "lang"]])
     assert write_examples.pairs_in(whole) == [("a", "b"), ("c", "d"), ("k", "lang")]
     assert write_examples.pairs_in(whole[:17]) == [("a", "b")]
+    assert write_examples.pairs_in(f"<think>{whole}</think>Nun: {whole[:17]}") == [("a", "b")]
     with LlmServer(lambda prompt: Reply("Leider nein.")) as server:
         assert run(server, tmp_path / "none.csv") == 2
-    assert capsys.readouterr().err.endswith(": no answer holds a pair of texts\n")
+    assert capsys.readouterr().err.endswith(
+        ": no pair of texts in the answers for beschwerde, frage, zusage\n"
+    )
     assert not (tmp_path / "none.csv").exists()
 
 

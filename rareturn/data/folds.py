@@ -178,7 +178,8 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
             raise InputError(f"{path}: {other.columns['label']}: {kinds} in {arguments.train_file}")
     validation, extra, test = validation.rows, extra.rows, test.rows
     by_dialogue = arguments.fold_groups == "dialogue"
-    check_new(arguments.extra_train_file, extra, originals + validation + test)
+    if extra:
+        check_new(arguments.extra_train_file, extra, originals + validation + test)
     check_apart(arguments.validation_file, validation, arguments.train_file, originals, by_dialogue)
     check_apart(arguments.test_file, test, arguments.train_file, originals)
     check_apart(arguments.test_file, test, arguments.validation_file, validation)
@@ -195,27 +196,26 @@ def read_run_data(arguments: FoldDataArguments, run_dir: Path) -> RunData:
     else:
         folds, where = assign_folds(originals, **split), "folds"
     held_out, trained = (validation, originals) if validation else (originals, ())
-    check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained)
+    check_folds(held_out, folds, arguments.num_folds, arguments.fold_groups, where, trained, extra)
     return RunData(guide, originals, augmented, test, folds, scope, validation, extra, train.named)
 
 
-def check_new(source: str | None, rows: Sequence[Row], others: Sequence[Row]) -> None:
+def check_new(source: str, rows: Sequence[Row], others: Sequence[Row]) -> None:
     """Refuse extra rows of a dialogue that another file has, by its id, or with a long text that a row there has."""
 
     def said(row: Row) -> str:
         return fold_whitespace(row.turns[-1].text).casefold()
 
-    dialogues, texts = {row.dialogue_id for row in others}, {said(row): row.id for row in others}
+    dialogues, texts, lines = {row.dialogue_id for row in others}, {said(row): row.id for row in others}, []
     for row in rows:
         if row.dialogue_id in dialogues:
-            problem = f"dialogue {row.dialogue_id!r} is in another file too"
+            lines.append(f"dialogue {row.dialogue_id!r} is in another file too")
         elif len(said(row)) >= REPEATED and said(row) in texts:
-            problem = f"row {row.id!r} says what row {texts[said(row)]!r} of another file says"
-        else:
-            continue
-        raise InputError(f"{source}: {problem}; extra rows are of other dialogues")
-    if rows:
-        logger.info(f"{source}: {len(rows)} rows, on which every fold is trained")
+            lines.append(f"row {row.id!r} says what row {texts[said(row)]!r} of another file says")
+    if lines:
+        why = "extra rows are of other dialogues"
+        raise InputError(*(f"{source}: {line}; {why}" for line in dict.fromkeys(lines)))
+    logger.info(f"{source}: {len(rows)} rows, on which every fold is trained")
 
 
 def check_apart(
@@ -290,11 +290,12 @@ def check_folds(
     fold_groups: str,
     where: str = "folds",
     trained: Sequence[Row] = (),
+    extra: Sequence[Row] = (),
 ) -> None:
     """Refuse folds of other rows, a dialogue in two folds, an empty fold, a class that no model is trained on.
 
     `where` is what the error lines begin with: the file that the folds come from. `trained` are, where the held-out rows
-    are a validation file's, the rows of the training file.
+    are a validation file's, the rows of the training file; `extra` train every fold.
     """
     wanted, file = {row.id: row for row in held_out}, "validation file" if trained else "training file"
     lines = [f"row {name!r} of the {file} is in no fold" for name in wanted if name not in folds]
@@ -309,7 +310,7 @@ def check_folds(
     for fold in range(num_folds):
         if fold not in folds.values():
             lines.append(f"fold {fold} is empty")
-        there = (*trained, *(row for row in held_out if folds[row.id] != fold))
+        there = (*trained, *extra, *(row for row in held_out if folds[row.id] != fold))
         missing = classes - {row.label for row in there}
         lost = f"are in {'the validation file' if trained else f'fold {fold}'}: nothing to train on"
         lines += [f"all rows of label {label} {lost}" for label in sorted(missing)]

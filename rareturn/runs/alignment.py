@@ -56,7 +56,7 @@ def align_runs(runs: Sequence[Run]) -> list[np.ndarray]:
         logits = run.oof.logits[row_positions(run.reference, run.oof, first.reference, first.oof)]
         for other, theirs in zip(runs, aligned, strict=False):
             if other.name == run.name and np.array_equal(theirs, logits):
-                raise InputError(f"{run.reference}: the same run as {other.reference}; it counts once")
+                raise InputError(f"{run.reference}: the same run as {other.reference}; leave one out")
         aligned.append(logits)
     return aligned
 

@@ -249,4 +249,6 @@ def refer_to_hub(part: Mapping[str, Any], namespace: str, name: str) -> dict[str
         model = part["model"] and {**found, **part["model"], "revision": found["revision"]}
         return {**part, "model": model, "reference": f"{tables}:{part['name']}", "revision": revision}
     except InputError as error:
-        raise InputError(f"{where}: {error}; under another name it is ORG/NAME-oof:RUN in --runs") from None
+        raise InputError(
+            f"{where}: {error}; if it was pushed under another name, give ORG/NAME-oof:RUN in --runs"
+        ) from None
