@@ -186,3 +186,12 @@ def test_a_stage_that_fails_ends_the_system_with_its_status(system_py: System, t
     done = system_py(tmp_path / "system.yaml")
     assert done.returncode == 2 and "gone.json: no such file" in done.stderr
     assert "probe: ended with status 2" in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_extra_rows_are_for_runs_that_train(system_py: System, tmp_path: Path):
+    data = {"train_file": "data/demo/train.json", "extra_train_file": "label_guides/dmrs_examples.csv"}
+    content = {"output": str(tmp_path / "x"), "data": data, "ensemble": {}}
+    content["runs"] = {name: {"script": f"{name}.py"} for name in ("linear_probe", "zero_shot")}
+    (tmp_path / "system.yaml").write_text(yaml.safe_dump(content))
+    lines = system_py(tmp_path / "system.yaml", "--dry_run").stdout.splitlines()
+    assert ["--extra_train_file" in line for line in lines] == [True, False, False]
