@@ -33,7 +33,7 @@ from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_gu
 from rareturn.data.rendering import render_turn
 from rareturn.data.rows import DataArguments, Row, load_rows, row_columns
 from rareturn.data.variants import augment_text
-from rareturn.endpoint import Asking, Endpoint, prompt_template
+from rareturn.endpoint import Asking, Endpoint, lists_in, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.runs.references import model_repo
@@ -114,15 +114,8 @@ def prompt(template: str, source: Row, guide: LabelGuide, **parts: str | int) ->
 
 def texts_in(answer: str) -> list[str]:
     """The last JSON list of texts in an answer, whatever stands around it; none where there is no such list."""
-    decoder, found, end = json.JSONDecoder(strict=False), [], 0
-    while begins := re.compile(r'\[\s*"').search(answer, end):
-        try:
-            value, end = decoder.raw_decode(answer, begins.start())
-        except (ValueError, RecursionError):
-            end = begins.end()
-        else:
-            found = value if all(isinstance(text, str) for text in value) else found
-    return found
+    found = [value for value in lists_in(answer) if all(isinstance(text, str) for text in value)]
+    return found[-1] if found else []
 
 
 def usable(answer: str, source: str, k: int, dropped: Counter[str]) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,6 +203,18 @@ class Endpoint:
         special = {401: "the key in OPENAI_API_KEY is missing or refused (401)"}
         special[404] = f"no model {self.model!r} there, or --base_url is wrong (404)"
         return InputError(f"{self.host}: {special.get(status, said)}")
+
+
+def lists_in(answer: str) -> Iterator[list[Any]]:
+    """The JSON lists in an answer that begin with a text, whatever stands around them."""
+    decoder, end = json.JSONDecoder(strict=False), 0
+    while begins := re.compile(r'\[\s*"').search(answer, end):
+        try:
+            value, end = decoder.raw_decode(answer, begins.start())
+        except (ValueError, RecursionError):
+            end = begins.end()
+        else:
+            yield value
 
 
 def _refused(error: Exception, sent: dict[str, Any]) -> set[str]:

@@ -16,9 +16,7 @@ goes on where it stopped, and costs nothing once it is complete. Read what was w
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from rareturn.data.label_guide import LabelGuide, fold_whitespace, load_label_gu
 from rareturn.data.readers import DELIMITERS
 from rareturn.data.rows import DataArguments
 from rareturn.data.utterances import table_bytes, table_columns
-from rareturn.endpoint import Asking, Endpoint, prompt_template
+from rareturn.endpoint import Asking, Endpoint, lists_in, prompt_template
 from rareturn.errors import InputError
 from rareturn.files import write_bytes
 from rareturn.reports.tables import Table
@@ -79,16 +77,8 @@ def make_prompts(guide: LabelGuide, number: int, about: str | None) -> list[tupl
 
 def pairs_in(answer: str) -> list[tuple[str, str]]:
     """The pairs of texts in an answer, whatever stands around them, also where it was cut off; not its thoughts."""
-    answer = answer.rpartition("</think>")[2]
-    decoder, found, end = json.JSONDecoder(strict=False), [], 0
-    while begins := re.compile(r'\[\s*"').search(answer, end):
-        try:
-            value, end = decoder.raw_decode(answer, begins.start())
-        except (ValueError, RecursionError):
-            end = begins.end()
-        else:
-            found += [tuple(value)] if len(value) == 2 and not any(map(text_problem, value)) else []
-    return found
+    lists = lists_in(answer.rpartition("</think>")[2])
+    return [tuple(pair) for pair in lists if len(pair) == 2 and not any(map(text_problem, pair))]
 
 
 def make_table(
