@@ -60,8 +60,8 @@ class CalibrationArguments:
     method: str = flag(
         "auto",
         "How the rule is fitted. auto: the best of the simplest tier within one standard error of the best method, "
-        "and argmax where that gains no more than .002. argmax: no bias. vector: vector scaling. expected: the score that the "
-        "probabilities expect. prior: one strength times the log prior. smooth: half way from expected to the score "
+        "and argmax where that gains no more than .002. argmax: no bias. vector: vector scaling. expected: the score "
+        "that the probabilities expect. prior: one strength times the log prior. smooth: half way from expected to the score "
         "itself. exact: the score itself, by coordinate ascent. random: the best of --num_vectors, as in the paper.",
         choices=["auto", *METHODS],
     )

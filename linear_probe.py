@@ -143,8 +143,8 @@ def find_features(arguments: ProbeArguments, data: RunData, how: dict[str, Any])
 
 def check_same_rows(run: Run, data: RunData, frozen: FrozenFeatures) -> None:
     """Refuse a run with other rows, folds or prompts: its models may have seen what they are to be judged on."""
-    rows = (run.info.get("identity") or {}).get("rows")
-    extra = (run.info.get("identity") or {}).get("extra")
+    identity = run.info.get("identity") or {}
+    rows, extra = identity.get("rows"), identity.get("extra")
     prompt = None if frozen.is_encoder else frozen.renderer.fingerprint
     for what, there, here in (
         ("label_names", run.label_names, data.guide.names),

@@ -47,7 +47,7 @@ from rareturn.command_line import provenance, read_recipe, start_logging, withou
 from rareturn.command_line import run as run_script
 from rareturn.data.folds import FoldDataArguments
 from rareturn.data.label_guide import load_label_guide
-from rareturn.data.readers import HUB_FILE, check_on_hub, is_packaged
+from rareturn.data.readers import HUB_FILE, check_on_hub
 from rareturn.errors import InputError
 from rareturn.files import packaged
 from rareturn.runs.folder import check_same_run, fold_is_complete, read_run_info
@@ -255,8 +255,7 @@ def launch(arguments: argparse.Namespace, flags: list[str]) -> None:
         check_may_push(repo, repo_type)
     if guide:
         load_label_guide(guide)
-    sources = [settings[name] for name in ROWS if settings.get(name)]
-    for found in [HUB_FILE.fullmatch(source) for source in sources if not is_packaged(source)]:
+    for found in [HUB_FILE.fullmatch(settings[name]) for name in ROWS if settings.get(name)]:
         resolve_revision(found["repo"], repo_type="dataset", revision=found["revision"])
     resolve_revision(settings["model_name_or_path"], revision=settings.get("model_revision"))
 

@@ -31,7 +31,7 @@ RECIPE = {
     "tuning": "full",
     "label_guide": str(ROOT / "data/demo/label_guide.yaml"),
     "train_file": "org/demo:train.json",
-    "extra_train_file": "label_guides/dmrs_examples.csv",  # in the package
+    "extra_train_file": "org/demo:dmrs_examples.csv",
     "test_file": "org/demo:test.json",
     "do_predict": True,
     "output_dir": "outputs/small",
@@ -49,6 +49,7 @@ RECIPE = {
 def place(hub_here: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe; its rows are on the Hub."""
     demo = {name: (ROOT / "data/demo" / name).read_bytes() for name in ("train.json", "test.json")}
+    demo["dmrs_examples.csv"] = (ROOT / "label_guides/dmrs_examples.csv").read_bytes()
     hub_here.put("org/demo", demo, "dataset")
     hub_here.put("org/tiny", {"config.json": b"{}"})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
@@ -225,7 +226,7 @@ def test_jobs_from_the_first_to_a_complete_run(hub_here: HubServer, place: Path,
             "--train_file recipe.yaml: on this machine: a job reads from the Hub only",
         ),
         (("--augmented_file", "more.jsonl"), "--augmented_file more.jsonl: on this machine"),
-        (("--extra_train_file", "label_guides/gone.csv"), "label_guides/gone.csv: no such repo on the Hub"),
+        (("--extra_train_file", "more.csv"), "--extra_train_file more.csv: on this machine"),
         (("--test_file", "org/gone:test.json"), "org/gone: no such repo on the Hub"),
         (("--model_name_or_path", "."), "--model_name_or_path .: on this machine"),
         (("--label_guide", "gone.yaml"), "gone.yaml: cannot read the label guide"),

@@ -702,7 +702,7 @@ def test_a_run_that_does_not_fit_is_refused_in_one_line(trained, few, tmp_path, 
     refused = {
         "folds: not those": {"fold_seed": 7},
         "rows: not those": {"train_file": tmp_path / "changed.json"},
-        "--extra_train_file: not those": {"extra_train_file": "label_guides/dmrs_examples.csv"},
+        "--extra_train_file: not those": {"extra_train_file": ROOT / "label_guides/dmrs_examples.csv"},
         "--dtype: float32 in the run of --adapter; leave the flag out": {"dtype": "bfloat16"},
         "--max_turns: 4 in the run": {"max_turns": 5},
         "not a run of run_classification.py": {"adapter": probe},

@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 import ijson
 
 from rareturn.errors import InputError, first_line
-from rareturn.files import packaged
 
 # Each escape of a JSON text; a pair of surrogates is one.
 ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL)
@@ -21,14 +20,9 @@ MAX_DEPTH = 100  # a row's turns are three deep
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<path>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
-def is_packaged(source: str) -> bool:
-    """Whether rows are the package's own, which are found from any folder, in a job too."""
-    return source == "label_guides/dmrs_examples.csv"
-
-
 def check_on_hub(flag: str, source: str) -> None:
     """An InputError for rows that a job on the Hub's machines could not read."""
-    if not is_packaged(source) and (Path(source).exists() or not HUB_FILE.fullmatch(source)):
+    if Path(source).exists() or not HUB_FILE.fullmatch(source):
         advice = "a job reads from the Hub only, and whether data may go there is for you to say"
         raise InputError(f"--{flag} {source}: on this machine: {advice}")
 
@@ -41,7 +35,7 @@ def read_records(source: str, split: str = "train") -> Iterable[Any]:
             `datasets.load_dataset` reads); or a Hub dataset, `ORG/NAME[:path/of/file][@revision]`.
         split: the split to take where the source has several and names none.
     """
-    path = packaged(source) if is_packaged(source) and not Path(source).exists() else Path(source)
+    path = Path(source)
     if path.is_file():
         return _read_file(path)
     if path.is_dir():

@@ -32,8 +32,8 @@ FREE_FLAGS = """
 """
 # What these name is compared by its content, so that a file may move.
 BY_CONTENT = """
-    train_file augmented_file extra_train_file validation_file test_file label_guide label_scope model_name_or_path model_revision adapter
-    prompt
+    train_file augmented_file extra_train_file validation_file test_file label_guide label_scope model_name_or_path
+    model_revision adapter prompt
 """
 PARTS = {
     "label_guide": "--label_guide",
